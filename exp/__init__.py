@@ -1,0 +1,1 @@
+"""The experiment framework: train a segmentation network and judge decision rules on it."""

@@ -1,0 +1,94 @@
+"""The command line; nothing heavy is imported here."""
+
+import argparse
+from pathlib import Path
+
+from exp.errors import InputError
+
+DEFAULT_YAMLS = {
+    "model": "unet_resnet10t",
+    "data": "shapes",
+    "loss": "ce",
+    "schedule": "quickstart",
+    "optim": "adamw_lr6e-4",
+    "test": "test_iou",
+    "predict": ["argmax", "rankseg_rma"],
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Train a segmentation network and judge decision rules (argmax, RankSEG-RMA) on it. Without "
+        "flags: a small network on synthetic shapes. Start under torchrun for several processes.",
+        allow_abbrev=False,
+    )
+    for group, default in DEFAULT_YAMLS.items():
+        if group == "predict":
+            parser.add_argument(
+                "--predict_yaml",
+                nargs="+",
+                default=default,
+                metavar="NAME",
+                help=f"configs/predict/NAME.yaml, one or more rules (default: {' '.join(default)})",
+            )
+        else:
+            parser.add_argument(
+                f"--{group}_yaml",
+                default=default,
+                metavar="NAME",
+                help=f"configs/{group}/NAME.yaml, or a path ending in .yaml (default: {default})",
+            )
+    parser.add_argument("--data_dir", metavar="DIR", help="the folder that holds the data sets (see DATA.md)")
+    parser.add_argument(
+        "--output_dir",
+        default="output",
+        metavar="DIR",
+        type=Path,
+        help="holds a folder a run: <model>.<data>.<loss>.<schedule>.<optim> (default: ./output)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GROUP.KEY=VALUE",
+        dest="overrides",
+        help="override keys of the YAMLs, e.g. schedule.batch_size=4 data.crop_size=[64,64]",
+    )
+    parser.add_argument(
+        "--test-only", "--test_only", action="store_true", help="evaluate the run's newest checkpoint, train nothing"
+    )
+    parser.add_argument(
+        "--model_checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="with --test-only: evaluate this checkpoint instead of the run's newest",
+    )
+    parser.add_argument(
+        "--save_pred",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write panels (image, truth, each rule, differences) of the N images with the largest "
+        "gain of the last rule over the first",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+    args = parser.parse_args(argv)
+    if args.model_checkpoint and not args.test_only:
+        raise InputError(
+            f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
+            "resumes from the run's own newest checkpoint)"
+        )
+    for name in ("save_pred", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
+    return args
+
+
+def requested_yamls(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Parsed flags -> the YAML names by group."""
+    names = {group: getattr(args, f"{group}_yaml") for group in DEFAULT_YAMLS}
+    return {group: name if isinstance(name, list) else [name] for group, name in names.items()}

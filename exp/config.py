@@ -1,0 +1,312 @@
+"""YAML files and --set overrides -> one frozen ExperimentConfig. Nothing heavy is imported here."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from exp.errors import InputError
+from exp.strict_yaml import build_dataclass, closest, load_mapping, parse_value
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def _require(condition: bool, key: str, got: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"key '{key}': got {got!r}, expected {expected}")
+
+
+def _require_positive(config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        numbers = value if isinstance(value, tuple) else (value,)
+        _require(value is None or all(v > 0 for v in numbers), key, value, "a value above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder -> decoder -> head; the names are those of timm and segmentation_models_pytorch."""
+
+    name: str
+    decoder: Literal["deeplabv3plus", "segformer", "unet", "upernet"]
+    encoder: str
+    decoder_channels: int | tuple[int, ...]
+    output_stride: Literal[8, 16, 32] = 32
+    atrous_rates: tuple[int, int, int] | None = None  # deeplabv3plus alone
+    pretrained: bool | str = True  # true: by name from the hub; false: random; text: a local file
+    dropout: float = 0.1
+    aux_channels: int = 256
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "decoder_channels", "atrous_rates", "aux_channels")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a value in [0, 1)")
+        several = isinstance(self.decoder_channels, tuple)
+        kind = "a list, one width a block" if self.decoder == "unet" else "one whole number"
+        _require(several == (self.decoder == "unet"), "decoder_channels", self.decoder_channels, kind)
+        deeplab = self.decoder == "deeplabv3plus"
+        _require(
+            (self.atrous_rates is not None) == deeplab,
+            "atrous_rates",
+            self.atrous_rates,
+            "three rates" if deeplab else f"no such key with decoder {self.decoder}",
+        )
+        _require(
+            (self.output_stride < 32) == deeplab,
+            "output_stride",
+            self.output_stride,
+            "8 or 16" if deeplab else f"32 with decoder {self.decoder}",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data set, how it is split, and the augmentation of its training images."""
+
+    name: str
+    dataset: str
+    train_split: str
+    val_split: str
+    crop_size: tuple[int, int]  # height, width in pixels
+    train_samples: int | None = None  # the first n alone; null: all of them
+    val_samples: int | None = None
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    flip_prob: float = 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the RGB values in 0..1, ImageNet
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std")
+        _require(self.scale_range[0] <= self.scale_range[1], "scale_range", self.scale_range, "[low, high]")
+        _require(0 <= self.flip_prob <= 1, "flip_prob", self.flip_prob, "a value in [0, 1]")
+        _require(all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "values in [0, 1]")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The training criterion: (1 - aux_weight) x loss of the head + aux_weight x loss of the auxiliary head."""
+
+    name: str
+    loss: Literal["ce"]
+    aux_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.aux_weight < 1, "aux_weight", self.aux_weight, "a value in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train, in iterations or epochs, and how often to log, save and validate."""
+
+    name: str
+    batch_size: int  # over all processes together
+    train_iters: int | None = None
+    train_epochs: int | None = None
+    num_workers: int = 4  # per process
+    log_iters: int = 50
+    save_iters: int = 2000
+    val_iters: int | None = None  # null: only at the end
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "batch_size",
+            "train_iters",
+            "train_epochs",
+            "log_iters",
+            "save_iters",
+            "val_iters",
+            "keep_checkpoints",
+        )
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        _require(
+            (self.train_iters is None) != (self.train_epochs is None),
+            "train_iters",
+            f"train_iters {self.train_iters}, train_epochs {self.train_epochs}",
+            "one of the two, the other null",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and the learning rate's course: linear warm-up from start_lr, then polynomial decay to 0."""
+
+    name: str
+    optimizer: Literal["adamw", "sgd"]
+    lr: float  # of the encoder
+    weight_decay: float
+    head_lr_factor: float = 10.0  # decoder and heads, relative to the encoder
+    momentum: float | None = None  # sgd alone
+    start_lr: float = 1e-6
+    warmup_fraction: float = 0.01
+    power: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "head_lr_factor", "power")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.start_lr <= self.lr, "start_lr", self.start_lr, f"a value in [0, lr = {self.lr}]")
+        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "a value in [0, 1)")
+        sgd = self.optimizer == "sgd"
+        _require(
+            (self.momentum is not None) == sgd,
+            "momentum",
+            self.momentum,
+            "a value in [0, 1)" if sgd else f"no such key with {self.optimizer}",
+        )
+        _require(not sgd or 0 <= self.momentum < 1, "momentum", self.momentum, "a value in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """How an image becomes probabilities, and the per-image score by which rules are compared."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    name: str
+    metric: Literal["mIoUI", "mDiceI", "mAccI"]
+    crop_size: tuple[int, int] | None = None  # null: the training crop
+    stride: tuple[int, int] | None = None  # null: ceil(2/3 crop)
+    window_batch: int = 4  # windows that go through the network together
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "crop_size", "stride", "window_batch")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """A decision rule by name and its options; an option that the rule does not read is refused."""
+
+    name: str
+    rule: Literal["argmax", "rankseg_rma"]
+    opt_metric: Literal["dice", "iou"] | None = None
+    pruning_prob: float | None = None
+    unassigned: Literal["max_score", "first"] | int | None = None
+    to_nonoverlap_method: Literal["rma_score", "weight_prob", "prob"] | None = None
+
+    def __post_init__(self) -> None:
+        known = RULE_OPTIONS[self.rule]
+        for key, value in self.all_options().items():
+            if key in known:
+                _require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
+            else:
+                _require(value is None, key, value, f"no such key: the rule {self.rule} does not read it")
+        if self.pruning_prob is not None:
+            _require(0 <= self.pruning_prob < 1, "pruning_prob", self.pruning_prob, "a value in [0, 1)")
+
+    def all_options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "rule")}
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of this rule's function."""
+        return {key: value for key, value in self.all_options().items() if key in RULE_OPTIONS[self.rule]}
+
+
+RULE_OPTIONS = {
+    "argmax": (),
+    "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method"),
+}
+GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "schedule": ScheduleConfig,
+    "optim": OptimConfig,
+    "test": TestConfig,
+    "predict": PredictConfig,
+}
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment: a YAML of each group (several of predict) and the seed."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig
+    test: TestConfig
+    predict: tuple[PredictConfig, ...]
+    seed: int
+
+    @property
+    def run_name(self) -> str:
+        """The run folder's name: what was trained, not how it is judged."""
+        return ".".join(c.name for c in (self.model, self.data, self.loss, self.schedule, self.optim))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:
+    """YAML names (or paths) by group and group.key=value overrides -> the resolved config.
+
+    Raises InputError naming the file or the override, the key, what was got and what was expected.
+    """
+    values = {
+        group: [(path, load_mapping(path)) for path in (find_yaml(group, name) for name in names)]
+        for group, names in yamls.items()
+    }
+    origins = {}
+    for text in overrides:
+        _apply_override(text, values, origins)
+    configs = {}
+    for group, files in values.items():
+        built = [
+            build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
+            for path, mapping in files
+        ]
+        configs[group] = tuple(built) if group == "predict" else built[0]
+    names = [c.name for c in configs["predict"]]
+    if len(set(names)) < len(names):
+        raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
+    return ExperimentConfig(**configs, seed=seed)
+
+
+def find_yaml(group: str, name: str) -> Path:
+    """A name under configs/<group>/, or a path that ends in .yaml -> the file's path."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"--{group}_yaml {name}: no such file")
+        return Path(name)
+    path = CONFIG_DIR / group / f"{name}.yaml"
+    if not path.is_file():
+        choices = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise InputError(f"--{group}_yaml {name}: no such YAML in {path.parent}{closest(name, choices)}")
+    return path
+
+
+def _apply_override(text: str, values: dict, origins: dict) -> None:
+    """Set one group.key=value in the raw mappings; predict keys go to every rule whose YAML names the key."""
+    target, equals, value = text.partition("=")
+    group, dot, key = target.partition(".")
+    if not (equals and dot and key):
+        raise InputError(f"--set {text}: expected group.key=value")
+    if group not in GROUPS:
+        raise InputError(f"--set {text}: unknown group '{group}'{closest(group, GROUPS)}")
+    known = [f.name for f in dataclasses.fields(GROUPS[group]) if f.name != "name"]
+    if key not in known:
+        raise InputError(f"--set {text}: unknown key '{key}'{closest(key, known)}")
+    mappings = [mapping for _, mapping in values[group]]
+    if group == "predict":
+        mappings = [mapping for mapping in mappings if key in mapping]
+        if not mappings:
+            raise InputError(f"--set {text}: none of the rules asked for reads the key '{key}'")
+    for mapping in mappings:
+        mapping[key] = parse_value(value, f"--set {text}")
+    origins.setdefault(group, {})[key] = f"--set {text}"

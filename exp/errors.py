@@ -1,0 +1,23 @@
+"""What a user can cause is told in one line; everything else keeps its traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Wrong input of the user's: one line that says where, what was got and what was expected."""
+
+
+def run_and_report(main: Callable[[], None]) -> int:
+    """Run main() -> exit status: 0, or 2 with one line on stderr for what the user can put right."""
+    try:
+        main()
+    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,133 @@
+"""YAML text -> typed values, strictly: what is unknown, double or of a wrong type fails with file and key."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from exp.errors import InputError
+
+T = TypeVar("T")
+FLOAT_TAG = "tag:yaml.org,2002:float"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 6e-5 as the number it is (YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"key '{key}' stands twice")
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, in which a number without a dot has no exponent: its float rule gives way to that of 1.2.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != FLOAT_TAG]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    FLOAT_TAG,
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str, where: str) -> Any:
+    """YAML text of one value -> the value; `where` opens the message of an InputError."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, InputError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{where}: {problem}") from None
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file -> its top-level mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    mapping = parse_value(text, str(path))
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise InputError(f"{path}: got {type(mapping).__name__}, expected keys with values")
+    return mapping
+
+
+def build_dataclass(cls: type[T], values: Mapping[str, Any], path: Path, origins: Mapping[str, str]) -> T:
+    """A mapping -> a frozen dataclass, every key known and every value of the annotated type.
+
+    origins: by key, where the value comes from if not from the file at `path`, for the message.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    typed = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"{path}: unknown key '{key}'{closest(key, fields)}")
+        try:
+            typed[key] = convert(value, hints[key])
+        except TypeError:
+            where = origins.get(key, path)
+            got = f"{value!r} ({type(value).__name__})"
+            raise InputError(f"{where}: key '{key}': got {got}, expected {describe(hints[key])}") from None
+    missing = [name for name, field in fields.items() if name not in typed and field.default is dataclasses.MISSING]
+    if missing:
+        raise InputError(f"{path}: missing key '{missing[0]}', expected {describe(hints[missing[0]])}")
+    try:
+        return cls(**typed)
+    except InputError as error:
+        key = str(error).partition("'")[2].partition("'")[0]
+        raise InputError(f"{origins.get(key, path)}: {error}") from None
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A YAML value -> the same as the annotated type (lists become tuples, whole numbers floats), or TypeError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+    elif origin in (typing.Union, types.UnionType):
+        for choice in args:
+            try:
+                return convert(value, choice)
+            except TypeError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list) and ((args[-1] is Ellipsis and value) or len(value) == len(args)):
+            return tuple(convert(v, args[0] if args[-1] is Ellipsis else a) for v, a in zip(value, args * len(value)))
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError
+
+
+def describe(hint: Any) -> str:
+    """An annotation in the words of a YAML's author."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is tuple:
+        return f"a list of {describe(args[0])}" if args[-1] is Ellipsis else f"[{', '.join(describe(a) for a in args)}]"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names[hint]
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """The tail of a message on an unknown name: the nearest one, if any, and the choices."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{guess}; known: {', '.join(choices)}"

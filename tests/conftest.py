@@ -1,0 +1,112 @@
+"""What several test files stand on: generated data trees, the program run in this process, the real data."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exp.errors import run_and_report
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--model_yaml",
+    "unet_resnet10t",
+    "--data_yaml",
+    "shapes",
+    "--set",
+    "model.decoder_channels=[8,8,8,8,8]",
+    "data.crop_size=[32,32]",
+    "data.train_samples=8",
+    "data.val_samples=3",
+    "schedule.train_iters=3",
+    "schedule.batch_size=4",
+    "schedule.num_workers=0",
+    "schedule.log_iters=1",
+    "schedule.save_iters=2",
+]
+TINY_RUN = "unet_resnet10t.shapes.ce.quickstart.adamw_lr6e-4"
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """A function: flags -> (exit status, stdout, stderr) of exp/main.py, run in this process."""
+    from exp.main import main
+
+    def run(*flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            status = run_and_report(main)
+        except SystemExit as exit_:  # argparse
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def free_port() -> int:
+    """A port of the loopback device that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def write_png(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def scene(rng: np.random.Generator, height: int, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of two regions that differ in colour, with its label."""
+    label = np.zeros((height, width), np.uint8)
+    label[:, width // 2 :] = rng.integers(1, num_classes)
+    image = rng.integers(0, 80, (height, width, 3)) + 20 * label[..., None]
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+@pytest.fixture
+def voc_dir(tmp_path: Path) -> Path:
+    """A data_dir with a VOCdevkit of 6 trainaug and 3 val images of different sizes."""
+    from exp.data import DATASETS
+
+    rng, root = np.random.default_rng(0), tmp_path / "data" / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassTrainAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, count, labels in (("trainaug", 6, "SegmentationClassTrainAug"), ("val", 3, "SegmentationClass")):
+        names = [f"2007_{split}_{i:06d}" for i in range(count)]
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            image, label = scene(rng, 50 + 7 * i, 90 - 9 * i, 21)
+            label[:2] = 255
+            Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg")
+            palette_image = Image.fromarray(label).convert("P")
+            palette_image.putpalette(np.array(DATASETS["pascal_voc"].palette, np.uint8).tobytes())
+            palette_image.putdata(label.flatten())
+            palette_image.save(root / labels / f"{name}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def camvid_dir(tmp_path: Path) -> Path:
+    """A data_dir with a CamVid of 6 train and 3 val images of 48 x 64; label 11 is void."""
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 6), ("val", 3)):
+        for i in range(count):
+            image, label = scene(rng, 48, 64, 11)
+            label[:3] = 11
+            write_png(tmp_path / "data" / "camvid" / split / f"{split}_{i}.png", image)
+            write_png(tmp_path / "data" / "camvid" / f"{split}annot" / f"{split}_{i}.png", label)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data that RANKSEG_TEST_DATA names."""
+    folder = os.environ.get("RANKSEG_TEST_DATA")
+    if not folder:
+        pytest.skip("RANKSEG_TEST_DATA names no folder with real data")
+    return Path(folder)
