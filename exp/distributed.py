@@ -1,0 +1,111 @@
+"""The process group as a context manager: the only file that knows ranks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from exp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process's place among the processes that torchrun started (or alone: rank 0 of 1)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A tensor -> its mean over the processes (a new tensor, on every rank)."""
+        if self.world_size == 1:
+            return value
+        total = value.detach().clone()
+        torch_dist.all_reduce(total)
+        return total / self.world_size
+
+    def gather(self, item: Any) -> list[Any]:
+        """One picklable object a rank -> all of them in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        items = [None] * self.world_size
+        torch_dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's picklable object, on every rank."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        torch_dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself)."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                torch_dist.broadcast(buffer, src=0)
+
+    def split_batch(self, batch_size: int) -> int:
+        """The global batch size -> this process's share; InputError if it does not divide."""
+        if batch_size % self.world_size:
+            raise InputError(
+                f"schedule.batch_size: got {batch_size} for {self.world_size} processes, "
+                "expected a multiple (the batch size is that of all processes together)"
+            )
+        return batch_size // self.world_size
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model that trains: in DDP where there are several processes, with SyncBN where PyTorch offers it.
+
+        Buffers are not broadcast at every step; share_buffers() does it where a model is saved or evaluated.
+        """
+        if self.world_size == 1:
+            return model
+        if self.device.type == "cpu":
+            return DistributedDataParallel(model, broadcast_buffers=False)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return DistributedDataParallel(model, device_ids=[self.device], broadcast_buffers=False)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> the device of this process."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: got no usable CUDA device on this machine, expected one (or --device cpu)")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node: got a process with local rank {local_rank}, expected at most one per "
+            f"CUDA device ({torch.cuda.device_count()} here)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def session(device_name: str) -> Iterator[Dist]:
+    """Join the process group that torchrun describes in the environment, leave it at the end; alone: a no-op."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Dist(rank, world_size, device)
+        return
+    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield Dist(rank, world_size, device)
+        torch_dist.barrier()
+    finally:
+        torch_dist.destroy_process_group()
