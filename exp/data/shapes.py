@@ -1,0 +1,84 @@
+"""Shapes: a synthetic data set, drawn on the fly; nothing to download."""
+
+import numpy as np
+from PIL import Image
+
+from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset
+from exp.errors import InputError
+
+HEIGHT, WIDTH = 96, 128
+SPLITS = {"train": (1, 2000), "val": (2, 200)}  # stream of the generator, images by default
+HUES = np.array([(0.55, 0.45, 0.45), (0.45, 0.55, 0.45), (0.45, 0.45, 0.55), (0.55, 0.53, 0.43), (0.43, 0.54, 0.55)])
+
+
+class Shapes(SegmentationDataset):
+    """SYNTHETIC 96 x 128 images of disks, squares, triangles, rings and bars: no real image, and no claim about one.
+
+    It is here so that the whole program runs at once on any machine. The background is clutter: soft noise and
+    unlabelled blobs. Objects are large and small, of colours that overlap between classes, with soft edges; the
+    label's edge is off by about a pixel, so the truth near a boundary is ambiguous. One image in three has a band
+    of ignored pixels. Image i of a split is a function of (split, i) alone.
+    """
+
+    classes = ("background", "disk", "square", "triangle", "ring", "bar")
+    palette = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0))
+    on_disk = False
+
+    def list_samples(self) -> list[Sample]:
+        if self.split not in SPLITS:
+            raise InputError(f"data.*_split: got '{self.split}', expected one of {', '.join(SPLITS)} with shapes")
+        names = (f"shapes_{self.split}_{i:04d}" for i in range(SPLITS[self.split][1]))
+        return [Sample(name, image=None, label=None) for name in names]
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, label = draw_scene(np.random.default_rng((SPLITS[self.split][0], index)))
+        return Image.fromarray(image), Image.fromarray(label)
+
+
+def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Generator -> (H, W, 3) uint8 image and (H, W) uint8 label."""
+    image = _noise(rng, cell=16, depth=3) * 0.25 + _noise(rng, cell=4, depth=1) * 0.1 + rng.uniform(0.3, 0.6, 3)
+    label = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for _ in range(rng.integers(3, 7)):  # clutter: soft blobs that no class claims
+        alpha = _coverage(_signed_distance(rng, 0, radius=rng.uniform(3, 20)), softness=rng.uniform(3, 6))
+        image += 0.5 * alpha[..., None] * (rng.uniform(0.2, 0.8, 3) - image)
+    for _ in range(rng.integers(1, 6)):
+        kind = int(rng.integers(len(HUES)))
+        radius = rng.uniform(16, 32) if rng.random() < 0.4 else rng.uniform(4, 10)
+        distance = _signed_distance(rng, kind, radius)
+        colour = HUES[kind] + rng.normal(0, 0.05, 3) + rng.choice((-1, 1)) * rng.uniform(0.08, 0.3)
+        alpha = rng.uniform(0.5, 1.0) * _coverage(distance, softness=rng.uniform(0.4, 2.0))
+        image += alpha[..., None] * (colour - image)
+        label[distance < rng.normal(0, 0.7)] = kind + 1
+    image += rng.normal(0, 0.03, image.shape)
+    if rng.random() < 1 / 3:
+        left = int(rng.integers(WIDTH - 12))
+        label[:, left : left + int(rng.integers(4, 12))] = IGNORE_INDEX
+    return (image.clip(0, 1) * 255).astype(np.uint8), label
+
+
+def _noise(rng: np.random.Generator, cell: int, depth: int) -> np.ndarray:
+    """(H, W, depth) smooth noise in -0.5..0.5 that varies over `cell` pixels."""
+    coarse = rng.uniform(-0.5, 0.5, (depth, HEIGHT // cell + 1, WIDTH // cell + 1)).astype(np.float32)
+    planes = [Image.fromarray(plane).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for plane in coarse]
+    return np.stack(planes, axis=-1).astype(np.float64)
+
+
+def _coverage(distance: np.ndarray, softness: float) -> np.ndarray:
+    return 1 / (1 + np.exp(np.clip(distance / softness, -30, 30)))
+
+
+def _signed_distance(rng: np.random.Generator, kind: int, radius: float) -> np.ndarray:
+    """(H, W) distance in pixels to the edge of one shape at a random place and angle, negative inside."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float64)
+    x, y, angle = x - rng.uniform(0, WIDTH), y - rng.uniform(0, HEIGHT), rng.uniform(0, 2 * np.pi)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    if kind == 0:  # disk
+        return np.hypot(u, v) - radius
+    if kind == 1:  # square
+        return np.maximum(abs(u), abs(v)) - 0.85 * radius
+    if kind == 2:  # triangle: three half-planes
+        return np.max([np.cos(a) * u + np.sin(a) * v for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)], axis=0) - 0.6 * radius
+    if kind == 3:  # ring
+        return abs(np.hypot(u, v) - 0.75 * radius) - 0.25 * radius
+    return np.maximum(abs(u) - 1.4 * radius, abs(v) - 0.22 * radius)  # bar
