@@ -1,0 +1,144 @@
+"""Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
+
+import difflib
+from collections.abc import Callable
+
+import segmentation_models_pytorch as smp
+import timm
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exp.config import ModelConfig
+from exp.errors import InputError
+from exp.models.weights import load_encoder_weights
+
+
+class Segmentor(nn.Module):
+    """(B, 3, H, W) normalised images -> (B, C, H, W) logits; in training also the auxiliary head's logits.
+
+    H and W are arbitrary: the input is padded with zeros (the mean colour) to a multiple of `stride`, and the
+    logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        decoder_width: int,
+        num_classes: int,
+        dropout: float,
+        aux_channels: int,
+        stride: int,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.stride = encoder, decoder, stride
+        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(decoder_width, num_classes, kernel_size=1))
+        self.aux_head = nn.Sequential(
+            nn.Conv2d(encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(aux_channels),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(aux_channels, num_classes, kernel_size=1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        image = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
+        features = self.encoder(image)
+
+        def resize(logits: Tensor) -> Tensor:
+            return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)[..., :height, :width]
+
+        logits = resize(self.head(self.decoder(features)))
+        return (logits, resize(self.aux_head(features[-2]))) if self.training else logits
+
+    @property
+    def num_classes(self) -> int:
+        return self.head[-1].out_channels
+
+
+def _deeplabv3plus(config: ModelConfig, **common) -> smp.DeepLabV3Plus:
+    return smp.DeepLabV3Plus(
+        **common,
+        decoder_channels=config.decoder_channels,
+        decoder_aspp_dropout=0.0,
+        decoder_atrous_rates=config.atrous_rates,
+        encoder_output_stride=config.output_stride,
+    )
+
+
+def _segformer(config: ModelConfig, **common) -> smp.Segformer:
+    return smp.Segformer(**common, decoder_segmentation_channels=config.decoder_channels)
+
+
+def _unet(config: ModelConfig, **common) -> smp.Unet:
+    if len(config.decoder_channels) != 5:
+        raise InputError(f"model.decoder_channels: got {len(config.decoder_channels)} widths, expected 5 with unet")
+    return smp.Unet(**common, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+
+
+def _upernet(config: ModelConfig, **common) -> smp.UPerNet:
+    return smp.UPerNet(**common, decoder_channels=config.decoder_channels)
+
+
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "deeplabv3plus": _deeplabv3plus,
+    "segformer": _segformer,
+    "unet": _unet,
+    "upernet": _upernet,
+}
+
+
+def encoder_name(name: str) -> str:
+    """A timm name, or one of segmentation_models_pytorch's own (mit_b0 ... mit_b5) -> the name that smp takes."""
+    if timm.is_model(name.partition(".")[0]):
+        return f"tu-{name}"
+    own = [n for n in smp.encoders.get_encoder_names() if not n.startswith("timm-")]
+    if name not in own:
+        near = ", ".join(difflib.get_close_matches(name, [*timm.list_models(), *own], n=5)) or "no similar name"
+        raise InputError(
+            f"model.encoder: unknown name '{name}'; nearest: {near} (timm.list_models() and the encoders of "
+            "segmentation_models_pytorch are known)"
+        )
+    return name
+
+
+def build_network(config: ModelConfig, num_classes: int, from_hub: bool) -> Segmentor:
+    """The network with random weights, or (from_hub) with the encoder's published ones."""
+    name = encoder_name(config.encoder)
+    weights = ("imagenet" if not name.startswith("tu-") else True) if from_hub else None
+    net = DECODERS[config.decoder](config, encoder_name=name, encoder_weights=weights, in_channels=3, classes=1)
+    for module in net.decoder.modules():
+        if isinstance(module, nn.Upsample):
+            module.align_corners = False if module.mode == "bilinear" else None
+    return Segmentor(
+        net.encoder,
+        net.decoder,
+        decoder_width=net.segmentation_head[0].in_channels,
+        num_classes=num_classes,
+        dropout=config.dropout,
+        aux_channels=config.aux_channels,
+        stride=config.output_stride,
+    )
+
+
+def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = True) -> Segmentor:
+    """A YAML -> the network on the CPU; pretrained=False (a checkpoint follows) fetches and reads no weights.
+
+    Raises InputError if the weights cannot be had, with what to do about it.
+    """
+    source = config.pretrained if pretrained else False
+    try:
+        model = build_network(config, num_classes, from_hub=source is True)
+    except (OSError, RuntimeError) as error:
+        if source is not True:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "
+            "there is a network (they are cached), or set model.pretrained to a local file, or to false"
+        ) from None
+    if isinstance(source, str):
+        load_encoder_weights(model.encoder, source)
+    return model
