@@ -1,0 +1,138 @@
+"""Checkpoints: written to a temporary file and renamed, found by their iteration, loaded without unpickling code."""
+
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from exp.errors import InputError
+
+PATTERN = re.compile(r"iter_(\d+)\.pt$")
+# What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
+FREE_KEYS = {
+    "model": ("pretrained",),
+    "schedule": ("num_workers", "log_iters", "save_iters", "val_iters", "keep_checkpoints"),
+    "data": ("val_split", "val_samples"),
+}
+TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: tensors, the iteration it was taken after, the config that it belongs to, the classes."""
+
+    path: Path
+    iteration: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    config: dict[str, Any]
+    classes: list[str]
+
+
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    config: dict[str, Any],
+    classes: list[str],
+    keep: int,
+) -> Path:
+    """Write folder/iter_<iteration>.pt; of the older ones the last keep - 1 stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"iter_{iteration:07d}.pt"
+    temporary = path.with_suffix(f".pt.{os.getpid()}.tmp")
+    content = {
+        "iteration": iteration,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "config": config,
+        "classes": classes,
+    }
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The folder's checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("iter_*.pt") if (match := PATTERN.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return (list_checkpoints(folder) or [None])[-1]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a file written by save_checkpoint; InputError if it is anything else."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(path=path, **content)
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected a checkpoint") from None
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, model_config: dict[str, Any], classes: list[str]) -> None:
+    """Fill the raw model from a checkpoint of the same architecture and classes; else InputError with what differs."""
+    differences = _differences({"model": checkpoint.config["model"]}, {"model": model_config})
+    if checkpoint.classes != classes:
+        same_number = len(checkpoint.classes) == len(classes)
+        differences.append(
+            f"classes {checkpoint.classes} -> {classes}"
+            if same_number
+            else f"{len(checkpoint.classes)} classes -> {len(classes)}"
+        )
+    if differences:
+        raise InputError(
+            f"{checkpoint.path}: got a checkpoint of another model, expected that of the flags "
+            f"(checkpoint -> flags: {'; '.join(differences)})"
+        )
+    model.load_state_dict(checkpoint.model)
+
+
+def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """InputError with what differs if a run under `config` is not the continuation of the checkpoint's."""
+    names = (*TRAINING_GROUPS, "seed")
+    differences = _differences({n: checkpoint.config[n] for n in names}, {n: config[n] for n in names})
+    if differences:
+        raise InputError(
+            f"{checkpoint.path}: got a run trained with other settings (checkpoint -> flags: "
+            f"{'; '.join(differences)}), expected the same ones, or another --output_dir"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """'group.key old -> new' for every key that matters."""
+    rows = []
+    for group, values in new.items():
+        if not isinstance(values, dict):
+            rows += [f"{group} {old[group]} -> {values}"] if old[group] != values else []
+            continue
+        for key in sorted((values.keys() | old[group].keys()) - {"name", *FREE_KEYS.get(group, ())}):
+            before, after = old[group].get(key), values.get(key)
+            rows += [f"{group}.{key} {before} -> {after}"] if before != after else []
+    return rows

@@ -1,0 +1,51 @@
+"""Optimiser with the paper's parameter groups, and the learning rate's course."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from exp.config import OptimConfig
+from exp.models import Segmentor
+
+
+def parameter_groups(model: Segmentor, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
+    """The model's parameters by rate (encoder: lr; all else: lr x head_lr_factor) and decay (1-D parameters: none)."""
+    groups = []
+    for part, own_lr in (("encoder", lr), ("head", lr * head_lr_factor)):
+        named = [p for name, p in model.named_parameters() if name.startswith("encoder.") == (part == "encoder")]
+        for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+            params = [p for p in named if (p.ndim > 1) == (kind == "decay")]
+            groups.append({"name": f"{part}_{kind}", "params": params, "lr": own_lr, "weight_decay": decay})
+    return groups
+
+
+def build_optimizer(config: OptimConfig, model: Segmentor) -> Optimizer:
+    """A YAML and the raw (unwrapped) model -> the optimiser."""
+    groups = parameter_groups(model, config.lr, config.head_lr_factor, config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum)
+    return torch.optim.AdamW(groups)
+
+
+@dataclass(frozen=True)
+class WarmupPoly:
+    """Iteration (from 0) -> factor of the base rate: linear from start_factor, then (1 - progress) ** power."""
+
+    start_factor: float
+    warmup_iters: int
+    total_iters: int
+    power: float
+
+    def __call__(self, iteration: int) -> float:
+        if iteration < self.warmup_iters:
+            return self.start_factor + (1 - self.start_factor) * iteration / self.warmup_iters
+        span = max(1, self.total_iters - self.warmup_iters)
+        return max(0.0, 1 - (iteration - self.warmup_iters) / span) ** self.power
+
+
+def build_scheduler(config: OptimConfig, optimizer: Optimizer, total_iters: int) -> LambdaLR:
+    """The learning rate per iteration; every group keeps its ratio to the encoder's rate."""
+    warmup = round(config.warmup_fraction * total_iters)
+    return LambdaLR(optimizer, WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power))

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from exp import checkpoint as checkpoints
+from exp.checkpoint import check_resumable, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from exp.errors import InputError
+
+CONFIG = {
+    "model": {"name": "m", "decoder": "unet", "pretrained": True},
+    "data": {"name": "d"},
+    "loss": {"name": "l"},
+    "schedule": {"name": "s", "batch_size": 4, "num_workers": 2},
+    "optim": {"name": "o", "lr": 0.1},
+    "seed": 0,
+}
+
+
+def save(folder: Path, iteration: int, keep: int = 2, value: float = 1.0) -> Path:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, value)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
+    return save_checkpoint(
+        folder,
+        iteration,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        config=CONFIG,
+        classes=["a", "b"],
+        keep=keep,
+    )
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path):
+    loaded = load_checkpoint(save(tmp_path, 7))
+    assert loaded.iteration == 7
+    assert loaded.config == CONFIG
+    assert loaded.classes == ["a", "b"]
+    assert (loaded.model["weight"] == 1).all()
+
+
+def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path):
+    assert find_checkpoint(tmp_path) is None
+    for iteration in (5, 900, 10_000_000, 70):
+        save(tmp_path, iteration, keep=3)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["iter_0000070.pt", "iter_0000900.pt", "iter_10000000.pt"]
+    assert find_checkpoint(tmp_path).name == "iter_10000000.pt"
+
+
+def test_other_files_are_no_checkpoints_and_stay(tmp_path: Path):
+    (tmp_path / "iter_best.pt").write_text("mine")
+    (tmp_path / "iter_0000001.pt.77.tmp").write_text("half")
+    save(tmp_path, 1, keep=1)
+    save(tmp_path, 2, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000001.pt.77.tmp", "iter_0000002.pt", "iter_best.pt"]
+
+
+def test_a_failed_save_leaves_the_older_file_and_no_rest(tmp_path: Path, monkeypatch):
+    path = save(tmp_path, 1)
+    before = path.read_bytes()
+
+    def fail(content: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 1, value=2.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["iter_0000001.pt"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "iter_0000001.pt"
+    torch.save({"weights": torch.zeros(2)}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=r"iter_0000001\.pt: got a file that cannot be read"):
+        load_checkpoint(path)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "iter_0000002.pt")
+
+
+def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
+    loaded = load_checkpoint(save(tmp_path, 1))
+    free = {
+        **CONFIG,
+        "schedule": {**CONFIG["schedule"], "num_workers": 9},
+        "model": {**CONFIG["model"], "pretrained": False},
+    }
+    check_resumable(loaded, free)
+    other = {**CONFIG, "optim": {"name": "o", "lr": 0.2}, "seed": 5}
+    with pytest.raises(InputError, match=r"optim\.lr 0\.1 -> 0\.2; seed 0 -> 5"):
+        check_resumable(loaded, other)
