@@ -1,0 +1,36 @@
+"""Compose an experiment from YAMLs, train it, evaluate it under one or more decision rules."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.cli import parse_args, requested_yamls
+from exp.config import dump_config, load_experiment
+from exp.errors import run_and_report
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_experiment(requested_yamls(args), args.overrides, args.seed)
+    if args.print_config:
+        print(dump_config(config), end="")
+        return
+    from exp import distributed  # PyTorch and all that stands on it come in only now
+    from exp.evaluate import build_evaluator
+    from exp.run import Run
+
+    with distributed.session(args.device) as dist:
+        evaluator = build_evaluator(config, args.data_dir, dist)
+        run = Run(config, args.output_dir / config.run_name, evaluator, dist)
+        if args.test_only:
+            model, iteration = run.load(args.model_checkpoint)
+            results = evaluator(model)
+        else:
+            model, iteration, results = run.train(args.data_dir)
+        if dist.is_main:
+            run.report(model, iteration, results, args.save_pred)
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))

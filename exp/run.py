@@ -1,0 +1,170 @@
+"""One run in its folder: train (or go on training), load what was trained, judge it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from exp.checkpoint import Checkpoint, check_resumable, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from exp.config import ExperimentConfig
+from exp.data import build_dataset
+from exp.data.loader import build_train_loader, count_iterations
+from exp.distributed import Dist
+from exp.errors import InputError
+from exp.evaluate import EvalResult, Evaluator
+from exp.logger import NullLogger, build_logger
+from exp.losses import build_criterion
+from exp.metrics import compute_scores
+from exp.models import Segmentor, build_model
+from exp.optim import build_optimizer, build_scheduler
+from exp.pictures import largest_gains, predict_panel, save_panel
+from exp.provenance import describe_code, record_start
+from exp.results import format_table, save_results
+from exp.train import Intervals, seed_everything, train
+
+LOGGED_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment in its folder <output_dir>/<model>.<data>.<loss>.<schedule>.<optim>."""
+
+    config: ExperimentConfig
+    folder: Path
+    evaluator: Evaluator
+    dist: Dist
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.evaluator.dataset.classes
+
+    def load(self, path: Path | None) -> tuple[Segmentor, int]:
+        """The checkpoint at `path`, or the run's newest -> the raw model and the iterations it was trained for."""
+        path = path or find_checkpoint(self.checkpoints)
+        if path is None:
+            raise InputError(
+                f"{self.checkpoints}: got no checkpoint, expected one: train first (the same flags "
+                "without --test-only), or name one with --model_checkpoint"
+            )
+        checkpoint = load_checkpoint(path)
+        return self._model_of(checkpoint), checkpoint.iteration
+
+    def train(self, data_dir: str | None) -> tuple[Segmentor, int, list[EvalResult]]:
+        """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.
+
+        Returns the raw model, the iterations it was trained for and a result a rule.
+        """
+        config, dist = self.config, self.dist
+        dataset = build_dataset(config.data, data_dir, "train", config.seed)
+        end = count_iterations(config.schedule, len(dataset))
+        path = find_checkpoint(self.checkpoints)
+        checkpoint = load_checkpoint(path) if path else None
+        if checkpoint:
+            check_resumable(checkpoint, config.to_dict())
+        start = checkpoint.iteration if checkpoint else 0
+        loader = build_train_loader(dataset, config.schedule, start, end, config.seed, dist)
+        raw_model = self._model_of(checkpoint) if checkpoint else self._new_model()
+        if start >= end:
+            if dist.is_main:
+                print(f"{path}: training is complete ({end} iterations); evaluating")
+            return raw_model, start, self.evaluator(raw_model)
+        model = dist.wrap(raw_model)
+        optimizer = build_optimizer(config.optim, raw_model)
+        scheduler = build_scheduler(config.optim, optimizer, end)
+        if checkpoint:
+            optimizer.load_state_dict(checkpoint.optimizer)
+            scheduler.load_state_dict(checkpoint.scheduler)
+        if dist.is_main:
+            record_start(self.folder, config, start, dist.world_size)
+        with build_logger(self.folder, start, end, dist.is_main) as logger:
+            logger.message(self._describe(raw_model, len(dataset), start, end))
+            train(
+                model,
+                build_criterion(config.loss, dist.mean),
+                loader,
+                optimizer,
+                scheduler,
+                normalize=self.evaluator.normalize,
+                start=start,
+                end=end,
+                batch_size=config.schedule.batch_size,
+                seed=config.seed,
+                save=self._saver(raw_model, optimizer, scheduler),
+                intervals=Intervals(config.schedule.log_iters, config.schedule.save_iters, config.schedule.val_iters),
+                validate=lambda iteration: self._validate(raw_model, iteration, logger),
+                logger=logger,
+                dist=dist,
+            )
+            return raw_model, end, self._validate(raw_model, end, logger)
+
+    def report(self, model: Segmentor, iteration: int, results: Sequence[EvalResult], num_pictures: int) -> None:
+        """Write the results and the pictures to the run folder and print the table; rank 0 alone."""
+        code, config = describe_code(), self.config.to_dict()
+        contexts = [
+            {"checkpoint_iteration": iteration, **code, "config": {**config, "predict": rule}}
+            for rule in config["predict"]
+        ]
+        save_results(results, self.folder / "results", contexts)
+        print(format_table(results, self.config.test.metric))
+        for index in largest_gains(results, self.config.test.metric, num_pictures):
+            panel = predict_panel(self.evaluator, model, index)
+            print(save_panel(panel, self.folder / "pictures", self.evaluator.dataset.samples[index].name))
+        print(f"results: {self.folder / 'results'}")
+
+    def _new_model(self) -> Segmentor:
+        """Random weights by the seed, the same on every rank, under the encoder's pretrained ones."""
+        seed_everything(self.config.seed, 0, 0)
+        return self._place(build_model(self.config.model, len(self.classes)))
+
+    def _model_of(self, checkpoint: Checkpoint) -> Segmentor:
+        model = build_model(self.config.model, len(self.classes), pretrained=False)
+        load_weights(model, checkpoint, self.config.to_dict()["model"], list(self.classes))
+        return self._place(model)
+
+    def _place(self, model: Segmentor) -> Segmentor:
+        """To the device, channels last: on a CPU a training step of DeepLabV3+ takes 0.6 of the time."""
+        return model.to(self.dist.device, memory_format=torch.channels_last)
+
+    def _saver(self, raw_model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Callable[[int], None]:
+        def save(iteration: int) -> None:
+            self.dist.share_buffers(raw_model)
+            if self.dist.is_main:
+                save_checkpoint(
+                    self.checkpoints,
+                    iteration,
+                    model=raw_model,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    config=self.config.to_dict(),
+                    classes=list(self.classes),
+                    keep=self.config.schedule.keep_checkpoints,
+                )
+
+        return save
+
+    def _validate(self, raw_model: nn.Module, iteration: int, logger: NullLogger) -> list[EvalResult]:
+        self.dist.share_buffers(raw_model)
+        results = self.evaluator(raw_model)
+        scores = {result.rule: compute_scores(result.counts) for result in results}
+        logger.scalars(iteration, {f"val/{r}/{name}": v for r, row in scores.items() for name, v in row.items()})
+        for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
+            logger.image(iteration, f"val/{index}", predict_panel(self.evaluator, raw_model, index))
+        return results
+
+    def _describe(self, raw_model: nn.Module, num_images: int, start: int, end: int) -> str:
+        millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
+        text = (
+            f"{self.folder}: {millions:.1f} M parameters, {num_images} training images, "
+            f"iterations {start} to {end}, {self.dist.world_size} process(es) on {self.dist.device.type}"
+        )
+        if self.dist.world_size > 1 and self.dist.device.type == "cpu":
+            text += "\nbatch norm stays local to each process: PyTorch has no SyncBN for the CPU"
+        return text

@@ -1,0 +1,89 @@
+"""The layout's rules, kept by walking the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [  # data flows one way: a module imports from those before it
+    "errors",
+    "strict_yaml",
+    "config",
+    "cli",
+    "distributed",
+    "data.base",
+    "data.camvid",
+    "data.pascal_voc",
+    "data.shapes",
+    "data.transforms",
+    "data",
+    "data.loader",
+    "models.weights",
+    "models.segmentor",
+    "models",
+    "losses",
+    "optim",
+    "checkpoint",
+    "logger",
+    "train",
+    "inference",
+    "predict",
+    "metrics",
+    "evaluate",
+    "results",
+    "pictures",
+    "provenance",
+    "run",
+    "main",
+]
+MODULES = {
+    ".".join(path.relative_to(ROOT / "exp").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "exp").rglob("*.py")
+    if path != ROOT / "exp" / "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of exp that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "exp":
+            base = node.module.removeprefix("exp").lstrip(".")
+            names |= {
+                f"{base}.{alias.name}".lstrip(".") if f"{base}.{alias.name}".lstrip(".") in MODULES else base
+                for alias in node.names
+            }
+    return names
+
+
+def test_every_module_has_its_place():
+    assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_down_the_list_only(name: str):
+    later = {other for other in imported(MODULES[name]) if ORDER.index(other) >= ORDER.index(name)}
+    assert not later
+
+
+def test_main_is_short():
+    assert len((ROOT / "exp" / "main.py").read_text().splitlines()) <= 100
+
+
+def test_the_rule_imports_nothing_of_exp():
+    assert not imported(ROOT / "rankseg_rma.py")
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--print_config"]])
+def test_flags_alone_import_nothing_heavy(flags: list[str]):
+    code = (
+        f"import sys; sys.argv = ['main.py', *{flags!r}]\n"
+        "from exp.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'timm', 'numpy', 'PIL', 'segmentation_models_pytorch'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

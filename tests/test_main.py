@@ -1,0 +1,284 @@
+"""Whole runs of the program."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, TINY_RUN, free_port
+
+from exp.checkpoint import load_checkpoint
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (run / "checkpoints").iterdir()}
+
+
+def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
+    flags = [*TINY, "schedule.val_iters=2"]
+    out, run = tmp_path / "out", tmp_path / "out" / TINY_RUN
+    status, printed, err = program(*flags, "--output_dir", out, "--predict_yaml", "argmax")
+    assert status == 0, err
+    assert "mIoUI" in printed
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "log.jsonl",
+        "results",
+        "starts.jsonl",
+        "tensorboard",
+    ]
+    assert sorted(checkpoint_bytes(run)) == ["iter_0000002.pt", "iter_0000003.pt"]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    train_lines = [line for line in lines if "train/loss" in line]
+    assert [line["iteration"] for line in train_lines] == [1, 2, 3]
+    assert {"lr/encoder_decay", "lr/head_no_decay", "train/images_per_second"} <= train_lines[0].keys()
+    assert [line["iteration"] for line in lines if "val/argmax/mIoUI" in line] == [2, 3]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["crop_size"] == [32, 32]
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert torch.__version__.startswith(start["versions"]["torch"])
+    assert start["revision"]
+
+    before = checkpoint_bytes(run)
+    status, printed, err = program(
+        *flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only", "--save_pred", "2"
+    )
+    assert status == 0, err
+    assert checkpoint_bytes(run) == before
+    assert {p.name for p in (run / "results").iterdir()} == {
+        "argmax.csv",
+        "argmax.json",
+        "rankseg_rma.csv",
+        "rankseg_rma.json",
+    }
+    assert len(list((run / "pictures").glob("*.png"))) == 2
+    result = json.loads((run / "results" / "rankseg_rma.json").read_text())
+    assert result["rule"] == "rankseg_rma"
+    assert result["checkpoint_iteration"] == 3
+    assert result["config"]["predict"]["opt_metric"] == "dice"
+    with open(run / "results" / "rankseg_rma.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"shapes_val_{i:04d}" for i in range(3)]
+
+    # Both rules in one pass, from the checkpoint named: the same files, byte for byte.
+    apart = {p.name: p.read_bytes() for p in (run / "results").iterdir()}
+    status, printed, err = program(
+        *flags,
+        "--output_dir",
+        tmp_path / "other",
+        "--predict_yaml",
+        "argmax",
+        "rankseg_rma",
+        "--test-only",
+        "--model_checkpoint",
+        run / "checkpoints" / "iter_0000003.pt",
+    )
+    assert status == 0, err
+    assert "rankseg_rma against argmax: mIoUI" in printed
+    together = {p.name: p.read_bytes() for p in (tmp_path / "other" / TINY_RUN / "results").iterdir()}
+    assert together == apart
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path: Path):
+    flags = [*TINY, "schedule.train_iters=4", "schedule.save_iters=2", "schedule.keep_checkpoints=9"]
+    assert program(*flags, "--output_dir", tmp_path / "whole")[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    run = tmp_path / "cut" / TINY_RUN
+    (run / "checkpoints" / "iter_0000004.pt").unlink()
+    status, printed, _ = program(*flags, "--output_dir", tmp_path / "cut")
+    assert status == 0
+    assert "iterations 2 to 4" in printed
+    whole, cut = (
+        load_checkpoint(tmp_path / name / TINY_RUN / "checkpoints" / "iter_0000004.pt") for name in ("whole", "cut")
+    )
+    assert whole.model.keys() == cut.model.keys()
+    assert all(torch.equal(whole.model[name], cut.model[name]) for name in whole.model)
+    for state, other in zip(whole.optimizer["state"].values(), cut.optimizer["state"].values(), strict=True):
+        assert all(torch.equal(state[name], other[name]) for name in state)
+    assert [p.read_bytes() for p in sorted((tmp_path / "whole" / TINY_RUN / "results").glob("*"))] == [
+        p.read_bytes() for p in sorted((run / "results").glob("*.*"))
+    ]
+
+    before = checkpoint_bytes(run)
+    status, printed, _ = program(*flags, "--output_dir", tmp_path / "cut")
+    assert status == 0
+    assert "training is complete (4 iterations)" in printed
+    assert checkpoint_bytes(run) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(program, tmp_path: Path):
+    assert program(*TINY, "--output_dir", tmp_path)[0] == 0
+    before = checkpoint_bytes(tmp_path / TINY_RUN)
+    status, _, err = program(*TINY, "optim.lr=1e-3", "--output_dir", tmp_path)
+    assert status == 2
+    assert "optim.lr 0.0006 -> 0.001" in err
+    status, _, err = program(*TINY, "model.encoder=resnet18d", "--output_dir", tmp_path, "--test-only")
+    assert status == 2
+    assert "checkpoint of another model" in err
+    assert "model.encoder resnet10t -> resnet18d" in err
+    status, _, err = program(*TINY, "--output_dir", tmp_path, "--seed", "5")
+    assert status == 2
+    assert "seed 0 -> 5" in err
+    assert checkpoint_bytes(tmp_path / TINY_RUN) == before
+
+
+def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvid_dir: Path):
+    assert program(*TINY, "--output_dir", tmp_path)[0] == 0
+    path = tmp_path / TINY_RUN / "checkpoints" / "iter_0000003.pt"
+    status, _, err = program(
+        *TINY,
+        "--output_dir",
+        tmp_path,
+        "--data_yaml",
+        "camvid",
+        "--data_dir",
+        camvid_dir,
+        "--test-only",
+        "--model_checkpoint",
+        path,
+    )
+    assert status == 2
+    assert f"{path}: got a checkpoint of another model" in err
+    assert "6 classes -> 11" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--test-only"], "got no checkpoint, expected one: train first"),
+        (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["--model_checkpoint", "some.pt"], "expected together with --test-only"),
+        (["--model_yaml", "unet_resnet10"], "did you mean 'unet_resnet10t'"),
+        (["--data_yaml", "camvid"], "--data_dir: got none"),
+        (["--data_yaml", "camvid", "--data_dir", "nowhere"], "nowhere: no such folder"),
+        (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),
+        (["--set", "schedule.batch_size=99"], "expected at most the number of training images, 8"),
+        (["--save_pred", "-1"], "--save_pred: got -1"),
+        (["--tset-only"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_flags_end_at_once_with_status_2(program, tmp_path: Path, flags: list[str], message: str):
+    out = tmp_path / "out"
+    status, _, err = program(*TINY, "--output_dir", out, *flags)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+def test_an_output_folder_that_is_a_file_is_refused(program, tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    status, _, err = program(*TINY, "--output_dir", tmp_path / "out")
+    assert status == 2
+    assert str(tmp_path / "out") in err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_epochs_and_real_layouts(program, tmp_path: Path, camvid_dir: Path):
+    status, printed, err = program(
+        "--data_dir",
+        camvid_dir,
+        "--output_dir",
+        tmp_path / "out",
+        "--data_yaml",
+        "camvid",
+        "--model_yaml",
+        "deeplabv3plus_mobilenetv2_100",
+        "--set",
+        "model.pretrained=false",
+        "data.crop_size=[32,48]",
+        "schedule.train_iters=null",
+        "schedule.train_epochs=2",
+        "schedule.batch_size=3",
+        "schedule.num_workers=0",
+    )
+    assert status == 0, err
+    assert "iterations 0 to 4" in printed
+
+
+PAPER_FLAGS = [
+    "--model_yaml",
+    "upernet_convnext_base.fb_in22k_ft_in1k_384",
+    "--data_yaml",
+    "pascal_voc",
+    "--loss_yaml",
+    "ce",
+    "--schedule_yaml",
+    "40k_iters",
+    "--optim_yaml",
+    "adamw_lr6e-5",
+    "--test_yaml",
+    "test_iou",
+]
+SMALL = [
+    "--set",
+    "model.pretrained=false",
+    "model.encoder=convnext_atto",
+    "model.decoder_channels=16",
+    "data.crop_size=[32,32]",
+    "schedule.train_iters=2",
+    "schedule.batch_size=4",
+    "schedule.num_workers=0",
+    "schedule.log_iters=1",
+]
+
+
+def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
+    """torchrun from exp/, then test-only as one process from the top level, as a user types them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common = ["--data_dir", str(voc_dir), "--output_dir", str(tmp_path / "out"), *PAPER_FLAGS]
+    trained = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            "--nproc_per_node=2",
+            "--node_rank=0",
+            f"--master_port={free_port()}",
+            "main.py",
+            *common,
+            "--predict_yaml",
+            "argmax",
+            *SMALL,
+        ],
+        cwd=ROOT / "exp",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "out" / "upernet_convnext_base.fb_in22k_ft_in1k_384.pascal_voc.ce.40k_iters.adamw_lr6e-5"
+    assert (run / "results" / "argmax.json").exists()
+    assert "batch norm stays local" in trained.stdout
+    before = checkpoint_bytes(run)
+    tested = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "exp" / "main.py"),
+            *common,
+            "--predict_yaml",
+            "argmax",
+            "rankseg_rma",
+            "--test-only",
+            *SMALL,
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert tested.returncode == 0, tested.stderr
+    assert checkpoint_bytes(run) == before
+    assert not (run / "results" / "older").exists(), "one process scores what two processes scored"
+    with open(run / "results" / "rankseg_rma.csv", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [f"2007_val_{i:06d}" for i in range(3)]
