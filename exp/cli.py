@@ -6,7 +6,7 @@ from pathlib import Path
 from exp.errors import InputError
 
 DEFAULT_YAMLS = {
-    "model": "unet_resnet10t",
+    "model": "unet_mobilenetv3_small_100",
     "data": "shapes",
     "loss": "ce",
     "schedule": "quickstart",

@@ -14,7 +14,7 @@ from exp.errors import run_and_report
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--model_yaml",
-    "unet_resnet10t",
+    "unet_mobilenetv3_small_100",
     "--data_yaml",
     "shapes",
     "--set",
@@ -28,7 +28,7 @@ TINY = [
     "schedule.log_iters=1",
     "schedule.save_iters=2",
 ]
-TINY_RUN = "unet_resnet10t.shapes.ce.quickstart.adamw_lr6e-4"
+TINY_RUN = "unet_mobilenetv3_small_100.shapes.ce.quickstart.adamw_lr6e-4"
 
 
 @pytest.fixture

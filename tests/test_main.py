@@ -122,7 +122,7 @@ def test_other_settings_in_the_same_folder_are_refused(program, tmp_path: Path):
     status, _, err = program(*TINY, "model.encoder=resnet18d", "--output_dir", tmp_path, "--test-only")
     assert status == 2
     assert "checkpoint of another model" in err
-    assert "model.encoder resnet10t -> resnet18d" in err
+    assert "model.encoder mobilenetv3_small_100 -> resnet18d" in err
     status, _, err = program(*TINY, "--output_dir", tmp_path, "--seed", "5")
     assert status == 2
     assert "seed 0 -> 5" in err
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
         (["--test-only"], "got no checkpoint, expected one: train first"),
         (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
         (["--model_checkpoint", "some.pt"], "expected together with --test-only"),
-        (["--model_yaml", "unet_resnet10"], "did you mean 'unet_resnet10t'"),
+        (["--model_yaml", "unet_mobilenetv3_smal"], "did you mean 'unet_mobilenetv3_small_100'"),
         (["--data_yaml", "camvid"], "--data_dir: got none"),
         (["--data_yaml", "camvid", "--data_dir", "nowhere"], "nowhere: no such folder"),
         (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),

@@ -8,7 +8,10 @@ from exp.errors import InputError
 
 HEIGHT, WIDTH = 96, 128
 SPLITS = {"train": (1, 2000), "val": (2, 200)}  # stream of the generator, images by default
-HUES = np.array([(0.55, 0.45, 0.45), (0.45, 0.55, 0.45), (0.45, 0.45, 0.55), (0.55, 0.53, 0.43), (0.43, 0.54, 0.55)])
+HUES = np.array(  # the mean colour of each class, disk to bar
+    [(0.70, 0.45, 0.35), (0.35, 0.50, 0.70), (0.40, 0.65, 0.40), (0.65, 0.62, 0.35), (0.62, 0.40, 0.62)], np.float32
+)
+GRID_Y, GRID_X = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
 
 
 class Shapes(SegmentationDataset):
@@ -37,20 +40,21 @@ class Shapes(SegmentationDataset):
 
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Generator -> (H, W, 3) uint8 image and (H, W) uint8 label."""
-    image = _noise(rng, cell=16, depth=3) * 0.25 + _noise(rng, cell=4, depth=1) * 0.1 + rng.uniform(0.3, 0.6, 3)
+    base = rng.uniform(0.3, 0.6, 3).astype(np.float32)
+    image = _noise(rng, cell=16, depth=3) * 0.15 + _noise(rng, cell=4, depth=1) * 0.1 + base
     label = np.zeros((HEIGHT, WIDTH), np.uint8)
     for _ in range(rng.integers(3, 7)):  # clutter: soft blobs that no class claims
         alpha = _coverage(_signed_distance(rng, 0, radius=rng.uniform(3, 20)), softness=rng.uniform(3, 6))
-        image += 0.5 * alpha[..., None] * (rng.uniform(0.2, 0.8, 3) - image)
-    for _ in range(rng.integers(1, 6)):
+        image += 0.5 * alpha[..., None] * (rng.uniform(0.2, 0.8, 3).astype(np.float32) - image)
+    for _ in range(rng.integers(2, 7)):
         kind = int(rng.integers(len(HUES)))
         radius = rng.uniform(16, 32) if rng.random() < 0.4 else rng.uniform(4, 10)
         distance = _signed_distance(rng, kind, radius)
-        colour = HUES[kind] + rng.normal(0, 0.05, 3) + rng.choice((-1, 1)) * rng.uniform(0.08, 0.3)
-        alpha = rng.uniform(0.5, 1.0) * _coverage(distance, softness=rng.uniform(0.4, 2.0))
+        colour = HUES[kind] + (rng.normal(0, 0.06, 3) + rng.uniform(-0.12, 0.12)).astype(np.float32)
+        alpha = rng.uniform(0.6, 1.0) * _coverage(distance, softness=rng.uniform(0.4, 2.0))
         image += alpha[..., None] * (colour - image)
         label[distance < rng.normal(0, 0.7)] = kind + 1
-    image += rng.normal(0, 0.03, image.shape)
+    image += rng.normal(0, 0.03, (HEIGHT, WIDTH, 1)).astype(np.float32)
     if rng.random() < 1 / 3:
         left = int(rng.integers(WIDTH - 12))
         label[:, left : left + int(rng.integers(4, 12))] = IGNORE_INDEX
@@ -61,7 +65,7 @@ def _noise(rng: np.random.Generator, cell: int, depth: int) -> np.ndarray:
     """(H, W, depth) smooth noise in -0.5..0.5 that varies over `cell` pixels."""
     coarse = rng.uniform(-0.5, 0.5, (depth, HEIGHT // cell + 1, WIDTH // cell + 1)).astype(np.float32)
     planes = [Image.fromarray(plane).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for plane in coarse]
-    return np.stack(planes, axis=-1).astype(np.float64)
+    return np.stack(planes, axis=-1)
 
 
 def _coverage(distance: np.ndarray, softness: float) -> np.ndarray:
@@ -70,9 +74,10 @@ def _coverage(distance: np.ndarray, softness: float) -> np.ndarray:
 
 def _signed_distance(rng: np.random.Generator, kind: int, radius: float) -> np.ndarray:
     """(H, W) distance in pixels to the edge of one shape at a random place and angle, negative inside."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float64)
-    x, y, angle = x - rng.uniform(0, WIDTH), y - rng.uniform(0, HEIGHT), rng.uniform(0, 2 * np.pi)
-    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    x, y = GRID_X - np.float32(rng.uniform(0, WIDTH)), GRID_Y - np.float32(rng.uniform(0, HEIGHT))
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u, v = cos * x + sin * y, cos * y - sin * x
     if kind == 0:  # disk
         return np.hypot(u, v) - radius
     if kind == 1:  # square
