@@ -19,18 +19,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 4096  # pixels summed in working precision; block sums are added in float64, in one fixed order
-SAMPLE = 4096  # pixels of the strided sample that starts the iteration on large maps
+SAMPLE = 2048  # pixels of the strided sample that starts the iteration on large maps
 SMALL = 2**20  # inputs of up to that many elements are solved in one piece
-TILE = 2**18  # pixels the CPU strategy works on at a time: 1 MB in float32
+TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
-PIECES = 32  # an accelerator's temporaries hold about a 32nd of the input's elements each
+PIECES = 32  # temporaries hold about a 32nd of the input's elements each
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,11 +65,38 @@ def rankseg_rma(
     contested: str = "holders",
     binary_threshold: bool = True,
 ):
-    """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels, or (B, C, *spatial) bool with `allow_overlap`.
+    """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels, what argmax(1) returns but for another aim.
 
-    `return_tau` adds the (B, C) sizes of the classes' own sets; `in_batch=False` drops B everywhere. `contested`:
-    the classes that may win a pixel of several sets, its "holders" or "all" (a pruned one scores 0).
-    `binary_threshold`: two classes threshold the second channel alone. `valid`: (B, *spatial) bool.
+    prob: float16, bfloat16, float32 or float64 in [0, 1], torch (any device and strides) or numpy, which is then
+        returned too; (C, *spatial) with `in_batch=False`, which drops B from every result. Half precision is compared
+        and summed in float32. The map is never modified and no gradient is recorded; the result depends neither on
+        the number of threads nor on the memory layout.
+    opt_metric: "dice" or "iou", the metric whose expectation every class's set of pixels maximises.
+    allow_overlap: return these sets, (B, C, *spatial) bool, instead of labels; the only choice for one class.
+    return_tau: return also the (B, C) int64 sizes of the sets.
+    to_nonoverlap_method: the score by which classes compete for a pixel: "rma_score", the growth of the objective if
+        the class got the pixel; "prob", its probability; "weight_prob", that over 1 + the pixels the class has alone.
+    unassigned: pixels in no set get the unpruned class of the largest score ("max_score"; of all classes where an
+        image has none), class 0 ("first", the paper's code), or the given int.
+    pruning_prob: a class whose largest probability in an image does not exceed it gets no set there.
+    valid: bool (B, *spatial); a pixel outside it counts in no sum and is in no set.
+    contested: the classes that may win a pixel of several sets: its "holders", or "all" as in the paper's code, where
+        a pruned class has score 0.
+    binary_threshold: label two classes by the set of the second one alone, as the paper does; False treats them as
+        any other number of classes.
+
+    Raises ValueError or TypeError for a wrong rank, dtype, shape or name, an empty dimension, NaN, infinity and values
+    outside [0, 1] (four units in the last place above 1 pass as the rounding of a softmax).
+
+    How much RMA loses: in the exact expected Dice (RankDice, Poisson-binomial distribution), against the best of all
+    sets, over 24 random maps for each number of pixels d, from confident to flat and with rare foreground:
+
+        d        4        10       25       50       100      400
+        mean     2.6e-3   4.8e-4   4.0e-4   9.0e-5   2.5e-5   3.4e-6
+        worst    4.1e-2   6.0e-3   5.2e-3   1.4e-3   3.8e-4   4.6e-5
+
+    It is at most 2 (n + mu + 1) / (n + mu)^2 for the n pixels of the best set: the approximation replaces 1 / (1 + n +
+    G) by its value at the mean of G, a sum of independent indicators, whose variance is at most its mean.
     """
     rule = _check_options(opt_metric, to_nonoverlap_method, unassigned, contested, pruning_prob)
     as_numpy = _is_numpy(prob)
@@ -79,14 +106,15 @@ def rankseg_rma(
         valid = None if valid is None else valid.unsqueeze(0)
     batch, classes, *spatial = prob.shape
     if valid is not None and valid.shape != (batch, *spatial):
-        raise ValueError(f"valid must have the shape {(batch, *spatial)} of prob without its classes, "
-                         f"got {tuple(valid.shape)}")
+        expected = (batch, *spatial) if in_batch else tuple(spatial)
+        got = tuple(valid.shape if in_batch else valid.shape[1:])
+        raise ValueError(f"valid must have the shape {expected} of prob without its classes, got {got}")
     if classes == 1 and not allow_overlap:
-        raise ValueError("one class alone has no labels to choose from: pass allow_overlap=True for its mask, "
-                         "or two channels (background, foreground)")
+        raise ValueError(
+            "one class leaves no labels to choose from: expected two channels (background, foreground) or "
+            "allow_overlap=True, which gives its mask"
+        )
     binary = classes == 2 and binary_threshold and not allow_overlap
-    # A maximum that equals pruning_prob in the precision of the map is pruned.
-    rule = replace(rule, pruning_prob=float(torch.tensor(rule.pruning_prob, dtype=prob.dtype)))
     if _on_cpu(prob) and prob.numel() > SMALL:
         out, tau = _solve_streamed(prob, valid, rule, allow_overlap, binary, return_tau)
     else:
@@ -194,6 +222,11 @@ def _wide(device: torch.device) -> torch.dtype:
 def _working(dtype: torch.dtype) -> torch.dtype:
     """The precision a map is compared and summed in: its own, or float32 for half precision."""
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _limit(rule: _Rule, prob: Tensor) -> Tensor:
+    """pruning_prob in the precision of the map: a class whose maximum equals it there is pruned."""
+    return torch.full((), rule.pruning_prob, dtype=prob.dtype, device=prob.device).to(_wide(prob.device))
 
 
 def _block_sum(x: Tensor) -> Tensor:
@@ -309,7 +342,7 @@ def _solve_batched(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool,
     valid = None if valid is None else valid.reshape(prob.shape[0], 1, -1)
     pieces = 1 if prob.numel() <= SMALL else PIECES
     mu, high, t, n, s = _thresholds(flat, valid, rule, pieces)
-    kept = high > rule.pruning_prob
+    kept = high > _limit(rule, prob)
     cut = _round_down(t, _working(prob.dtype)).masked_fill(~kept, torch.inf).unsqueeze(-1)
     n, s = n.masked_fill(~kept, 0.0), s.masked_fill(~kept, 0.0)
     shape, dtype = (flat.shape, torch.bool) if masks else (flat[:, 0].shape, torch.int64)
@@ -341,7 +374,8 @@ def _thresholds(flat: Tensor, valid: Tensor | None, rule: _Rule, pieces: int) ->
     batch, classes, _ = flat.shape
     images = -(-batch // pieces)
     step = -(-classes * batch // (images * pieces))
-    spans = [(slice(b, b + images), slice(c, c + step)) for b in range(0, batch, images) for c in range(0, classes, step)]
+    firsts = [(b, c) for b in range(0, batch, images) for c in range(0, classes, step)]
+    spans = [(slice(b, b + images), slice(c, c + step)) for b, c in firsts]
     found = [flat.new_zeros(batch, classes, dtype=_wide(flat.device)) for _ in range(5)]
     status: list[list[float]] = []
     while not status or not all(same for _, _, same in status):
@@ -389,13 +423,17 @@ class _Set(NamedTuple):
 
 
 class _Stream:
-    """Passes over single class maps on a CPU, TILE pixels at a time, in buffers that stay in the cache."""
+    """Passes over single maps of `size` pixels on a CPU, in pieces that stay in the cache.
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.inside = torch.empty(min(TILE, size), dtype=dtype)
+    `budget` is the size of the whole input as a number of float32 values; a buffer takes up to a 32nd of it.
+    """
+
+    def __init__(self, size: int, budget: int, dtype: torch.dtype) -> None:
+        tile = max(BLOCK, min(TILE, budget // PIECES // BLOCK * BLOCK))
+        self.inside = torch.empty(min(tile, size), dtype=dtype)
         self.copy = torch.empty_like(self.inside)
         self.parts = torch.empty(2, -(-size // BLOCK), dtype=dtype)
-        self.spans = [slice(a, min(a + TILE, size)) for a in range(0, size, TILE)]
+        self.spans = [slice(a, min(a + tile, size)) for a in range(0, size, tile)]
 
     def tiles(self, row: Tensor, valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """(d,) contiguous row -> its tiles in working precision, zero outside `valid`."""
@@ -446,14 +484,18 @@ class _Stream:
         t = _start(row, valid, torch.tensor(high, dtype=torch.float64), offset).item()
         n, s = self.measure(row, valid, self._cut(t))
         t = s / max(n + mu + offset, 1e-30)
-        while True:
-            n, s = self.measure(row, valid, self._cut(t))
+        n, s = self.measure(row, valid, self._cut(t))
+        t = max(t, s / max(n + mu + offset, 1e-30))  # from here on it climbs, but for rounding
+        cut = self._cut(t)
+        while self.place(row, valid, cut, target, value) != n:
+            n, s = self.measure(row, valid, cut)
             t = max(t, s / max(n + mu + offset, 1e-30))
-            cut = self._cut(t)
-            if self.place(row, valid, cut, target, value) == n:
-                return _Set(n, s, mu, cut)
+            if self._cut(t) == cut:
+                break
             if value:
                 self.place(row, valid, cut, target, -value)
+            cut = self._cut(t)
+        return _Set(n, s, mu, cut)
 
     def _cut(self, t: float) -> float:
         return _round_down(torch.tensor(t, dtype=torch.float64), self.inside.dtype).item()
@@ -466,7 +508,8 @@ def _solve_streamed(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool
     set, up to C - 1 the code is its label, and from C on it is contested.
     """
     batch, classes, size = *prob.shape[:2], prob[0, 0].numel()
-    stream = _Stream(size, _working(prob.dtype))
+    stream = _Stream(size, prob.numel() * prob.element_size() // 4, _working(prob.dtype))
+    limit = _limit(rule, prob).item()
     out = torch.zeros(batch, classes, size, dtype=torch.bool) if masks else torch.zeros(batch, size, dtype=torch.int64)
     code = None if masks or binary else torch.empty(size, dtype=stream.copy.dtype)
     tau = torch.zeros(batch, classes, dtype=torch.int64)
@@ -479,13 +522,15 @@ def _solve_streamed(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool
             high = max(_bounds(piece)[1] for piece in row.split(4 * TILE))
             if inside is not None:
                 high = max(x.amax().item() for _, x in stream.tiles(row, inside))
-            if high <= rule.pruning_prob or (binary and c == 0 and not want_tau):
+            if high <= limit or (binary and c == 0 and not want_tau):
                 continue
             target = code if code is not None else out[b, c] if masks else out[b]
             sets[c] = stream.solve(row, inside, high, rule.offset, target, 0 if code is None else classes + 1 + c)
             tau[b, c] = int(sets[c].n)
+            if binary and c == 0:  # solved for its size alone
+                out[b].zero_()
         if code is not None:
-            index = _undecided(code, classes, out[b])
+            index = _undecided(code, classes, out[b], stream.spans)
             if len(index):
                 _settle(prob[b], inside, index, _candidates(prob[b], inside, sets, rule, stream), rule, out[b])
     return out, tau
@@ -514,15 +559,15 @@ def _copy(x: Tensor, target: Tensor) -> None:
     target.copy_(x.to(torch.int32) if target.dtype == torch.int64 else x)
 
 
-def _undecided(code: Tensor, classes: int, out: Tensor) -> Tensor:
+def _undecided(code: Tensor, classes: int, out: Tensor, spans: list[slice]) -> Tensor:
     """(d,) codes, which are overwritten -> their labels, written to `out`, and the pixels that have none yet."""
     found = [torch.empty(0, dtype=torch.int64)]
-    for start in range(0, len(code), TILE):
-        piece = code[start : start + TILE]
-        _copy(piece, out[start : start + TILE])
+    for span in spans:
+        piece = code[span]
+        _copy(piece, out[span])
         piece.sub_((classes - 1) / 2).abs_()
         if piece.amax() > classes / 2:
-            found.append(_nonzero(piece.gt_(classes / 2)) + start)
+            found.append(_nonzero(piece.gt_(classes / 2)) + span.start)
     return torch.cat(found)
 
 
@@ -549,11 +594,17 @@ def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule:
     n, s, mu, cuts = torch.tensor(list(sets.values()), dtype=torch.float64).t().unsqueeze(1).unbind()
     cut = cuts.to(_working(prob.dtype)).unsqueeze(-1)
 
-    def look_up(index: Tensor) -> tuple[Tensor, Tensor]:
-        p = torch.stack([prob[c].reshape(-1).index_select(0, index) for c in sets]).to(cut.dtype).unsqueeze(0)
-        own = p > cut
-        return p.to(torch.float64), own if valid is None else own & valid[index]
+    def gather(index: Tensor) -> Tensor:
+        return torch.stack([prob[c].reshape(-1).index_select(0, index) for c in sets])
 
-    chunks = index.split(max(TILE, prob.numel() // 128) // len(sets) + 1)
-    for chunk, label in _assign(chunks, look_up, (n, s, mu), cuts.isfinite(), torch.tensor(list(sets)), rule):
-        out[chunk] = label[0]
+    gathered = gather(index) if len(index) * len(sets) <= prob.numel() // 16 else None
+
+    def look_up(piece: slice) -> tuple[Tensor, Tensor]:
+        p = (gather(index[piece]) if gathered is None else gathered[:, piece]).to(cut.dtype).unsqueeze(0)
+        own = p > cut
+        return p.to(torch.float64), own if valid is None else own & valid[index[piece]]
+
+    step = max(2**13, prob.numel() * prob.element_size() // 1024) // len(sets) + 1  # about 40 bytes per element
+    pieces = [slice(a, a + step) for a in range(0, len(index), step)]
+    for piece, label in _assign(pieces, look_up, (n, s, mu), cuts.isfinite(), torch.tensor(list(sets)), rule):
+        out[index[piece]] = label[0]

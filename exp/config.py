@@ -180,11 +180,14 @@ class PredictConfig:
     """A decision rule by name and its options; an option that the rule does not read is refused."""
 
     name: str
-    rule: Literal["argmax", "rankseg_rma"]
+    rule: Literal["argmax", "threshold", "rankseg_rma", "rankseg_package"]
+    threshold: float | None = None
     opt_metric: Literal["dice", "iou"] | None = None
     pruning_prob: float | None = None
     unassigned: Literal["max_score", "first"] | int | None = None
     to_nonoverlap_method: Literal["rma_score", "weight_prob", "prob"] | None = None
+    contested: Literal["holders", "all"] | None = None
+    solver: Literal["BA", "TRNA"] | None = None
 
     def __post_init__(self) -> None:
         known = RULE_OPTIONS[self.rule]
@@ -193,8 +196,9 @@ class PredictConfig:
                 _require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
             else:
                 _require(value is None, key, value, f"no such key: the rule {self.rule} does not read it")
-        if self.pruning_prob is not None:
-            _require(0 <= self.pruning_prob < 1, "pruning_prob", self.pruning_prob, "a value in [0, 1)")
+        for key in ("threshold", "pruning_prob"):
+            value = getattr(self, key)
+            _require(value is None or 0 <= value < 1, key, value, "a value in [0, 1)")
 
     def all_options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "rule")}
@@ -206,7 +210,9 @@ class PredictConfig:
 
 RULE_OPTIONS = {
     "argmax": (),
-    "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method"),
+    "threshold": ("threshold",),
+    "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
+    "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
 GROUPS = {
     "model": ModelConfig,

@@ -43,14 +43,6 @@ class Dist:
         torch_dist.all_gather_object(items, item)
         return items
 
-    def broadcast(self, item: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
-        if self.world_size == 1:
-            return item
-        items = [item]
-        torch_dist.broadcast_object_list(items, src=0)
-        return items[0]
-
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself)."""
         if self.world_size > 1:

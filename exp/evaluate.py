@@ -61,9 +61,10 @@ class Evaluator:
 
 def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) -> Evaluator:
     """The experiment's validation set under its rules; InputError if the data set is not there."""
+    dataset = build_dataset(config.data, data_dir, "val")
     return Evaluator(
-        dataset=build_dataset(config.data, data_dir, "val"),
-        rules={c.name: build_rule(c) for c in config.predict},
+        dataset=dataset,
+        rules={c.name: build_rule(c, len(dataset.classes)) for c in config.predict},
         inference=build_inference(config.test, config.data.crop_size),
         normalize=build_normalize(config.data),
         num_workers=config.schedule.num_workers,

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar, TensorBoard, and one JSON line per logging step."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,8 @@ class RunLogger(NullLogger):
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
         with open(self._log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "time": round(time.time(), 3), **values}) + "\n")
+            row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            file.write(json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}) + "\n")
         if "train/loss" in values:
             self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}")
 

@@ -1,11 +1,13 @@
-"""The decision rules by name: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
+"""The decision rules by name. All have one signature: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from exp.config import PredictConfig
+from exp.errors import InputError
 from rankseg_rma import rankseg_rma
 
 Rule = Callable[[Tensor], Tensor]
@@ -16,9 +18,35 @@ def argmax(prob: Tensor) -> Tensor:
     return prob.argmax(dim=1)
 
 
-RULES: dict[str, Callable[..., Tensor]] = {"argmax": argmax, "rankseg_rma": rankseg_rma}
+def threshold(prob: Tensor, *, threshold: float) -> Tensor:
+    """(B, 2, H, W) -> (B, H, W): 1 where the foreground's probability is above the threshold."""
+    return (prob[:, 1] > threshold).long()
 
 
-def build_rule(config: PredictConfig) -> Rule:
-    """A YAML -> the rule with its options."""
+def rankseg_package(prob: Tensor, *, opt_metric: str, pruning_prob: float, solver: str) -> Tensor:
+    """(B, 2, H, W) -> (B, H, W): the foreground by the authors' package `rankseg`, the paper's baselines.
+
+    solver: BA or TRNA (Dai & Li, JMLR 2023), the approximations that Table 2 and Table 3 compare with.
+    """
+    from rankseg import RankSEG  # here, because only these baselines need it
+
+    package = RankSEG(metric=opt_metric, solver=solver, output_mode="multilabel", pruning_prob=pruning_prob)
+    return package.predict(prob[:, 1:])[:, 0].to(torch.int64)
+
+
+RULES: dict[str, Callable[..., Tensor]] = {
+    "argmax": argmax,
+    "threshold": threshold,
+    "rankseg_rma": rankseg_rma,
+    "rankseg_package": rankseg_package,
+}
+TWO_CLASSES_ONLY = ("threshold", "rankseg_package")
+
+
+def build_rule(config: PredictConfig, num_classes: int) -> Rule:
+    """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more."""
+    if config.rule in TWO_CLASSES_ONLY and num_classes != 2:
+        raise InputError(
+            f"--predict_yaml {config.name}: got {num_classes} classes, expected 2 (background, foreground)"
+        )
     return partial(RULES[config.rule], **config.options())

@@ -58,31 +58,37 @@ class Segmentor(nn.Module):
         return self.head[-1].out_channels
 
 
-def _deeplabv3plus(config: ModelConfig, **common) -> smp.DeepLabV3Plus:
+def _deeplabv3plus(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.DeepLabV3Plus:
     return smp.DeepLabV3Plus(
-        **common,
-        decoder_channels=config.decoder_channels,
-        decoder_aspp_dropout=0.0,
-        decoder_atrous_rates=config.atrous_rates,
+        encoder,
+        encoder_weights=weights,
         encoder_output_stride=config.output_stride,
+        decoder_channels=config.decoder_channels,
+        decoder_atrous_rates=config.atrous_rates,
+        decoder_aspp_dropout=0.0,  # the dropout stands before the classifier, as in the paper
     )
 
 
-def _segformer(config: ModelConfig, **common) -> smp.Segformer:
-    return smp.Segformer(**common, decoder_segmentation_channels=config.decoder_channels)
+def _segformer(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.Segformer:
+    return smp.Segformer(encoder, encoder_weights=weights, decoder_segmentation_channels=config.decoder_channels)
 
 
-def _unet(config: ModelConfig, **common) -> smp.Unet:
+def _unet(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.Unet:
     if len(config.decoder_channels) != 5:
         raise InputError(f"model.decoder_channels: got {len(config.decoder_channels)} widths, expected 5 with unet")
-    return smp.Unet(**common, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+    return smp.Unet(
+        encoder,
+        encoder_weights=weights,
+        decoder_channels=config.decoder_channels,
+        decoder_interpolation="bilinear",
+    )
 
 
-def _upernet(config: ModelConfig, **common) -> smp.UPerNet:
-    return smp.UPerNet(**common, decoder_channels=config.decoder_channels)
+def _upernet(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.UPerNet:
+    return smp.UPerNet(encoder, encoder_weights=weights, decoder_channels=config.decoder_channels)
 
 
-DECODERS: dict[str, Callable[..., nn.Module]] = {
+DECODERS: dict[str, Callable[[ModelConfig, str, str | bool | None], nn.Module]] = {
     "deeplabv3plus": _deeplabv3plus,
     "segformer": _segformer,
     "unet": _unet,
@@ -108,7 +114,7 @@ def build_network(config: ModelConfig, num_classes: int, from_hub: bool) -> Segm
     """The network with random weights, or (from_hub) with the encoder's published ones."""
     name = encoder_name(config.encoder)
     weights = ("imagenet" if not name.startswith("tu-") else True) if from_hub else None
-    net = DECODERS[config.decoder](config, encoder_name=name, encoder_weights=weights, in_channels=3, classes=1)
+    net = DECODERS[config.decoder](config, name, weights)  # its own head, of one class, is not used
     for module in net.decoder.modules():
         if isinstance(module, nn.Upsample):
             module.align_corners = False if module.mode == "bilinear" else None

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from exp.data.camvid import CamVid
+from exp.data.transforms import Normalize
+from exp.distributed import Dist
+from exp.evaluate import Evaluator
+from exp.inference import SlidingWindow
+from exp.metrics import count
+
+
+class Colours(nn.Module):
+    """A network without weights: logits are colour channels."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image, image, image, image[:, :2]], dim=1)
+
+
+def evaluator(data_dir: Path, rules: dict, rank: int = 0, world_size: int = 1, dist_class: type = Dist) -> Evaluator:
+    return Evaluator(
+        dataset=CamVid(data_dir, "val"),
+        rules=rules,
+        inference=SlidingWindow((32, 32), (22, 22), 3),
+        normalize=Normalize((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        num_workers=0,
+        dist=dist_class(rank, world_size, torch.device("cpu")),
+    )
+
+
+def argmax(prob: torch.Tensor) -> torch.Tensor:
+    return prob.argmax(1)
+
+
+def test_every_rule_sees_the_same_probabilities_of_one_forward_pass(camvid_dir: Path):
+    seen = {"a": [], "b": []}
+
+    def recorder(name: str):
+        def rule(prob: torch.Tensor) -> torch.Tensor:
+            seen[name].append(prob)
+            return prob.argmax(1)
+
+        return rule
+
+    results = evaluator(camvid_dir, {"a": recorder("a"), "b": recorder("b")})(Colours())
+    assert [r.rule for r in results] == ["a", "b"]
+    assert len(seen["a"]) == 3
+    assert all(first is second for first, second in zip(seen["a"], seen["b"], strict=True))
+    assert (results[0].counts == results[1].counts).all()
+
+
+def test_counts_are_those_of_each_image(camvid_dir: Path):
+    judge = evaluator(camvid_dir, {"argmax": argmax})
+    (result,) = judge(Colours())
+    assert result.names == ("val_0", "val_1", "val_2")
+    for i in range(3):
+        item = judge.dataset[i]
+        pred = judge.decide(Colours(), item.image[None])["argmax"]
+        assert (result.counts[i] == count(pred, item.label, 11).numpy()).all()
+        assert result.counts[i][[0, 2]].sum() == (item.label != 255).sum()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_several_processes_count_every_image_once(camvid_dir: Path, world_size: int):
+    """The ranks run one after the other here; what they gather is put together as gather() would."""
+    parts: list[dict] = []
+
+    class Recording(Dist):
+        def gather(self, item: dict) -> list[dict]:
+            parts.append(item)
+            return parts if self.rank == self.world_size - 1 else [{i: np.zeros((1, 3, 11)) for i in range(3)}]
+
+    for rank in range(world_size):
+        (result,) = evaluator(camvid_dir, {"argmax": argmax}, rank, world_size, Recording)(Colours())
+    assert sorted(i for part in parts for i in part) == [0, 1, 2]
+    (alone,) = evaluator(camvid_dir, {"argmax": argmax})(Colours())
+    assert (result.counts == alone.counts).all()
