@@ -1,5 +1,6 @@
 """The process group as a context manager: the only file that knows ranks."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,16 +60,13 @@ class Dist:
         return batch_size // self.world_size
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model that trains: in DDP where there are several processes, with SyncBN where PyTorch offers it.
-
-        Buffers are not broadcast at every step; share_buffers() does it where a model is saved or evaluated.
-        """
+        """The model that trains: in DDP where there are several processes, with SyncBN where PyTorch offers it."""
         if self.world_size == 1:
             return model
         if self.device.type == "cpu":
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            return DistributedDataParallel(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, device_ids=[self.device], broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=[self.device])
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -92,6 +90,8 @@ def session(device_name: str) -> Iterator[Dist]:
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if rank > 0:
+        logging.getLogger("exp").setLevel(logging.ERROR)  # rank 0 says it for all
     if world_size == 1:
         yield Dist(rank, world_size, device)
         return

@@ -179,6 +179,7 @@ def resident(field: str) -> int:
 def peak_memory(prob: Tensor, name: str, queue) -> None:
     """Run in a fresh process: bytes by which the resident set grows at most while the rule `name` runs."""
     rule = build_rules(prob, with_sort=True)[name]
+    rule()  # loads the code it needs, which is not its memory
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = resident("VmRSS")
     result = rule()

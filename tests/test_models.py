@@ -84,14 +84,14 @@ def saved_encoder(path: Path, rename: bool) -> Segmentor:
 
 
 @pytest.mark.parametrize("rename", [False, True])
-def test_local_weights_by_name_or_by_order(tmp_path: Path, rename: bool, capsys):
+def test_local_weights_by_name_or_by_order(tmp_path: Path, rename: bool, caplog):
     path = tmp_path / "weights.pt"
     source = saved_encoder(path, rename)
     torch.manual_seed(2)
     model = build_model(tiny(pretrained=str(path)), 2)
     for own, other in zip(model.encoder.parameters(), source.encoder.parameters(), strict=True):
         assert torch.equal(own, other)
-    assert ("matched by order and shape" in capsys.readouterr().out) is rename
+    assert ("matched by order and shape" in caplog.text) is rename
 
 
 def test_local_weights_as_safetensors(tmp_path: Path):
@@ -143,7 +143,29 @@ def test_a_failed_download_says_what_to_do(monkeypatch, name: str):
     for module in ("segmentation_models_pytorch.encoders", "timm.models._hub"):
         monkeypatch.setattr(f"{module}.hf_hub_download", fail)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # put back what the check may change
     with pytest.raises(InputError) as error:
         build_model(shipped(name, pretrained=True), 2)
     for part in ("got no weights of encoder", "no connection", "cached", "local file", "false"):
         assert part in str(error.value)
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    from exp.models.weights import use_cache_without_network
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
+    use_cache_without_network()
+    assert constants.HF_HUB_OFFLINE is False
+
+    def fail(host: str, port: int) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    use_cache_without_network()
+    assert constants.HF_HUB_OFFLINE is True

@@ -169,10 +169,19 @@ def test_strategies_agree_for_every_keyword(shape, scale, monkeypatch):
     prob = softmax_map(*shape, scale=scale)
     valid = torch.rand(shape[0], *shape[2:], generator=torch.Generator().manual_seed(2)) > 0.2
     cases = [
-        {"opt_metric": metric, "to_nonoverlap_method": method, "unassigned": unassigned, "contested": contested,
-         "valid": mask, "binary_threshold": False}
-        for metric in ("dice", "iou") for method in ("rma_score", "weight_prob", "prob")
-        for unassigned in ("max_score", "first", 255) for contested in ("holders", "all") for mask in (None, valid)
+        {
+            "opt_metric": metric,
+            "to_nonoverlap_method": method,
+            "unassigned": unassigned,
+            "contested": contested,
+            "valid": mask,
+            "binary_threshold": False,
+        }
+        for metric in ("dice", "iou")
+        for method in ("rma_score", "weight_prob", "prob")
+        for unassigned in ("max_score", "first", 255)
+        for contested in ("holders", "all")
+        for mask in (None, valid)
     ]
     for options in cases:
         results = []
@@ -305,8 +314,24 @@ def test_errors_say_what_was_got_and_expected(change, error, message):
 class CountSynchronisations(TorchFunctionMode):
     """Counts what makes the host wait for a device: values read, and results whose size depends on values."""
 
-    names = {"item", "tolist", "nonzero", "masked_select", "unique", "cpu", "numpy", "argwhere", "equal", "allclose",
-             "__bool__", "__int__", "__float__", "__index__", "__contains__", "__len__bool"}
+    names = {
+        "item",
+        "tolist",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "cpu",
+        "numpy",
+        "argwhere",
+        "equal",
+        "allclose",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+        "__len__bool",
+    }
 
     def __init__(self):
         super().__init__()
@@ -326,8 +351,12 @@ class CountSynchronisations(TorchFunctionMode):
 @pytest.mark.parametrize("shape", [(1, 4, 30, 30), (1, 60, 30, 30), (9, 3, 300, 100)])
 def test_an_accelerator_is_waited_for_once(shape, monkeypatch):
     monkeypatch.setattr(module, "_on_cpu", lambda _: False)
-    for options in ({}, {"opt_metric": "iou", "contested": "all"}, {"allow_overlap": True},
-                    {"valid": torch.ones(shape[0], *shape[2:], dtype=torch.bool), "unassigned": 3}):
+    for options in (
+        {},
+        {"opt_metric": "iou", "contested": "all"},
+        {"allow_overlap": True},
+        {"valid": torch.ones(shape[0], *shape[2:], dtype=torch.bool), "unassigned": 3},
+    ):
         with CountSynchronisations() as count:
             rankseg_rma(softmax_map(*shape), return_tau=True, **options)
         assert count.found == ["tolist"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exp.config import ModelConfig
 from exp.errors import InputError
-from exp.models.weights import load_encoder_weights
+from exp.models.weights import load_encoder_weights, use_cache_without_network
 
 
 class Segmentor(nn.Module):
@@ -135,6 +135,8 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Tru
     Raises InputError if the weights cannot be had, with what to do about it.
     """
     source = config.pretrained if pretrained else False
+    if source is True:
+        use_cache_without_network()
     try:
         model = build_network(config, num_classes, from_hub=source is True)
     except (OSError, RuntimeError) as error:

@@ -1,9 +1,14 @@
 """A file of encoder weights -> the encoder, by name or, where the names differ, by order and shape."""
 
+import logging
 import pickle
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,13 +34,25 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
         if len(values) < len(names):
             raise InputError(f"{path}: got {len(values)} tensors, expected the encoder's {len(names)}")
         matched = {name: value for name, (_, value) in zip(names, values)}
-        print(f"{path}: other names than the encoder's; its {len(names)} tensors are matched by order and shape")
+        logging.getLogger("exp").warning(
+            "%s: other names than the encoder's; its first %d tensors are matched by order and shape", path, len(names)
+        )
     for name, value in matched.items():
         if value.shape != own[name].shape:
             raise InputError(
                 f"{path}: got shape {tuple(value.shape)} for the encoder's '{name}', expected {tuple(own[name].shape)}"
             )
     model.load_state_dict(matched, strict=False)
+
+
+def use_cache_without_network() -> None:
+    """Where the hub's name cannot be resolved, let its client look in the local cache alone: it retries for minutes."""
+    if urllib.request.getproxies():
+        return  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
