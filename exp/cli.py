@@ -73,6 +73,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write panels (image, truth, each rule, differences) of the N images with the largest "
         "gain of the last rule over the first",
     )
+    parser.add_argument(
+        "--save_prob",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write the probability maps of the first N images, (C, H, W) float32 .npy",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
@@ -82,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
             "resumes from the run's own newest checkpoint)"
         )
-    for name in ("save_pred", "seed"):
+    for name in ("save_pred", "save_prob", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
     return args

@@ -29,7 +29,7 @@ def main() -> None:
         else:
             model, iteration, results = run.train(args.data_dir)
         if dist.is_main:
-            run.report(model, iteration, results, args.save_pred)
+            run.report(model, iteration, results, num_pictures=args.save_pred, num_maps=args.save_prob)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,18 @@ COUNTS = ("tp", "fp", "fn")
 
 
 def save_results(results: Sequence[EvalResult], folder: Path, contexts: Sequence[Mapping[str, Any]]) -> None:
-    """Write <folder>/<rule>.json and .csv per result; files of an evaluation that differs are kept in older/.
+    """Write <folder>/<rule>.csv and .json per result; an older evaluation with other rows is kept in older/.
 
     contexts: per result, what the JSON says besides the rule and its scores (config, checkpoint, revision, versions).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for result, context in zip(results, contexts, strict=True):
-        files = {
-            folder / f"{result.rule}.json": result_json(result, context),
-            folder / f"{result.rule}.csv": result_csv(result),
-        }
-        if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in files.items()):
-            _keep_older(list(files), folder / "older")
-        for path, text in files.items():
-            write_atomically(path, text)
+        table, scores = folder / f"{result.rule}.csv", folder / f"{result.rule}.json"
+        text = result_csv(result)
+        if table.is_file() and table.read_text(encoding="utf-8") != text:
+            _keep_older([table, scores], folder / "older")
+        write_atomically(table, text)
+        write_atomically(scores, result_json(result, context))
 
 
 def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:

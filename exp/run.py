@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -105,8 +106,10 @@ class Run:
             )
             return raw_model, end, self._validate(raw_model, end, logger)
 
-    def report(self, model: Segmentor, iteration: int, results: Sequence[EvalResult], num_pictures: int) -> None:
-        """Write the results and the pictures to the run folder and print the table; rank 0 alone."""
+    def report(
+        self, model: Segmentor, iteration: int, results: Sequence[EvalResult], *, num_pictures: int, num_maps: int
+    ) -> None:
+        """Write results, pictures and probability maps to the run folder and print the table; rank 0 alone."""
         code, config = describe_code(), self.config.to_dict()
         contexts = [
             {"checkpoint_iteration": iteration, **code, "config": {**config, "predict": rule}}
@@ -117,7 +120,17 @@ class Run:
         for index in largest_gains(results, self.config.test.metric, num_pictures):
             panel = predict_panel(self.evaluator, model, index)
             print(save_panel(panel, self.folder / "pictures", self.evaluator.dataset.samples[index].name))
+        for index in range(min(num_maps, len(self.evaluator.dataset))):
+            self._save_probabilities(model, index)
         print(f"results: {self.folder / 'results'}")
+
+    def _save_probabilities(self, model: Segmentor, index: int) -> None:
+        """Write <run>/probabilities/<image>.npy, (C, H, W) float32."""
+        dataset = self.evaluator.dataset
+        prob = self.evaluator.probabilities(model, dataset[index].image[None])[0]
+        folder = self.folder / "probabilities"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"{dataset.samples[index].name.replace('/', '_')}.npy", prob.cpu().numpy())
 
     def _new_model(self) -> Segmentor:
         """Random weights by the seed, the same on every rank, under the encoder's pretrained ones."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -48,7 +49,16 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
 
     before = checkpoint_bytes(run)
     status, printed, err = program(
-        *flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only", "--save_pred", "2"
+        *flags,
+        "--output_dir",
+        out,
+        "--predict_yaml",
+        "rankseg_rma",
+        "--test-only",
+        "--save_pred",
+        "2",
+        "--save_prob",
+        "1",
     )
     assert status == 0, err
     assert checkpoint_bytes(run) == before
@@ -59,6 +69,10 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
         "rankseg_rma.json",
     }
     assert len(list((run / "pictures").glob("*.png"))) == 2
+    prob = np.load(run / "probabilities" / "shapes_val_0000.npy")
+    assert prob.shape == (6, 96, 128)
+    assert prob.dtype == np.float32
+    assert np.allclose(prob.sum(0), 1, atol=1e-5)
     result = json.loads((run / "results" / "rankseg_rma.json").read_text())
     assert result["rule"] == "rankseg_rma"
     assert result["checkpoint_iteration"] == 3

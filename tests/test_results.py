@@ -46,6 +46,9 @@ def test_an_equal_evaluation_changes_nothing_and_another_keeps_the_older(tmp_pat
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     save_results([result()], tmp_path, [{}])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    save_results([result()], tmp_path, [{"revision": "newer"}])
+    assert not (tmp_path / "older").exists(), "the same rows"
+    save_results([result()], tmp_path, [{}])
     for seed in (1, 2):
         save_results([result(seed=seed)], tmp_path, [{}])
     assert (tmp_path / "older" / "argmax.1.csv").read_bytes() == before["argmax.csv"]
