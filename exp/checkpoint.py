@@ -1,7 +1,6 @@
 """Checkpoints: written to a temporary file and renamed, found by their iteration, loaded without unpickling code."""
 
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from exp.errors import InputError
+from exp.tensor_files import load_tensor_file
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
@@ -86,14 +86,11 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a file written by save_checkpoint; InputError if it is anything else."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    content = load_tensor_file(path, "a checkpoint of this program")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(path=path, **content)
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected a checkpoint") from None
+    except TypeError:
+        raise InputError(f"{path}: got other content, expected a checkpoint of this program") from None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, model_config: dict[str, Any], classes: list[str]) -> None:
@@ -111,7 +108,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, model_config: dict[st
             f"{checkpoint.path}: got a checkpoint of another model, expected that of the flags "
             f"(checkpoint -> flags: {'; '.join(differences)})"
         )
-    model.load_state_dict(checkpoint.model)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:  # the libraries' names of parameters changed between their versions
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
 
 
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:

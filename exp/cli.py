@@ -92,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("save_pred", "save_prob", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
+    if args.seed >= 2**31:
+        raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
     return args
 
 

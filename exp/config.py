@@ -1,6 +1,7 @@
 """YAML files and --set overrides -> one frozen ExperimentConfig. Nothing heavy is imported here."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,15 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "stride", "window_batch")
+        if self.crop_size and self.stride:
+            fits = all(step <= side for step, side in zip(self.stride, self.crop_size))
+            _require(fits, "stride", self.stride, f"at most the window, {self.crop_size}")
+
+    def resolved(self, train_crop: tuple[int, int]) -> "TestConfig":
+        """With the window and its stride filled in: the training crop, and ceil(2/3 crop) as in the paper."""
+        crop = self.crop_size or train_crop
+        stride = self.stride or tuple(math.ceil(2 * side / 3) for side in crop)
+        return dataclasses.replace(self, crop_size=crop, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,7 @@ RULE_OPTIONS = {
     "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
+EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 GROUPS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -281,6 +292,10 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
     names = [c.name for c in configs["predict"]]
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
+    try:
+        configs["test"] = configs["test"].resolved(configs["data"].crop_size)
+    except InputError as error:
+        raise InputError(f"test and data YAMLs: {error}") from None
     return ExperimentConfig(**configs, seed=seed)
 
 
@@ -313,6 +328,10 @@ def _apply_override(text: str, values: dict, origins: dict) -> None:
         mappings = [mapping for mapping in mappings if key in mapping]
         if not mappings:
             raise InputError(f"--set {text}: none of the rules asked for reads the key '{key}'")
+    parsed = parse_value(value, f"--set {text}")
     for mapping in mappings:
-        mapping[key] = parse_value(value, f"--set {text}")
+        mapping[key] = parsed
+        other = EXCLUSIVE.get((group, key))
+        if other and parsed is not None and other not in origins.get(group, {}):
+            mapping[other] = None  # schedule.train_epochs=20 means: not in iterations
     origins.setdefault(group, {})[key] = f"--set {text}"

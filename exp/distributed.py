@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,7 +66,7 @@ class Dist:
             return model
         if self.device.type == "cpu":
             return DistributedDataParallel(model)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's: its norm layers hold activations, which PyTorch's drops
         return DistributedDataParallel(model, device_ids=[self.device])
 
 
@@ -98,6 +99,7 @@ def session(device_name: str) -> Iterator[Dist]:
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
         yield Dist(rank, world_size, device)
-        torch_dist.barrier()
-    finally:
-        torch_dist.destroy_process_group()
+    except InputError as error:
+        raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()

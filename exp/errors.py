@@ -1,6 +1,5 @@
 """What a user can cause is told in one line; everything else keeps its traceback."""
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -13,9 +12,15 @@ def run_and_report(main: Callable[[], None]) -> int:
     """Run main() -> exit status: 0, or 2 with one line on stderr for what the user can put right."""
     try:
         main()
-    except (InputError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+    except (
+        InputError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -53,6 +53,12 @@ class Evaluator:
         names = tuple(sample.name for sample in self.dataset.samples)
         return [EvalResult(rule, names, self.dataset.classes, table[:, i]) for i, rule in enumerate(self.rules)]
 
+    def read_all(self) -> None:
+        """Read this process's share of the images and labels; InputError for the first that is damaged."""
+        loader = build_test_loader(self.dataset, self.num_workers, self.dist)
+        for _ in tqdm(loader, desc="reading the validation set", disable=not self.dist.is_main, leave=False):
+            pass
+
     def decide(self, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         """(1, 3, H, W) uint8 image and a model in eval mode -> (H, W) int64 labels a rule."""
         prob = self.probabilities(model, image)
@@ -69,7 +75,7 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
     return Evaluator(
         dataset=dataset,
         rules={c.name: build_rule(c, len(dataset.classes)) for c in config.predict},
-        inference=build_inference(config.test, config.data.crop_size),
+        inference=build_inference(config.test),
         normalize=build_normalize(config.data),
         num_workers=config.schedule.num_workers,
         dist=dist,

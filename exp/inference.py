@@ -57,7 +57,6 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
 Inference = Callable[[nn.Module, Tensor], Tensor]
 
 
-def build_inference(config: TestConfig, train_crop: tuple[int, int]) -> Inference:
-    """A YAML and the training crop -> the sliding window; stride ceil(2/3 crop) unless the YAML says otherwise."""
-    crop = config.crop_size or train_crop
-    return SlidingWindow(crop, config.stride or tuple(math.ceil(2 * side / 3) for side in crop), config.window_batch)
+def build_inference(config: TestConfig) -> Inference:
+    """A resolved YAML -> the sliding window."""
+    return SlidingWindow(config.crop_size, config.stride, config.window_batch)

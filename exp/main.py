@@ -24,12 +24,12 @@ def main() -> None:
         evaluator = build_evaluator(config, args.data_dir, dist)
         run = Run(config, args.output_dir / config.run_name, evaluator, dist)
         if args.test_only:
-            model, iteration = run.load(args.model_checkpoint)
+            model, training = run.load(args.model_checkpoint)
             results = evaluator(model)
         else:
-            model, iteration, results = run.train(args.data_dir)
+            model, training, results = run.train(args.data_dir)
         if dist.is_main:
-            run.report(model, iteration, results, num_pictures=args.save_pred, num_maps=args.save_prob)
+            run.report(model, training, results, num_pictures=args.save_pred, num_maps=args.save_prob)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ def compute_scores(counts: np.ndarray) -> dict[str, float]:
     """(N, 3, C) int64 counts -> Acc and mAcc, mIoU, mDice in D, I and C, in percent.
 
     D: counts summed over the images per class, then the score, then the mean over classes. I: the mean over images.
-    C: per class the mean over the images where it is active, then the mean over classes. With two classes D and C
-    are the foreground's. What is 0/0 (a class that is nowhere, an image without a pixel that counts) is left out;
-    NaN if nothing is left.
+    C: per class the mean over the images where it is active, then the mean over classes. With two classes D and I are
+    the foreground's, C is that of both. What is 0/0 (a class that is nowhere, an image without a pixel that counts)
+    is left out; NaN if nothing is left.
     """
     pooled, rows = counts.sum(0), image_scores(counts)
     tp, _, fn = pooled
@@ -71,7 +71,7 @@ def compute_scores(counts: np.ndarray) -> dict[str, float]:
     for name in SCORES:
         scores[f"m{name}D"] = float(_nanmean(by_class[f"{name}D"][foreground]))
         scores[f"m{name}I"] = float(_nanmean(rows[f"m{name}I"]))
-        scores[f"m{name}C"] = float(_nanmean(by_class[f"{name}C"][foreground]))
+        scores[f"m{name}C"] = float(_nanmean(by_class[f"{name}C"]))
     return {name: float(value) for name, value in scores.items()}
 
 

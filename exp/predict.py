@@ -49,4 +49,6 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule:
         raise InputError(
             f"--predict_yaml {config.name}: got {num_classes} classes, expected 2 (background, foreground)"
         )
+    if isinstance(config.unassigned, int) and not 0 <= config.unassigned < num_classes:
+        raise InputError(f"predict.unassigned: got {config.unassigned}, expected a label in 0..{num_classes - 1}")
     return partial(RULES[config.rule], **config.options())

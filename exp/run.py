@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from exp.checkpoint import Checkpoint, check_resumable, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from exp.checkpoint import (
+    TRAINING_GROUPS,
+    Checkpoint,
+    check_resumable,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from exp.config import ExperimentConfig
 from exp.data import build_dataset
 from exp.data.loader import build_train_loader, count_iterations
@@ -28,6 +37,7 @@ from exp.results import format_table, save_results
 from exp.train import Intervals, seed_everything, train
 
 LOGGED_PICTURES = 3
+POOLING_DECODERS = ("deeplabv3plus", "upernet")
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         return self.evaluator.dataset.classes
 
-    def load(self, path: Path | None) -> tuple[Segmentor, int]:
-        """The checkpoint at `path`, or the run's newest -> the raw model and the iterations it was trained for."""
+    def load(self, path: Path | None) -> tuple[Segmentor, dict[str, Any]]:
+        """The checkpoint at `path`, or the run's newest -> the raw model and how it was trained."""
         path = path or find_checkpoint(self.checkpoints)
         if path is None:
             raise InputError(
@@ -56,12 +66,12 @@ class Run:
                 "without --test-only), or name one with --model_checkpoint"
             )
         checkpoint = load_checkpoint(path)
-        return self._model_of(checkpoint), checkpoint.iteration
+        return self._model_of(checkpoint), describe_training(checkpoint.iteration, checkpoint.config)
 
-    def train(self, data_dir: str | None) -> tuple[Segmentor, int, list[EvalResult]]:
+    def train(self, data_dir: str | None) -> tuple[Segmentor, dict[str, Any], list[EvalResult]]:
         """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.
 
-        Returns the raw model, the iterations it was trained for and a result a rule.
+        Returns the raw model, how it was trained and a result a rule.
         """
         config, dist = self.config, self.dist
         dataset = build_dataset(config.data, data_dir, "train", config.seed)
@@ -71,12 +81,15 @@ class Run:
         if checkpoint:
             check_resumable(checkpoint, config.to_dict())
         start = checkpoint.iteration if checkpoint else 0
+        self._check_start(start)
         loader = build_train_loader(dataset, config.schedule, start, end, config.seed, dist)
         raw_model = self._model_of(checkpoint) if checkpoint else self._new_model()
         if start >= end:
             if dist.is_main:
                 print(f"{path}: training is complete ({end} iterations); evaluating")
-            return raw_model, start, self.evaluator(raw_model)
+            return raw_model, describe_training(start, checkpoint.config), self.evaluator(raw_model)
+        if start == 0:
+            self.evaluator.read_all()  # a damaged image should not wait for the end of the training
         model = dist.wrap(raw_model)
         optimizer = build_optimizer(config.optim, raw_model)
         scheduler = build_scheduler(config.optim, optimizer, end)
@@ -104,17 +117,21 @@ class Run:
                 logger=logger,
                 dist=dist,
             )
-            return raw_model, end, self._validate(raw_model, end, logger)
+            return raw_model, describe_training(end, config.to_dict()), self._validate(raw_model, end, logger)
 
     def report(
-        self, model: Segmentor, iteration: int, results: Sequence[EvalResult], *, num_pictures: int, num_maps: int
+        self,
+        model: Segmentor,
+        training: dict[str, Any],
+        results: Sequence[EvalResult],
+        *,
+        num_pictures: int,
+        num_maps: int,
     ) -> None:
         """Write results, pictures and probability maps to the run folder and print the table; rank 0 alone."""
         code, config = describe_code(), self.config.to_dict()
-        contexts = [
-            {"checkpoint_iteration": iteration, **code, "config": {**config, "predict": rule}}
-            for rule in config["predict"]
-        ]
+        judged = {group: config[group] for group in ("data", "test")}
+        contexts = [{"training": training, **code, "config": {**judged, "predict": rule}} for rule in config["predict"]]
         save_results(results, self.folder / "results", contexts)
         print(format_table(results, self.config.test.metric))
         for index in largest_gains(results, self.config.test.metric, num_pictures):
@@ -132,6 +149,22 @@ class Run:
         folder.mkdir(exist_ok=True)
         np.save(folder / f"{dataset.samples[index].name.replace('/', '_')}.npy", prob.cpu().numpy())
 
+    def _check_start(self, start: int) -> None:
+        """InputError if the processes see different checkpoints, or are given batches that batch norm cannot take."""
+        starts = self.dist.gather(start)
+        if len(set(starts)) > 1:
+            raise InputError(
+                f"{self.checkpoints}: got checkpoints of iterations {starts} on the processes, expected one "
+                "folder that all of them share"
+            )
+        share = self.dist.split_batch(self.config.schedule.batch_size)
+        synchronised = self.dist.world_size > 1 and self.dist.device.type != "cpu"
+        if share == 1 and not synchronised and self.config.model.decoder in POOLING_DECODERS:
+            raise InputError(
+                f"schedule.batch_size: got 1 image a process, expected 2 or more: {self.config.model.decoder} "
+                "normalises over the batch what it has pooled to one pixel"
+            )
+
     def _new_model(self) -> Segmentor:
         """Random weights by the seed, the same on every rank, under the encoder's pretrained ones."""
         seed_everything(self.config.seed, 0, 0)
@@ -148,6 +181,11 @@ class Run:
 
     def _saver(self, raw_model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Callable[[int], None]:
         def save(iteration: int) -> None:
+            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):  # the same on every rank
+                raise InputError(
+                    f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
+                    "try a lower rate"
+                )
             self.dist.share_buffers(raw_model)
             if self.dist.is_main:
                 save_checkpoint(
@@ -181,3 +219,8 @@ class Run:
         if self.dist.world_size > 1 and self.dist.device.type == "cpu":
             text += "\nbatch norm stays local to each process: PyTorch has no SyncBN for the CPU"
         return text
+
+
+def describe_training(iteration: int, config: dict[str, Any]) -> dict[str, Any]:
+    """What results say of the weights they judge: iterations done and the config they were trained under."""
+    return {"iteration": iteration, **{name: config[name] for name in (*TRAINING_GROUPS, "seed")}}

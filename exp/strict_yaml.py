@@ -15,11 +15,10 @@ import yaml
 from exp.errors import InputError
 
 T = TypeVar("T")
-FLOAT_TAG = "tag:yaml.org,2002:float"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 6e-5 as the number it is (YAML 1.2)."""
+    """Safe YAML that refuses duplicate keys and reads scalars as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -29,16 +28,21 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, in which a number without a dot has no exponent: its float rule gives way to that of 1.2.
+# PyYAML follows YAML 1.1, in which 6e-5 is text, 010 eight, 1:30 ninety and yes true; here the rules of 1.2 hold.
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
+}
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != FLOAT_TAG]
+    first: [rule for rule in rules if rule[0] not in _SCALARS]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver(
-    FLOAT_TAG,
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+for _tag, (_pattern, _firsts) in _SCALARS.items():
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), list(_firsts))
 
 
 def parse_value(text: str, where: str) -> Any:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from exp.data.loader import Batch
 from exp.distributed import Dist
+from exp.errors import InputError
 from exp.logger import NullLogger
 
 
@@ -51,7 +52,7 @@ def train(
 
     model: the wrapped one; its forward goes through DDP. save, validate: called with the number of iterations done,
     on every rank; after the last iteration save is always called, validate never (the run's evaluation follows).
-    Raises FloatingPointError if the logged loss is not finite.
+    Raises InputError if the logged loss is not finite.
     """
     model.train()
     loss_sum = torch.zeros((), device=dist.device)
@@ -71,7 +72,9 @@ def train(
         if done % intervals.log == 0 or done == end:
             mean_loss = (dist.mean(loss_sum) / steps).item()
             if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"the loss is {mean_loss} at iteration {done}; a lower optim.lr may help")
+                raise InputError(
+                    f"optim.lr: got a loss of {mean_loss} at iteration {done}, expected a number; try a lower rate"
+                )
             speed = steps * batch_size / (time.perf_counter() - clock)
             logger.scalars(done, {"train/loss": mean_loss, **rates, "train/images_per_second": speed})
             loss_sum.zero_()

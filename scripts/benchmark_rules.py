@@ -147,8 +147,13 @@ def build_package_rules(prob: Tensor, metric: str) -> dict[str, Callable[[], obj
     binary = prob.shape[1] == 2
     rules = {}
     for mode, screening in (("default", False), ("screening", "auto")):
-        solver = RankSEG(metric=metric, solver="RMA", output_mode="multilabel" if binary else "multiclass",
-                         pruning_prob=PRUNING_PROB, safe_screening=screening)
+        solver = RankSEG(
+            metric=metric,
+            solver="RMA",
+            output_mode="multilabel" if binary else "multiclass",
+            pruning_prob=PRUNING_PROB,
+            safe_screening=screening,
+        )
         rules[f"rankseg {mode} {metric}"] = lambda solver=solver: solver.predict(prob[:, 1:] if binary else prob)
     return rules
 

@@ -21,6 +21,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "data.transforms",
     "data",
     "data.loader",
+    "tensor_files",
     "models.weights",
     "models.segmentor",
     "models",
@@ -48,15 +49,16 @@ MODULES = {
 
 def imported(path: Path) -> set[str]:
     """The modules of exp that a file imports, anywhere in it."""
-    names = set()
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "exp":
-            base = node.module.removeprefix("exp").lstrip(".")
-            names |= {
-                f"{base}.{alias.name}".lstrip(".") if f"{base}.{alias.name}".lstrip(".") in MODULES else base
-                for alias in node.names
-            }
-    return names
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}".removeprefix("exp.")
+                found.add(f"exp.{inner}" if inner in MODULES else node.module)
+    return {name.removeprefix("exp.") for name in found if name.split(".")[0] == "exp"}
 
 
 def test_every_module_has_its_place():
@@ -87,3 +89,10 @@ def test_flags_alone_import_nothing_heavy(flags: list[str]):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_one_file_knows_ranks():
+    for name, path in MODULES.items():
+        if name != "distributed":
+            assert '"RANK"' not in path.read_text(), name
+            assert "torch.distributed" not in path.read_text(), name

@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 from exp import checkpoint as checkpoints
-from exp.checkpoint import check_resumable, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from exp.checkpoint import (
+    check_resumable,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from exp.errors import InputError
+from exp.tensor_files import load_tensor_file
 
 CONFIG = {
     "model": {"name": "m", "decoder": "unet", "pretrained": True},
@@ -74,13 +82,13 @@ def test_a_failed_save_leaves_the_older_file_and_no_rest(tmp_path: Path, monkeyp
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"a: 1\nb: 2\n", b"hello world", None])
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes | None):
     path = tmp_path / "iter_0000001.pt"
     torch.save({"weights": torch.zeros(2)}, path) if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match=r"iter_0000001\.pt: got a file that cannot be read"):
+    with pytest.raises(InputError, match=r"iter_0000001\.pt: got .* expected a checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(InputError, match="no such checkpoint"):
+    with pytest.raises(InputError, match=r"iter_0000002\.pt: no such file, expected a checkpoint"):
         load_checkpoint(tmp_path / "iter_0000002.pt")
 
 
@@ -95,3 +103,30 @@ def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
     other = {**CONFIG, "optim": {"name": "o", "lr": 0.2}, "seed": 5}
     with pytest.raises(InputError, match=r"optim\.lr 0\.1 -> 0\.2; seed 0 -> 5"):
         check_resumable(loaded, other)
+
+
+def test_flipped_bits_and_cut_files_are_noticed(tmp_path: Path):
+    path = save(tmp_path, 1)
+    data = path.read_bytes()
+    weights = data.index(torch.ones(4).numpy().tobytes())
+    for damaged in (
+        data[: weights + 5] + bytes([data[weights + 5] ^ 16]) + data[weights + 6 :],
+        data[:-100],
+        data[:200],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"iter_0000001\.pt: got a file that cannot be read"):
+            load_checkpoint(path)
+
+
+def test_a_safetensors_file_that_is_none_is_refused(tmp_path: Path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not a header")
+    with pytest.raises(InputError, match=r"weights\.safetensors: got a file that cannot be read"):
+        load_tensor_file(path, "a state dict")
+
+
+def test_other_parameters_of_the_same_yaml_are_refused(tmp_path: Path):
+    loaded = load_checkpoint(save(tmp_path, 1))
+    with pytest.raises(InputError, match=r"iter_0000001\.pt: got other parameters than the model's"):
+        load_weights(nn.Linear(3, 3), loaded, CONFIG["model"], ["a", "b"])

@@ -45,6 +45,10 @@ def test_every_group_has_a_folder(group: str):
         ("'6e-5'", "6e-5"),
         ("e5", "e5"),
         ("1.2.3", "1.2.3"),
+        ("yes", "yes"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("-7", -7),
     ],
 )
 def test_values_are_read_as_yaml_1_2_reads_them(text: str, value: object):
@@ -69,6 +73,20 @@ def test_overrides_reach_the_config_and_are_typed():
     assert config.model.pretrained == "/w.pt"
     assert [rule.pruning_prob for rule in config.predict] == [None, 0.5]
     assert config.seed == 3
+
+
+def test_epochs_take_the_place_of_iterations():
+    assert compose("schedule.train_epochs=3").schedule.train_iters is None
+    with pytest.raises(InputError, match="one of the two"):
+        compose("schedule.train_epochs=3", "schedule.train_iters=5")
+
+
+def test_the_window_is_resolved():
+    """Stride ceil(2/3 crop), the crop that of training unless the test YAML has its own."""
+    config = compose("data.crop_size=[240,320]")
+    assert (config.test.crop_size, config.test.stride) == ((240, 320), (160, 214))
+    config = compose("test.crop_size=[64,64]", "test.stride=[32,16]")
+    assert (config.test.crop_size, config.test.stride) == ((64, 64), (32, 16))
 
 
 def test_run_name_joins_what_was_trained():
@@ -102,7 +120,9 @@ def test_resolved_config_is_yaml_that_loads_again():
         ("optim.lr=.nan", ["nan"]),
         ("optim.lr=-1e-3", ["above 0"]),
         ("optim.momentum=0.9", ["momentum", "no such key with adamw"]),
-        ("schedule.train_epochs=3", ["one of the two"]),
+        ("schedule.train_iters=null", ["one of the two"]),
+        ("test.stride=[500,500]", ["stride", "(500, 500)", "at most the window, (96, 96)"]),
+        ("schedule.batch_size=010", ["got '010' (str)"]),
         ("model.decoder=fcn", ["got 'fcn' (str)", "deeplabv3plus"]),
         ("model.output_stride=16", ["32 with decoder unet"]),
         ("model.decoder_channels=64", ["a list, one width a block"]),

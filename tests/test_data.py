@@ -9,7 +9,7 @@ from exp.data import DATASETS, find_dataset
 from exp.data.base import label_table
 from exp.data.camvid import CamVid
 from exp.data.pascal_voc import PascalVOC
-from exp.data.shapes import Shapes
+from exp.data.shapes import Shapes, ShapesBinary
 from exp.errors import InputError
 
 
@@ -70,6 +70,14 @@ def test_shapes_are_a_function_of_split_and_index():
     assert (first[3].image != other[3].image).any()
 
 
+def test_binary_shapes_are_the_same_images_of_two_classes():
+    several, binary = Shapes(None, "val"), ShapesBinary(None, "val")
+    for i in range(5):
+        assert (several[i].image == binary[i].image).all()
+        expected = np.where(several[i].label == 255, 255, several[i].label > 0)
+        assert (binary[i].label.numpy() == expected).all()
+
+
 def test_shapes_have_every_class_large_and_small_and_ignored_pixels():
     labels = np.stack([Shapes(None, "train")[i].label for i in range(60)])
     assert set(np.unique(labels)) == {0, 1, 2, 3, 4, 5, 255}
@@ -113,7 +121,13 @@ def empty_image(root: Path) -> None:
     (root / "camvid" / "val" / "val_1.png").write_bytes(b"")
 
 
+def missing_image(root: Path) -> None:
+    (root / "camvid" / "val" / "val_1.png").unlink()
+
+
 def no_images(root: Path) -> None:
+    for path in (root / "camvid" / "valannot").iterdir():
+        path.unlink()
     for path in (root / "camvid" / "val").iterdir():
         path.unlink()
 
@@ -127,6 +141,7 @@ DAMAGES = {
     deep_label: ["valannot/val_1.png: got", "8-bit class indices"],
     truncated_image: ["val/val_1.png: got a file that cannot be read"],
     empty_image: ["val/val_1.png: got a file that cannot be read"],
+    missing_image: ["val/val_1.png: no such file", "partner of", "valannot/val_1.png"],
     no_images: ["got no samples of CamVid in split 'val'"],
 }
 
@@ -155,6 +170,7 @@ def test_damaged_data_ends_in_one_clear_line(program, camvid_dir: Path, tmp_path
     assert "Traceback" not in err
     for part in DAMAGES[damage]:
         assert part in line
+    assert not (tmp_path / "out").exists(), "it trained before it noticed"
 
 
 def test_missing_data_dir(tmp_path: Path):

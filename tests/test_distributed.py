@@ -149,11 +149,17 @@ def test_alone_everything_is_a_no_op():
         assert dist.wrap(model) is model
 
 
-def test_accelerators_get_sync_batch_norm(monkeypatch):
-    """What would be wrapped on a GPU; it is not run here."""
+@pytest.mark.parametrize("encoder", ["mobilenetv3_small_100", "resnet18d"])
+def test_accelerators_get_sync_batch_norm(monkeypatch, encoder: str):
+    """What would be wrapped on a GPU computes the same, activations inside norm layers included; it is not run here."""
     monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **options: (model, options))
-    model, options = Dist(1, 2, torch.device("cuda", 1)).wrap(build_model(tiny(), 2))
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model = build_model(tiny(encoder=encoder), 2).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = model(image)
+        wrapped, options = Dist(1, 2, torch.device("cuda", 1)).wrap(model)
+        torch.testing.assert_close(wrapped(image), before)
+    norms = [m for m in wrapped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
     assert options["device_ids"] == [torch.device("cuda", 1)]

@@ -39,11 +39,9 @@ def test_windows_step_by_the_stride_and_end_with_the_image(length: int, crop: in
     assert starts(length, crop, stride) == expected
 
 
-def test_default_stride_is_two_thirds_of_the_crop_rounded_up():
-    window = build_inference(TestConfig("t", "mIoUI"), (240, 320))
-    assert window == SlidingWindow((240, 320), (160, 214), 4)
-    other = build_inference(TestConfig("t", "mIoUI", crop_size=(64, 64), stride=(32, 16)), (240, 320))
-    assert other == SlidingWindow((64, 64), (32, 16), 4)
+def test_a_resolved_yaml_becomes_the_window():
+    config = TestConfig("t", "mIoUI", window_batch=7).resolved((240, 320))
+    assert build_inference(config) == SlidingWindow((240, 320), (160, 214), 7)
 
 
 @pytest.mark.parametrize("size", [(20, 30), (9, 30), (20, 7), (5, 5), (8, 8)])

@@ -75,7 +75,8 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert np.allclose(prob.sum(0), 1, atol=1e-5)
     result = json.loads((run / "results" / "rankseg_rma.json").read_text())
     assert result["rule"] == "rankseg_rma"
-    assert result["checkpoint_iteration"] == 3
+    assert result["training"]["iteration"] == 3
+    assert result["training"]["optim"]["lr"] == 6e-4
     assert result["config"]["predict"]["opt_metric"] == "dice"
     with open(run / "results" / "rankseg_rma.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -167,13 +168,16 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
     ("flags", "message"),
     [
         (["--test-only"], "got no checkpoint, expected one: train first"),
-        (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such file, expected a checkpoint"),
         (["--model_checkpoint", "some.pt"], "expected together with --test-only"),
         (["--model_yaml", "unet_mobilenetv3_smal"], "did you mean 'unet_mobilenetv3_small_100'"),
         (["--data_yaml", "camvid"], "--data_dir: got none"),
         (["--data_yaml", "camvid", "--data_dir", "nowhere"], "nowhere: no such folder"),
         (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),
         (["--set", "schedule.batch_size=99"], "expected at most the number of training images, 8"),
+        (["--seed", "5000000000"], "--seed: got 5000000000"),
+        (["--set", "test.stride=[64,64]"], "expected at most the window, (32, 32)"),
+        (["--set", "predict.unassigned=9"], "predict.unassigned: got 9, expected a label in 0..5"),
         (["--save_pred", "-1"], "--save_pred: got -1"),
         (["--tset-only"], "unrecognized arguments"),
     ],
@@ -208,13 +212,67 @@ def test_epochs_and_real_layouts(program, tmp_path: Path, camvid_dir: Path):
         "--set",
         "model.pretrained=false",
         "data.crop_size=[32,48]",
-        "schedule.train_iters=null",
         "schedule.train_epochs=2",
         "schedule.batch_size=3",
         "schedule.num_workers=0",
     )
     assert status == 0, err
     assert "iterations 0 to 4" in printed
+
+
+def test_curves_and_pictures_are_in_tensorboard(program, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert program(*TINY, "schedule.val_iters=2", "--output_dir", tmp_path)[0] == 0
+    events = EventAccumulator(str(tmp_path / TINY_RUN / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    groups = ("encoder_decay", "encoder_no_decay", "head_decay", "head_no_decay")
+    assert {"train/loss", "train/images_per_second", *(f"lr/{group}" for group in groups)} <= scalars
+    assert {
+        f"val/{rule}/{name}" for rule in ("argmax", "rankseg_rma") for name in ("Acc", "mIoUI", "mDiceC")
+    } <= scalars
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [e.step for e in events.Scalars("val/argmax/mIoUI")] == [2, 3]
+    assert set(events.Tags()["images"]) == {"val/0", "val/1", "val/2"}
+
+
+def test_two_classes_under_every_rule(program, tmp_path: Path):
+    rules = ["argmax", "threshold", "rankseg_rma", "rankseg_rma_iou", "rankseg_ba", "rankseg_trna"]
+    status, printed, err = program(
+        *TINY, "--output_dir", tmp_path, "--data_yaml", "shapes_binary", "--predict_yaml", *rules
+    )
+    assert status == 0, err
+    lines = [line.split() for line in printed.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line[0] in rules and len(line) == 11}
+    assert rows.keys() == set(rules)
+    assert rows["threshold"] == rows["argmax"]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(program, tmp_path: Path):
+    status, _, err = program(
+        *TINY, "--output_dir", tmp_path, "--set", "optim.lr=1e30", "schedule.log_iters=100", "schedule.save_iters=1"
+    )
+    assert status == 2
+    assert "error: optim.lr: got" in err
+    assert len(list((tmp_path / TINY_RUN / "checkpoints").glob("*"))) < 3
+
+
+def test_one_image_a_process_where_batch_norm_cannot_take_it(program, tmp_path: Path):
+    status, _, err = program(
+        *TINY,
+        "--output_dir",
+        tmp_path / "out",
+        "--model_yaml",
+        "deeplabv3plus_resnet18d",
+        "--set",
+        "model.decoder_channels=16",
+        "schedule.batch_size=1",
+        "model.pretrained=false",
+    )
+    assert status == 2
+    assert "schedule.batch_size: got 1 image a process, expected 2 or more" in err
+    assert not (tmp_path / "out").exists()
 
 
 PAPER_FLAGS = [
@@ -244,49 +302,34 @@ SMALL = [
 ]
 
 
-def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
-    """torchrun from exp/, then test-only as one process from the top level, as a user types them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    common = ["--data_dir", str(voc_dir), "--output_dir", str(tmp_path / "out"), *PAPER_FLAGS]
-    trained = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=1",
-            "--nproc_per_node=2",
-            "--node_rank=0",
-            f"--master_port={free_port()}",
-            "main.py",
-            *common,
-            "--predict_yaml",
-            "argmax",
-            *SMALL,
-        ],
-        cwd=ROOT / "exp",
-        env=environment,
+def torchrun(flags: list, cwd: Path = ROOT / "exp") -> subprocess.CompletedProcess:
+    """The program on two processes, as a user starts it."""
+    start = ["--nnodes=1", "--nproc_per_node=2", "--node_rank=0", f"--master_port={free_port()}", "main.py"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *start, *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
+    """torchrun from exp/, then test-only as one process from the top level, as a user types them."""
+    common = ["--data_dir", str(voc_dir), "--output_dir", str(tmp_path / "out"), *PAPER_FLAGS]
+    small = [*SMALL, "schedule.save_iters=1", "schedule.keep_checkpoints=9"]
+    trained = torchrun([*common, "--predict_yaml", "argmax", *small])
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "out" / "upernet_convnext_base.fb_in22k_ft_in1k_384.pascal_voc.ce.40k_iters.adamw_lr6e-5"
     assert (run / "results" / "argmax.json").exists()
-    assert "batch norm stays local" in trained.stdout
+    assert trained.stdout.count("batch norm stays local") == 1
     before = checkpoint_bytes(run)
     tested = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "exp" / "main.py"),
-            *common,
-            "--predict_yaml",
-            "argmax",
-            "rankseg_rma",
-            "--test-only",
-            *SMALL,
-        ],
+        [sys.executable, ROOT / "exp" / "main.py", *common, "--predict_yaml", "argmax", "rankseg_rma", "--test-only"]
+        + small,
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -296,3 +339,22 @@ def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     assert not (run / "results" / "older").exists(), "one process scores what two processes scored"
     with open(run / "results" / "rankseg_rma.csv", newline="") as file:
         assert [row["image"] for row in csv.DictReader(file)] == [f"2007_val_{i:06d}" for i in range(3)]
+
+    # Interrupted after the first step, the two processes go on to the same weights.
+    whole = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
+    (run / "checkpoints" / "iter_0000002.pt").unlink()
+    resumed = torchrun([*common, "--predict_yaml", "argmax", *small])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "iterations 1 to 2" in resumed.stdout
+    again = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
+    assert all(torch.equal(whole.model[name], again.model[name]) for name in whole.model)
+
+
+def test_errors_on_two_processes_end_the_run(camvid_dir: Path, tmp_path: Path):
+    """A damaged image that one process alone reads: its line names the rank, and the other process does not hang."""
+    (camvid_dir / "camvid" / "val" / "val_1.png").write_bytes(b"")
+    done = torchrun([*TINY, "--data_yaml", "camvid", "--data_dir", camvid_dir, "--output_dir", tmp_path / "out"])
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any("val/val_1.png: got a file that cannot be read" in line and "[rank 1]" in line for line in lines)
+    assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ def literal_scores(images: list[list[tuple[int, int, int]]]) -> dict[str, float]
                 per_image.append(mean([ratio(name, *image[c]) for c in present]))
         scores[f"m{name}I"] = mean(per_image)
         scores[f"m{name}C"] = mean(
-            [mean([ratio(name, *image[c]) for image in images if active(image, c)]) for c in judged]
+            [mean([ratio(name, *image[c]) for image in images if active(image, c)]) for c in range(num_classes)]
         )
     return scores
 

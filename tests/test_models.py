@@ -118,7 +118,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, capsys):
         "expected the encoder's": {"a": torch.zeros(3)},
         "expected a state dict": Payload(),
         "got list, expected a state dict": [1, 2],
-        "got shape (1,) for the encoder's": {f"t{i}": torch.zeros(1) for i in range(500)},
+        "in the place of the encoder's": {f"t{i}.other": torch.zeros(1) for i in range(500)},
+        "got shape (1,) for the encoder's": {
+            f"t{i}.{name.rpartition('.')[2]}": torch.zeros(1)
+            for i, name in enumerate(n for n in build_model(tiny(), 2).encoder.state_dict() if "num_batches" not in n)
+        },
     }
     for message, content in cases.items():
         torch.save(content, path)
@@ -143,7 +147,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch, name: str):
     for module in ("segmentation_models_pytorch.encoders", "timm.models._hub"):
         monkeypatch.setattr(f"{module}.hf_hub_download", fail)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # put back what the check may change
     with pytest.raises(InputError) as error:
         build_model(shipped(name, pretrained=True), 2)
     for part in ("got no weights of encoder", "no connection", "cached", "local file", "false"):
@@ -155,17 +158,24 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
 
     from huggingface_hub import constants
 
-    from exp.models.weights import use_cache_without_network
+    from exp.models.weights import cache_alone_without_network
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
-    use_cache_without_network()
-    assert constants.HF_HUB_OFFLINE is False
+    before = constants.HF_HUB_OFFLINE
+    with cache_alone_without_network():
+        assert before == constants.HF_HUB_OFFLINE
 
     def fail(host: str, port: int) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    use_cache_without_network()
-    assert constants.HF_HUB_OFFLINE is True
+    with cache_alone_without_network():
+        assert constants.HF_HUB_OFFLINE is True
+    assert before == constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("encoder", ["convnext_base.bogus", "vit_tiny_patch16_224"])
+def test_encoders_that_the_libraries_refuse(encoder: str):
+    with pytest.raises(InputError, match=f"model.encoder: got {encoder}, which the libraries cannot combine"):
+        build_model(tiny(encoder=encoder), 2)

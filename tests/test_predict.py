@@ -76,3 +76,10 @@ def test_the_package_decides_like_rma_on_two_classes(name: str):
 def test_yaml_headers_say_what_the_rule_is():
     for name in NAMES:
         assert find_yaml("predict", name).read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("label", [-1, 5, 255])
+def test_a_label_for_unassigned_pixels_must_be_a_class(label: int):
+    config = compose(f"predict.unassigned={label}", predict=["rankseg_rma"]).predict[0]
+    with pytest.raises(InputError, match=rf"predict\.unassigned: got {label}, expected a label in 0\.\.4"):
+        build_rule(config, 5)

@@ -4,14 +4,19 @@ from exp.config import DataConfig
 from exp.data.base import SegmentationDataset
 from exp.data.camvid import CamVid
 from exp.data.pascal_voc import PascalVOC
-from exp.data.shapes import Shapes
+from exp.data.shapes import Shapes, ShapesBinary
 from exp.data.transforms import Normalize, RandomCrop
 from exp.errors import InputError
 from exp.strict_yaml import closest
 
 __all__ = ["DATASETS", "SegmentationDataset", "build_dataset", "build_normalize", "find_dataset"]
 
-DATASETS: dict[str, type[SegmentationDataset]] = {"camvid": CamVid, "pascal_voc": PascalVOC, "shapes": Shapes}
+DATASETS: dict[str, type[SegmentationDataset]] = {
+    "camvid": CamVid,
+    "pascal_voc": PascalVOC,
+    "shapes": Shapes,
+    "shapes_binary": ShapesBinary,
+}
 
 
 def find_dataset(name: str) -> type[SegmentationDataset]:

@@ -40,5 +40,5 @@ class CamVid(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "camvid" / self.split)
         labels = require_folder(self.root / "camvid" / f"{self.split}annot")
-        names = sorted(path.stem for path in images.glob("*.png"))
+        names = sorted({path.stem for folder in (images, labels) for path in folder.glob("*.png")})
         return pair_samples(names, lambda n: images / f"{n}.png", lambda n: labels / f"{n}.png")

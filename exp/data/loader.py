@@ -69,8 +69,8 @@ class TrainSampler(Sampler):
 class Loader:
     """An iterable of batches; a worker's InputError arrives as its one line."""
 
-    def __init__(self, loader: DataLoader, dataset: SegmentationDataset) -> None:
-        self.dataset, self._loader = dataset, loader
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -94,13 +94,13 @@ def build_train_loader(
 ) -> Loader:
     """Batches of this process for the iterations start..end - 1."""
     sampler = TrainSampler(len(dataset), config.batch_size, start, end, seed, dist)
-    return Loader(_data_loader(dataset, config.num_workers, dist, batch_sampler=sampler), dataset)
+    return Loader(_data_loader(dataset, config.num_workers, dist, batch_sampler=sampler))
 
 
 def build_test_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist) -> Loader:
     """Whole images one by one, each on exactly one process."""
     indices = range(dist.rank, len(dataset), dist.world_size)
-    return Loader(_data_loader(dataset, num_workers, dist, batch_sampler=[[i] for i in indices]), dataset)
+    return Loader(_data_loader(dataset, num_workers, dist, batch_sampler=[[i] for i in indices]))
 
 
 def _data_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist, batch_sampler: object) -> DataLoader:

@@ -38,6 +38,18 @@ class Shapes(SegmentationDataset):
         return Image.fromarray(image), Image.fromarray(label)
 
 
+class ShapesBinary(Shapes):
+    """SYNTHETIC: the images of Shapes with two classes, any object against the background."""
+
+    classes = ("background", "object")
+    palette = ((0, 0, 0), (230, 159, 0))
+    label_map = dict.fromkeys(range(1, 6), 1)
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, label = super().read(index)
+        return image, Image.fromarray(self._label_table[np.asarray(label)].astype(np.uint8))
+
+
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Generator -> (H, W, 3) uint8 image and (H, W) uint8 label."""
     base = rng.uniform(0.3, 0.6, 3).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import segmentation_models_pytorch as smp
 import timm
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from exp.config import ModelConfig
 from exp.errors import InputError
-from exp.models.weights import load_encoder_weights, use_cache_without_network
+from exp.models.weights import cache_alone_without_network, load_encoder_weights
 
 
 class Segmentor(nn.Module):
@@ -135,18 +136,23 @@ def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = Tru
     Raises InputError if the weights cannot be had, with what to do about it.
     """
     source = config.pretrained if pretrained else False
-    if source is True:
-        use_cache_without_network()
     try:
-        model = build_network(config, num_classes, from_hub=source is True)
-    except (OSError, RuntimeError) as error:
-        if source is not True:
-            raise
+        with cache_alone_without_network() if source is True else nullcontext():
+            model = build_network(config, num_classes, from_hub=source is True)
+    except OSError as error:  # of the hub's client; nothing else here reads a file
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "
             "there is a network (they are cached), or set model.pretrained to a local file, or to false"
         ) from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.encoder: got {config.encoder}, which the libraries cannot combine with decoder {config.decoder}: "
+            f"{reason}"
+        ) from error
     if isinstance(source, str):
         load_encoder_weights(model.encoder, source)
     return model
