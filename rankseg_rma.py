@@ -27,7 +27,8 @@ from torch import Tensor
 
 BLOCK = 4096  # pixels summed in working precision; block sums are added in float64, in one fixed order
 SAMPLE = 2048  # pixels of the strided sample that starts the iteration on large maps
-TINY = 2**13  # inputs of fewer elements are sorted on a CPU
+TINY = 2**13  # inputs of up to that many elements are sorted on a CPU
+ROW = 2**10  # ... if a class has no more than that many of them
 SMALL = 2**20  # inputs of up to that many elements are solved in one piece
 TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
@@ -124,9 +125,9 @@ def rankseg_rma(
         out, tau = _solve_batched(prob, valid, rule, allow_overlap, binary)
     out = out.reshape(batch, classes, *spatial) if allow_overlap else out.reshape(batch, *spatial)
     if not in_batch:
-        out, tau = out[0], tau[0]
+        out, tau = out[0], tau[0] if return_tau else None
     if as_numpy:
-        out, tau = out.numpy(), tau.numpy()
+        out, tau = out.numpy(), tau.numpy() if return_tau else None
     return (out, tau) if return_tau else out
 
 
@@ -250,7 +251,7 @@ def _block_sum(x: Tensor) -> Tensor:
 def _round_down(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Thresholds in float64 -> the largest values of `dtype` not above them, so that p > t decides the same."""
     low = t.to(dtype)
-    return torch.where(low.to(t.dtype) > t, torch.nextafter(low, torch.zeros_like(low)), low)
+    return torch.where(low > t, torch.nextafter(low, torch.zeros_like(low)), low)
 
 
 def _measure(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,6 +342,8 @@ def _assign(pieces: Sequence, look_up: Callable, sets: tuple[Tensor, ...], kept:
 
 def _solve_small(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
     """As `_solve_batched` on a CPU, where it pays to look at the maxima first and leave the pruned classes out."""
+    if binary and valid is None and not want_tau and prob.numel() <= TINY:
+        return _tiny_foreground(prob, rule), None
     high = prob.flatten(2).amax(-1)
     _check_range(prob.amin().item(), high.amax().item(), prob.dtype)
     kept = high > _limit(rule, prob)
@@ -351,8 +354,10 @@ def _solve_small(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, b
         kept = torch.tensor([False, True])
     names = kept.nonzero().squeeze(1)
     part, sizes = _solve_batched(prob[:, names], valid, rule, masks or binary, False, names)
-    tau = torch.zeros(prob.shape[:2], dtype=torch.int64)
-    tau[:, names] = sizes
+    tau = None
+    if want_tau:
+        tau = torch.zeros(prob.shape[:2], dtype=torch.int64)
+        tau[:, names] = sizes
     if not (masks or binary):
         return part, tau
     out = torch.zeros(*prob.shape[:2], part.shape[-1], dtype=torch.bool)
@@ -367,7 +372,7 @@ def _solve_batched(
     flat = prob.reshape(*prob.shape[:2], -1)
     valid = None if valid is None else valid.reshape(prob.shape[0], 1, -1)
     pieces = 1 if prob.numel() <= SMALL else PIECES
-    if _on_cpu(prob) and prob.numel() < TINY:
+    if _on_cpu(prob) and prob.numel() <= TINY and flat.shape[-1] <= ROW:
         mu, high, t, n, s = _sorted_thresholds(flat, valid, rule)
     else:
         mu, high, t, n, s = _thresholds(flat, valid, rule, pieces)
@@ -400,12 +405,27 @@ def _sorted_thresholds(flat: Tensor, valid: Tensor | None, rule: _Rule) -> list[
     x = flat.to(_working(flat.dtype)).contiguous()
     if valid is not None:
         x = x.masked_fill(~valid, 0.0)
+    mu, high, t = _best_prefix(x, rule)
+    inside = x > _round_down(t, x.dtype).unsqueeze(-1)
+    return [mu, high, t, inside.sum(-1, dtype=torch.float64), (x * inside).sum(-1, dtype=torch.float64)]
+
+
+def _best_prefix(x: Tensor, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., d) -> (...) mass, maximum and threshold t in float64: the largest s / (n + mu + k) over sorted prefixes."""
     ordered = x.sort(-1, descending=True).values
     s = ordered.cumsum(-1, dtype=torch.float64)
     mu = s[..., -1]
     sizes = torch.arange(1.0, x.shape[-1] + 1, dtype=torch.float64) + (mu.unsqueeze(-1) + rule.offset)
-    t = (s / sizes).amax(-1)
-    return [mu, ordered[..., 0].to(torch.float64), t, *_measure(x, t)]
+    return mu, ordered[..., 0].to(torch.float64), (s / sizes).amax(-1)
+
+
+def _tiny_foreground(prob: Tensor, rule: _Rule) -> Tensor:
+    """(B, 2, *spatial) on a CPU -> (B, d) labels by the set of the second class, in as few calls as possible."""
+    low, high = prob.aminmax()
+    _check_range(low.item(), high.item(), prob.dtype)
+    x = prob[:, 1].flatten(1).to(torch.float64)  # compared there, p > t needs no rounding of t
+    _, high, t = _best_prefix(x, rule)
+    return (x > t.masked_fill(high <= _limit(rule, prob), torch.inf).unsqueeze(-1)).long()
 
 
 def _thresholds(flat: Tensor, valid: Tensor | None, rule: _Rule, pieces: int) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Compose an experiment from YAMLs, train it, evaluate it under one or more decision rules."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def main() -> None:
     if args.print_config:
         print(dump_config(config), end="")
         return
+    # Waiting threads sleep: spinning ones make a step several times as slow where loader workers share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from exp import distributed  # PyTorch and all that stands on it come in only now
     from exp.evaluate import build_evaluator
     from exp.run import Run

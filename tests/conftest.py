@@ -11,6 +11,8 @@ from PIL import Image
 
 from exp.errors import run_and_report
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as exp/main.py; before PyTorch is imported
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--model_yaml",
