@@ -92,6 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("save_pred", "save_prob", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
+    for flag, folder in (("--data_dir", args.data_dir), ("--output_dir", args.output_dir)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise InputError(f"{flag}: {folder}: got a file, expected a folder")
     if args.seed >= 2**31:
         raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
     return args

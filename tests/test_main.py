@@ -195,7 +195,7 @@ def test_an_output_folder_that_is_a_file_is_refused(program, tmp_path: Path):
     (tmp_path / "out").write_text("mine")
     status, _, err = program(*TINY, "--output_dir", tmp_path / "out")
     assert status == 2
-    assert str(tmp_path / "out") in err
+    assert f"--output_dir: {tmp_path / 'out'}: got a file, expected a folder" in err
     assert (tmp_path / "out").read_text() == "mine"
 
 
