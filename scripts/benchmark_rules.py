@@ -276,7 +276,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as exp/main.py: other jobs on the machine disturb less
     import torch
 
     if args.maps is not None:
