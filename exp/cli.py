@@ -17,6 +17,25 @@ DEFAULT_YAMLS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line -> checked flags; InputError for values that cannot be."""
+    args = build_parser().parse_args(argv)
+    if args.model_checkpoint and not args.test_only:
+        raise InputError(
+            f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
+            "resumes from the run's own newest checkpoint)"
+        )
+    for name in ("save_pred", "save_prob", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
+    if args.seed >= 2**31:
+        raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
+    for flag, folder in (("--data_dir", args.data_dir), ("--output_dir", args.output_dir)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise InputError(f"{flag}: {folder}: got a file, expected a folder")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="main.py",
         description="Train a segmentation network and judge decision rules (argmax, RankSEG-RMA) on it. Without "
@@ -39,6 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 metavar="NAME",
                 help=f"configs/{group}/NAME.yaml, or a path ending in .yaml (default: {default})",
             )
+    _add_run_flags(parser)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", metavar="DIR", help="the folder that holds the data sets (see DATA.md)")
     parser.add_argument(
         "--output_dir",
@@ -83,21 +107,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
-    args = parser.parse_args(argv)
-    if args.model_checkpoint and not args.test_only:
-        raise InputError(
-            f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
-            "resumes from the run's own newest checkpoint)"
-        )
-    for name in ("save_pred", "save_prob", "seed"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
-    for flag, folder in (("--data_dir", args.data_dir), ("--output_dir", args.output_dir)):
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise InputError(f"{flag}: {folder}: got a file, expected a folder")
-    if args.seed >= 2**31:
-        raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
-    return args
 
 
 def requested_yamls(args: argparse.Namespace) -> dict[str, list[str]]:
