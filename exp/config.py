@@ -275,6 +275,16 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
 
     Raises InputError naming the file or the override, the key, what was got and what was expected.
     """
+    configs = load_groups(yamls, overrides)
+    try:
+        configs["test"] = configs["test"].resolved(configs["data"].crop_size)
+    except InputError as error:
+        raise InputError(f"test and data YAMLs: {error}") from None
+    return ExperimentConfig(**configs, seed=seed)
+
+
+def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:
+    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them."""
     values = {
         group: [(path, load_mapping(path)) for path in (find_yaml(group, name) for name in names)]
         for group, names in yamls.items()
@@ -289,14 +299,10 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
             for path, mapping in files
         ]
         configs[group] = tuple(built) if group == "predict" else built[0]
-    names = [c.name for c in configs["predict"]]
+    names = [c.name for c in configs.get("predict", ())]
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
-    try:
-        configs["test"] = configs["test"].resolved(configs["data"].crop_size)
-    except InputError as error:
-        raise InputError(f"test and data YAMLs: {error}") from None
-    return ExperimentConfig(**configs, seed=seed)
+    return configs
 
 
 def find_yaml(group: str, name: str) -> Path:
@@ -318,8 +324,8 @@ def _apply_override(text: str, values: dict, origins: dict) -> None:
     group, dot, key = target.partition(".")
     if not (equals and dot and key):
         raise InputError(f"--set {text}: expected group.key=value")
-    if group not in GROUPS:
-        raise InputError(f"--set {text}: unknown group '{group}'{closest(group, GROUPS)}")
+    if group not in values:
+        raise InputError(f"--set {text}: unknown group '{group}'{closest(group, values)}")
     known = [f.name for f in dataclasses.fields(GROUPS[group]) if f.name != "name"]
     if key not in known:
         raise InputError(f"--set {text}: unknown key '{key}'{closest(key, known)}")
