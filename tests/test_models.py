@@ -107,6 +107,36 @@ def test_real_mobilenet_weights(real_data: Path):
     assert torch.equal(model.encoder.model.conv_stem.weight, stem)
 
 
+@pytest.mark.parametrize("rename", [False, True])
+def test_grey_images_get_the_sum_of_local_rgb_weights(tmp_path: Path, rename: bool):
+    """One channel gives what three equal channels give with the same weights; a file for one channel is taken as is."""
+    source = saved_encoder(tmp_path / "weights.pt", rename)
+    model = build_model(tiny(pretrained=str(tmp_path / "weights.pt")), 2, in_channels=1).eval()
+    image = torch.randn(1, 1, 32, 32)
+    with torch.inference_mode():
+        for grey, colour in zip(model.encoder(image)[1:], source.eval().encoder(image.expand(-1, 3, -1, -1))[1:]):
+            torch.testing.assert_close(grey, colour, atol=1e-4, rtol=1e-4)
+        assert model(image).shape == (1, 2, 32, 32)
+    torch.save(model.encoder.model.state_dict(), tmp_path / "grey.pt")
+    again = build_model(tiny(pretrained=str(tmp_path / "grey.pt")), 2, in_channels=1)
+    assert torch.equal(again.encoder.model.conv_stem.weight, model.encoder.model.conv_stem.weight)
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("unet_resnet18d", "resnet18d"), ("segformer_mit_b0", "mit_b0")])
+def test_grey_images_get_the_sum_of_published_rgb_weights(monkeypatch, tmp_path: Path, name: str, encoder: str):
+    """The same where the libraries themselves fetch the weights; the hub is a file here."""
+    source = build_model(shipped(name), 2).eval()
+    weights = source.encoder.model.state_dict() if hasattr(source.encoder, "model") else source.encoder.state_dict()
+    save_file(dict(weights), tmp_path / "model.safetensors")
+    for module in ("segmentation_models_pytorch.encoders", "timm.models._hub"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", lambda *args, **kwargs: str(tmp_path / "model.safetensors"))
+    model = build_model(shipped(name, pretrained=True), 2, in_channels=1).eval()
+    image = torch.randn(1, 1, 64, 64)
+    with torch.inference_mode():
+        for grey, colour in zip(model.encoder(image)[1:], source.encoder(image.expand(-1, 3, -1, -1))[1:]):
+            torch.testing.assert_close(grey, colour, atol=1e-4, rtol=1e-4)
+
+
 class Payload:
     def __reduce__(self):
         return print, ("executed",)

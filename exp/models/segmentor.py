@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -15,7 +16,7 @@ from exp.models.weights import cache_alone_without_network, load_encoder_weights
 
 
 class Segmentor(nn.Module):
-    """(B, 3, H, W) normalised images -> (B, C, H, W) logits; in training also the auxiliary head's logits.
+    """(B, channels, H, W) normalised images -> (B, C, H, W) logits; in training also the auxiliary head's logits.
 
     H and W are arbitrary: the input is padded with zeros (the mean colour) to a multiple of `stride`, and the
     logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
@@ -59,10 +60,9 @@ class Segmentor(nn.Module):
         return self.head[-1].out_channels
 
 
-def _deeplabv3plus(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.DeepLabV3Plus:
+def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> smp.DeepLabV3Plus:
     return smp.DeepLabV3Plus(
-        encoder,
-        encoder_weights=weights,
+        **encoder,
         encoder_output_stride=config.output_stride,
         decoder_channels=config.decoder_channels,
         decoder_atrous_rates=config.atrous_rates,
@@ -70,26 +70,25 @@ def _deeplabv3plus(config: ModelConfig, encoder: str, weights: str | bool | None
     )
 
 
-def _segformer(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.Segformer:
-    return smp.Segformer(encoder, encoder_weights=weights, decoder_segmentation_channels=config.decoder_channels)
+def _segformer(config: ModelConfig, encoder: dict[str, Any]) -> smp.Segformer:
+    return smp.Segformer(**encoder, decoder_segmentation_channels=config.decoder_channels)
 
 
-def _unet(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.Unet:
+def _unet(config: ModelConfig, encoder: dict[str, Any]) -> smp.Unet:
     if len(config.decoder_channels) != 5:
         raise InputError(f"model.decoder_channels: got {len(config.decoder_channels)} widths, expected 5 with unet")
     return smp.Unet(
-        encoder,
-        encoder_weights=weights,
+        **encoder,
         decoder_channels=config.decoder_channels,
         decoder_interpolation="bilinear",
     )
 
 
-def _upernet(config: ModelConfig, encoder: str, weights: str | bool | None) -> smp.UPerNet:
-    return smp.UPerNet(encoder, encoder_weights=weights, decoder_channels=config.decoder_channels)
+def _upernet(config: ModelConfig, encoder: dict[str, Any]) -> smp.UPerNet:
+    return smp.UPerNet(**encoder, decoder_channels=config.decoder_channels)
 
 
-DECODERS: dict[str, Callable[[ModelConfig, str, str | bool | None], nn.Module]] = {
+DECODERS: dict[str, Callable[[ModelConfig, dict[str, Any]], nn.Module]] = {
     "deeplabv3plus": _deeplabv3plus,
     "segformer": _segformer,
     "unet": _unet,
@@ -111,11 +110,16 @@ def encoder_name(name: str) -> str:
     return name
 
 
-def build_network(config: ModelConfig, num_classes: int, from_hub: bool) -> Segmentor:
-    """The network with random weights, or (from_hub) with the encoder's published ones."""
+def build_network(config: ModelConfig, num_classes: int, in_channels: int, from_hub: bool) -> Segmentor:
+    """The network with random weights, or (from_hub) with the encoder's published ones.
+
+    The libraries fit published weights for RGB to other channels: one grey channel gets the sum over the three, so
+    that it gives what the three equal channels would.
+    """
     name = encoder_name(config.encoder)
     weights = ("imagenet" if not name.startswith("tu-") else True) if from_hub else None
-    net = DECODERS[config.decoder](config, name, weights)  # its own head, of one class, is not used
+    encoder = {"encoder_name": name, "encoder_weights": weights, "in_channels": in_channels}
+    net = DECODERS[config.decoder](config, encoder)  # its own head, of one class, is not used
     for module in net.decoder.modules():
         if isinstance(module, nn.Upsample):
             module.align_corners = False if module.mode == "bilinear" else None
@@ -130,15 +134,17 @@ def build_network(config: ModelConfig, num_classes: int, from_hub: bool) -> Segm
     )
 
 
-def build_model(config: ModelConfig, num_classes: int, *, pretrained: bool = True) -> Segmentor:
+def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, pretrained: bool = True) -> Segmentor:
     """A YAML -> the network on the CPU; pretrained=False (a checkpoint follows) fetches and reads no weights.
+
+    in_channels: 3 of a colour image, 1 of CT or MR (weights for RGB are then summed over their channels).
 
     Raises InputError if the weights cannot be had, with what to do about it.
     """
     source = config.pretrained if pretrained else False
     try:
         with cache_alone_without_network() if source is True else nullcontext():
-            model = build_network(config, num_classes, from_hub=source is True)
+            model = build_network(config, num_classes, in_channels, from_hub=source is True)
     except OSError as error:  # of the hub's client; nothing else here reads a file
         reason = " ".join(str(error).split())[:200]
         raise InputError(
