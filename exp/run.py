@@ -102,7 +102,7 @@ class Run:
             logger.message(self._describe(raw_model, len(dataset), start, end))
             train(
                 model,
-                build_criterion(config.loss, dist.mean),
+                build_criterion(config.loss),
                 loader,
                 optimizer,
                 scheduler,

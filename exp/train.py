@@ -61,7 +61,8 @@ def train(
         seed_everything(seed, iteration, dist.rank)
         batch = batch.to(dist.device)
         optimizer.zero_grad(set_to_none=True)
-        loss = criterion(model(normalize(batch.image)), batch.label)
+        counted = dist.mean(criterion.count(batch.label))
+        loss = criterion(model(normalize(batch.image)), batch.label, counted)
         loss.backward()
         optimizer.step()
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}

@@ -59,7 +59,7 @@ def train_a_little(dist: Dist, freeze_norm: bool) -> dict:
 
     train(
         model,
-        build_criterion(LossConfig("l", "ce"), dist.mean),
+        build_criterion(LossConfig("l", "ce")),
         loader,
         optimizer,
         build_scheduler(config, optimizer, STEPS),

@@ -15,8 +15,9 @@ def example() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64), label
 
 
-def alone(value: torch.Tensor) -> torch.Tensor:
-    return value
+def alone(loss: torch.nn.Module, logits: object, label: torch.Tensor) -> torch.Tensor:
+    """The loss of one process, its whole batch at once."""
+    return loss(logits, label, loss.count(label))
 
 
 def test_cross_entropy_is_the_mean_over_counted_pixels():
@@ -26,16 +27,16 @@ def test_cross_entropy_is_the_mean_over_counted_pixels():
         row = logits[b, :, y, x]
         total += math.log(row.exp().sum()) - row[int(label[b, y, x])].item()
         counted += 1
-    assert CrossEntropy(alone)(logits, label).item() == pytest.approx(total / counted, rel=1e-12)
+    assert alone(CrossEntropy(), logits, label).item() == pytest.approx(total / counted, rel=1e-12)
     torch.testing.assert_close(
-        CrossEntropy(alone)(logits, label), F.cross_entropy(logits, label.long(), ignore_index=255)
+        alone(CrossEntropy(), logits, label), F.cross_entropy(logits, label.long(), ignore_index=255)
     )
 
 
 def test_no_counted_pixel_gives_zero_and_a_finite_gradient():
     logits, label = example()
     logits.requires_grad_()
-    loss = CrossEntropy(alone)(logits, torch.full_like(label, 255))
+    loss = alone(CrossEntropy(), logits, torch.full_like(label, 255))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.abs().sum() == 0
@@ -44,17 +45,24 @@ def test_no_counted_pixel_gives_zero_and_a_finite_gradient():
 def test_uneven_shares_average_to_the_global_mean():
     """Two processes with one image each: the mean of their losses is the loss of the batch of two."""
     logits, label = example()
-    counted = (label != 255).sum((1, 2)).double()
-    losses = [CrossEntropy(lambda value: counted.mean())(logits[i : i + 1], label[i : i + 1]) for i in range(2)]
-    torch.testing.assert_close((losses[0] + losses[1]) / 2, CrossEntropy(alone)(logits, label))
+    ce = CrossEntropy()
+    counted = sum(ce.count(label[i : i + 1]) for i in range(2)) / 2
+    losses = [ce(logits[i : i + 1], label[i : i + 1], counted) for i in range(2)]
+    torch.testing.assert_close((losses[0] + losses[1]) / 2, alone(ce, logits, label))
+
+
+def test_uneven_micro_batches_add_up_to_the_whole():
+    logits, label = example()
+    ce = CrossEntropy()
+    counted = ce.count(label)
+    losses = [ce(logits[i : i + 1], label[i : i + 1], counted) for i in range(2)]
+    torch.testing.assert_close(losses[0] + losses[1], alone(ce, logits, label))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.3])
 def test_the_yaml_weighs_main_and_auxiliary(weight: float):
     logits, label = example()
     other = logits.flip(1)
-    criterion = build_criterion(LossConfig("x", "ce", aux_weight=weight), alone)
-    ce = CrossEntropy(alone)
-    torch.testing.assert_close(
-        criterion((logits, other), label), (1 - weight) * ce(logits, label) + weight * ce(other, label)
-    )
+    criterion = build_criterion(LossConfig("x", "ce", aux_weight=weight))
+    main, auxiliary = (alone(CrossEntropy(), x, label) for x in (logits, other))
+    torch.testing.assert_close(alone(criterion, (logits, other), label), (1 - weight) * main + weight * auxiliary)
