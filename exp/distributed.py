@@ -45,6 +45,11 @@ class Dist:
         torch_dist.all_gather_object(items, item)
         return items
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself)."""
         if self.world_size > 1:

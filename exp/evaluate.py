@@ -1,7 +1,9 @@
-"""Loader -> inference -> rules -> EvalResult: every rule sees the same probabilities."""
+"""Loader -> inference -> rules -> Evaluation: every rule sees the same probabilities of one forward pass."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,12 +21,52 @@ from exp.predict import Rule, build_rule
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One rule's (N, 3, C) int64 TP, FP, FN per image and class, the images in the data set's order."""
+    """One rule's (N, 3, C) int64 TP, FP, FN per image and class, the images in the data set's order.
+
+    cases: the volume of each image, where the data set groups its images; else None.
+    """
 
     rule: str
     names: tuple[str, ...]
     classes: tuple[str, ...]
     counts: np.ndarray
+    cases: tuple[str, ...] | None = None
+
+
+@dataclass
+class Timing:
+    """Wall seconds by what was done, summed over the images and processes; the device was waited for at each end.
+
+    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "score" (counting).
+    """
+
+    num_images: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
+    decisions: dict[str, float] = field(default_factory=dict)  # by rule
+
+    def to_dict(self) -> dict:
+        """Milliseconds an image, for JSON."""
+
+        def per_image(seconds: Mapping[str, float]) -> dict[str, float]:
+            return {name: round(1000 * value / max(1, self.num_images), 4) for name, value in seconds.items()}
+
+        return {
+            "images": self.num_images,
+            "milliseconds_per_image": per_image(self.steps),
+            "decision_milliseconds_per_image": per_image(self.decisions),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found, the same on every rank.
+
+    calibration: the counts of exp/calibration.py per image, (N, ...) in the data set's order; None if not asked for.
+    """
+
+    results: tuple[EvalResult, ...]
+    calibration: np.ndarray | None
+    timing: Timing
 
 
 @dataclass(frozen=True)
@@ -38,20 +80,52 @@ class Evaluator:
     num_workers: int
     dist: Dist
 
-    def __call__(self, model: nn.Module) -> list[EvalResult]:
+    def __call__(self, model: nn.Module) -> Evaluation:
         """The raw model, the same on every rank and left in eval mode -> a result a rule, on every rank."""
         model.eval()
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        num_classes, rows = len(self.dataset.classes), {}
-        for batch in tqdm(loader, desc="evaluating", unit="img", disable=not self.dist.is_main, leave=False):
-            label = batch.label[0].to(self.dist.device, non_blocking=True)
-            preds = self.decide(model, batch.image)
-            counts = torch.stack([count(pred, label, num_classes) for pred in preds.values()])
-            rows[batch.indices[0]] = counts.cpu().numpy()
-        gathered = {index: row for part in self.dist.gather(rows) for index, row in part.items()}
+        num_classes, rows, timing = len(self.dataset.classes), {}, Timing()
+        batches = tqdm(loader, desc="evaluating", unit="img", disable=not self.dist.is_main, leave=False)
+        for batch in self._timed(batches, timing):
+            with self._clock(timing.steps, "forward"):
+                prob = self.probabilities(model, batch.image)
+            preds = {}
+            for name, rule in self.rules.items():
+                with self._clock(timing.decisions, name):
+                    preds[name] = rule(prob)[0]
+            with self._clock(timing.steps, "score"):
+                label = batch.label[0].to(self.dist.device, non_blocking=True)
+                counts = torch.stack([count(pred, label, num_classes) for pred in preds.values()])
+                rows[batch.indices[0]] = counts.cpu().numpy()
+            timing.num_images += 1
+        parts = self.dist.gather((rows, timing))
+        gathered = {index: row for part, _ in parts for index, row in part.items()}
         table = np.stack([gathered[index] for index in range(len(self.dataset))])
-        names = tuple(sample.name for sample in self.dataset.samples)
-        return [EvalResult(rule, names, self.dataset.classes, table[:, i]) for i, rule in enumerate(self.rules)]
+        return Evaluation(self._results(table), None, add_timings([timing for _, timing in parts]))
+
+    def _results(self, table: np.ndarray) -> tuple[EvalResult, ...]:
+        """(N, R, 3, C) counts -> a result a rule."""
+        samples, classes = self.dataset.samples, self.dataset.classes
+        names = tuple(sample.name for sample in samples)
+        cases = tuple(sample.case for sample in samples) if samples[0].case is not None else None
+        return tuple(EvalResult(rule, names, classes, table[:, i], cases) for i, rule in enumerate(self.rules))
+
+    def _timed(self, batches: Iterator, timing: Timing) -> Iterator:
+        """The batches, the time spent waiting for them noted."""
+        start = time.perf_counter()
+        for batch in batches:
+            timing.steps["load"] = timing.steps.get("load", 0.0) + time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
+    @contextmanager
+    def _clock(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+        """Add the time that the body takes on this process's device to seconds[name]."""
+        self.dist.synchronize()
+        start = time.perf_counter()
+        yield
+        self.dist.synchronize()
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read_all(self) -> None:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
@@ -67,6 +141,28 @@ class Evaluator:
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 image and a model in eval mode -> (1, C, H, W) float32."""
         return self.inference(model, self.normalize(image.to(self.dist.device, non_blocking=True)))
+
+
+def add_timings(timings: list[Timing]) -> Timing:
+    """The processes' timings -> their sum."""
+    total = Timing()
+    for timing in timings:
+        total.num_images += timing.num_images
+        for name in ("steps", "decisions"):
+            sums = getattr(total, name)
+            for key, value in getattr(timing, name).items():
+                sums[key] = sums.get(key, 0.0) + value
+    return total
+
+
+def format_timing(timing: Timing) -> str:
+    """Timing -> the lines that a run prints."""
+    values = timing.to_dict()
+    steps, decisions = values["milliseconds_per_image"], values["decision_milliseconds_per_image"]
+    width = max(map(len, ("forward pass", *decisions)))
+    rows = {"forward pass": steps["forward"], **decisions}
+    lines = ["milliseconds an image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
+    return "\n".join(lines)
 
 
 def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) -> Evaluator:

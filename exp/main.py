@@ -28,11 +28,11 @@ def main() -> None:
         run = Run(config, args.output_dir / config.run_name, evaluator, dist)
         if args.test_only:
             model, training = run.load(args.model_checkpoint)
-            results = evaluator(model)
+            evaluation = evaluator(model)
         else:
-            model, training, results = run.train(args.data_dir)
+            model, training, evaluation = run.train(args.data_dir)
         if dist.is_main:
-            run.report(model, training, results, num_pictures=args.save_pred, num_maps=args.save_prob)
+            run.report(model, training, evaluation, num_pictures=args.save_pred, num_maps=args.save_prob)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One run in its folder: train (or go on training), load what was trained, judge it."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from exp.data import build_dataset
 from exp.data.loader import build_train_loader, count_iterations
 from exp.distributed import Dist
 from exp.errors import InputError
-from exp.evaluate import EvalResult, Evaluator
+from exp.evaluate import Evaluation, Evaluator, format_timing
 from exp.logger import NullLogger, build_logger
 from exp.losses import build_criterion
 from exp.metrics import compute_scores
@@ -33,7 +34,7 @@ from exp.models import Segmentor, build_model
 from exp.optim import build_optimizer, build_scheduler
 from exp.pictures import largest_gains, predict_panel, save_panel
 from exp.provenance import describe_code, record_start
-from exp.results import format_table, save_results
+from exp.results import format_table, save_results, write_atomically
 from exp.train import Intervals, seed_everything, train
 
 LOGGED_PICTURES = 3
@@ -68,10 +69,10 @@ class Run:
         checkpoint = load_checkpoint(path)
         return self._model_of(checkpoint), describe_training(checkpoint.iteration, checkpoint.config)
 
-    def train(self, data_dir: str | None) -> tuple[Segmentor, dict[str, Any], list[EvalResult]]:
+    def train(self, data_dir: str | None) -> tuple[Segmentor, dict[str, Any], Evaluation]:
         """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.
 
-        Returns the raw model, how it was trained and a result a rule.
+        Returns the raw model, how it was trained and its evaluation.
         """
         config, dist = self.config, self.dist
         dataset = build_dataset(config.data, data_dir, "train", config.seed)
@@ -123,17 +124,21 @@ class Run:
         self,
         model: Segmentor,
         training: dict[str, Any],
-        results: Sequence[EvalResult],
+        evaluation: Evaluation,
         *,
         num_pictures: int,
         num_maps: int,
     ) -> None:
         """Write results, pictures and probability maps to the run folder and print the table; rank 0 alone."""
-        code, config = describe_code(), self.config.to_dict()
+        results, code, config = evaluation.results, describe_code(), self.config.to_dict()
         judged = {group: config[group] for group in ("data", "test")}
         contexts = [{"training": training, **code, "config": {**judged, "predict": rule}} for rule in config["predict"]]
         save_results(results, self.folder / "results", contexts)
+        write_atomically(
+            self.folder / "results" / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n"
+        )
         print(format_table(results, self.config.test.metric))
+        print(format_timing(evaluation.timing))
         for index in largest_gains(results, self.config.test.metric, num_pictures):
             panel = predict_panel(self.evaluator, model, index)
             print(save_panel(panel, self.folder / "pictures", self.evaluator.dataset.samples[index].name))
@@ -201,14 +206,14 @@ class Run:
 
         return save
 
-    def _validate(self, raw_model: nn.Module, iteration: int, logger: NullLogger) -> list[EvalResult]:
+    def _validate(self, raw_model: nn.Module, iteration: int, logger: NullLogger) -> Evaluation:
         self.dist.share_buffers(raw_model)
-        results = self.evaluator(raw_model)
-        scores = {result.rule: compute_scores(result.counts) for result in results}
+        evaluation = self.evaluator(raw_model)
+        scores = {result.rule: compute_scores(result.counts) for result in evaluation.results}
         logger.scalars(iteration, {f"val/{r}/{name}": v for r, row in scores.items() for name, v in row.items()})
         for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
             logger.image(iteration, f"val/{index}", predict_panel(self.evaluator, raw_model, index))
-        return results
+        return evaluation
 
     def _describe(self, raw_model: nn.Module, num_images: int, start: int, end: int) -> str:
         millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
