@@ -1,5 +1,6 @@
 """What several test files stand on: generated data trees, the program run in this process, the real data."""
 
+import importlib
 import os
 import socket
 import sys
@@ -43,6 +44,23 @@ def program(monkeypatch, capsys):
         capsys.readouterr()
         try:
             status = run_and_report(main)
+        except SystemExit as exit_:  # argparse
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A function: name, flags -> (exit status, stdout, stderr) of scripts/<name>.py, run in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(name: str, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            status = run_and_report(importlib.import_module(name).main)
         except SystemExit as exit_:  # argparse
             status = exit_.code
         return status, *capsys.readouterr()

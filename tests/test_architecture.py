@@ -34,6 +34,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "predict",
     "metrics",
     "evaluate",
+    "probability_maps",
     "results",
     "pictures",
     "provenance",

@@ -1,0 +1,103 @@
+"""Judge decision rules on probability maps that another program wrote, beside label files. No network is needed.
+
+    python scripts/evaluate_probabilities.py MAPS LABELS --predict_yaml argmax rankseg_rma --output_dir judged
+    python scripts/evaluate_probabilities.py nnUNet_results/.../validation labelsTr --unit case --output_dir judged
+
+MAPS holds .npy or .npz files of (C, H, W) or (C, D, H, W) floats that sum to 1 over the C classes, LABELS a file of the
+same name for each: an index image (.png), an array (.npy) or a volume (.nii, .nii.gz). Values 0..C-1 are classes, 255
+(and --ignore_label) does not count. One map is in memory at a time, and nothing is unpickled.
+
+nnU-Net writes its maps with --save_probabilities (v2; --save_npz in v1) beside its segmentations. Their axes are
+(C, z, y, x), those of the NIfTI labels x, y, z: whether the labels have to be reversed is read off the shapes, and
+where both ways fit, --label_axes reversed says it. Labels must be in the orientation in which nnU-Net read the images
+(only its reader NibabelIOWithReorient turns them). Region-based models, whose classes overlap, do not sum to 1 and are
+refused.
+
+Written to --output_dir: results/<rule>.{json,csv} as an evaluation by exp/main.py writes them, a row a unit. A unit is
+an image, or of a volume each slice (--unit slice, with the volume as its case) or the whole (--unit case).
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.config import load_groups
+from exp.errors import InputError, run_and_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    if not re.fullmatch("auto|same|reversed|[012]{2,3}", args.label_axes):
+        raise InputError(
+            f"--label_axes: got {args.label_axes}, expected auto, same, reversed or a permutation such as 201"
+        )
+    if not 0 <= args.ignore_label <= 255:
+        raise InputError(f"--ignore_label: got {args.ignore_label}, expected a value in 0..255")
+    if not 0 <= args.tolerance < 1:
+        raise InputError(f"--tolerance: got {args.tolerance}, expected a value in [0, 1)")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("prob_dir", type=Path, metavar="MAPS", help="folder of .npy and .npz probability maps")
+    add("label_dir", type=Path, metavar="LABELS", help="folder of label files of the same names")
+    add(
+        "--predict_yaml",
+        nargs="+",
+        default=["argmax", "rankseg_rma"],
+        metavar="NAME",
+        help="configs/predict/NAME.yaml, one or more rules (default: argmax rankseg_rma)",
+    )
+    add("--set", nargs="+", action="extend", default=[], metavar="predict.KEY=VALUE", dest="overrides")
+    add("--output_dir", type=Path, required=True, metavar="DIR")
+    add("--unit", choices=("slice", "case"), default="slice", help="what is decided and scored at a time in a volume")
+    add(
+        "--slice_axis",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="of D, H, W, where slices lie (default 0)",
+    )
+    add("--label_axes", default="auto", metavar="ORDER", help="auto, same, reversed or a permutation such as 201")
+    add("--key", metavar="NAME", help="the array of .npz files (default: probabilities, softmax, or the only one)")
+    add("--ignore_label", type=int, default=255, metavar="N", help="a label value that does not count, besides 255")
+    add("--tolerance", type=float, default=2e-3, help="how far a pixel's sum may be off from 1 (default 0.002)")
+    add("--classes", nargs="+", metavar="NAME", help="names of the classes for the tables (default: 0 1 2 ...)")
+    add("--metric", choices=("mIoUI", "mDiceI", "mAccI"), default="mDiceI", help="by which the rules are compared")
+    return parser
+
+
+def main() -> None:
+    args = parse_args()
+    predict = load_groups({"predict": args.predict_yaml}, args.overrides)["predict"]
+    from exp.predict import build_rule  # PyTorch comes in only now
+    from exp.probability_maps import MapReader, judge, pair_files
+    from exp.provenance import describe_code
+    from exp.results import format_table, save_results
+
+    reader = MapReader(args.key, args.unit, args.slice_axis, args.label_axes, args.ignore_label, args.tolerance)
+    files = pair_files(args.prob_dir, args.label_dir)
+    num_classes = len(reader.read_map(files[0].prob))
+    classes = args.classes or [str(c) for c in range(num_classes)]
+    if len(classes) != num_classes:
+        raise InputError(f"--classes: got {len(classes)} names, expected {num_classes} as {files[0].prob} has")
+    results = judge(files, reader, {c.name: build_rule(c, num_classes) for c in predict}, classes)
+    maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
+    contexts = [{"maps": maps, **describe_code(), "config": {"predict": asdict(c)}} for c in predict]
+    save_results(results, args.output_dir / "results", contexts)
+    print(format_table(results, args.metric))
+    print(f"results: {args.output_dir / 'results'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))
