@@ -15,6 +15,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "cli",
     "distributed",
     "data.base",
+    "data.volumes",
     "data.camvid",
     "data.pascal_voc",
     "data.shapes",
