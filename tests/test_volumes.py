@@ -6,8 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from exp.data import volumes
-from exp.data.volumes import (
+from exp import volumes
+from exp.errors import InputError
+from exp.volumes import (
     Case,
     assemble_labels,
     case_number,
@@ -23,7 +24,6 @@ from exp.data.volumes import (
     save_labels,
     write_case,
 )
-from exp.errors import InputError
 
 SUPERIOR_LAST = np.diag([0.7, 0.7, 3.0, 1.0])
 SUPERIOR_FIRST = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1.0]])  # as KiTS19

@@ -1,0 +1,388 @@
+"""NIfTI volumes -> axial slices, the slice files that training reads, and labels back onto a volume's grid."""
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+
+from exp.errors import InputError
+
+# What nibabel, gzip and zlib raise on files that are damaged or of another kind.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)
+MAX_SIDE = 4096  # voxels; scanners give matrices of up to 2048 and some 2,000 slices
+MAX_DEFLATE = 1040  # deflate makes nothing smaller than 1/1032 of its size (RFC 1951)
+INT16 = np.iinfo(np.int16)
+RESCALED = 1000  # MR intensities: percentiles 0.5 and 99.5 of a volume become 0 and this
+CASE_FILE = "case.json"
+SLICE_DTYPES = {"image": np.dtype(np.int16), "label": np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The grid of a NIfTI file of three dimensions; the voxels stay on disk until slices are read.
+
+    axis: the voxel axis closest to the patient's superior direction; slices lie across it.
+    affine: (4, 4) float64, voxel indices to millimetres (right, anterior, superior).
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    axis: int
+    dtype: np.dtype
+    offset: int  # bytes before the first voxel
+    slope: float
+    inter: float
+
+    @property
+    def num_slices(self) -> int:
+        return self.shape[self.axis]
+
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """(H, W) of a slice: the two other axes in the array's order, neither flipped nor turned."""
+        return tuple(side for axis, side in enumerate(self.shape) if axis != self.axis)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between voxels along each axis of the array."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+
+def open_volume(path: Path) -> Volume:
+    """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
+    try:
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise ValueError(f"a {type(image).__name__}")
+        proxy, affine = image.dataobj, np.asarray(image.affine, np.float64)
+        shape, dtype = tuple(int(n) for n in proxy.shape), np.dtype(proxy.dtype)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected a NIfTI volume") from None
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or not all(0 < side <= MAX_SIDE for side in shape):
+        raise InputError(f"{path}: got {_times(shape)} voxels, expected three sides of 1 to {MAX_SIDE}")
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: got voxels of type {dtype}, expected whole or floating-point numbers")
+    _check_size(path, proxy.offset + int(np.prod(shape)) * dtype.itemsize)
+    scaling = float(proxy.slope), float(proxy.inter)
+    if not (np.isfinite(scaling).all() and scaling[0]):
+        raise InputError(f"{path}: got slope {scaling[0]} and intercept {scaling[1]}, expected finite numbers")
+    return Volume(path, shape, affine, axial_axis(affine, path), dtype, int(proxy.offset), *scaling)
+
+
+def axial_axis(affine: np.ndarray, path: Path) -> int:
+    """(4, 4) affine -> the voxel axis closest to the superior direction."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and (lengths > 0).all()):
+        raise InputError(
+            f"{path}: got the affine {affine.tolist()}, expected finite numbers and axes that have a length"
+        )
+    return int(np.argmax(np.abs(affine[2, :3]) / lengths))
+
+
+def open_pair(image: Path, label: Path, *, check_affine: bool = True) -> tuple[Volume, Volume]:
+    """An image and its label volume -> their grids; InputError if shapes or affines differ.
+
+    Affines may differ by a hundredth of a voxel at the grid's corners. Without check_affine the label volume is
+    read along the image's axis whatever its own affine says.
+    """
+    first, second = open_volume(image), open_volume(label)
+    if first.shape != second.shape:
+        raise InputError(f"{label}: got {_times(second.shape)} voxels, expected {_times(first.shape)} as in {image}")
+    if not check_affine:
+        return first, replace(second, axis=first.axis)
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in first.shape], [1])).reshape(4, -1)
+    apart = np.abs((first.affine - second.affine) @ corners)[:3].max()
+    if apart > 0.01 * min(first.spacing):
+        raise InputError(
+            f"{label}: got an affine that puts voxels up to {apart:.3g} mm away from those of {image}, expected less"
+        )
+    return first, second
+
+
+def find_slices(volume: Volume, label: int | None) -> list[int]:
+    """A label volume -> the slices that hold this label (None: any but 0), ascending; one pass, a plane in memory."""
+
+    def holds(plane: np.ndarray, axis: int | None) -> np.ndarray:
+        values = _to_label(plane, volume)
+        return ((values == label) if label is not None else (values != 0)).any(axis)
+
+    if volume.axis == 2:
+        return [k for k, plane in _planes(volume) if holds(plane, None)]
+    found = np.zeros(volume.num_slices, bool)
+    for _, plane in _planes(volume):
+        found |= holds(plane, 1 - volume.axis)
+    return np.flatnonzero(found).tolist()
+
+
+def read_image(volume: Volume, indices: Sequence[int], *, rescale: bool = False) -> np.ndarray:
+    """Slices of a volume, ascending -> (N, H, W) int16, stored values times slope plus intercept (HU for CT), rounded;
+    what int16 cannot hold is clipped.
+
+    rescale: for MR, whose units are arbitrary: the volume's percentiles 0.5 and 99.5 become 0 and 1000.
+    InputError for NaN, infinity, a file that ends early, or a constant volume that is to be rescaled.
+    """
+    if not rescale:
+        return _read(volume, indices, _to_int16, np.int16)
+    values = _read(volume, range(volume.num_slices), _to_float, np.float32)
+    low, high = np.percentile(values, (0.5, 99.5))
+    if low == high:
+        raise InputError(f"{volume.path}: got the same intensity {low:g} nearly everywhere, expected an image")
+    return _round_to_int16((values[list(indices)] - low) * (RESCALED / (high - low)))
+
+
+def read_labels(volume: Volume, indices: Sequence[int]) -> np.ndarray:
+    """Slices of a label volume, ascending -> (N, H, W) uint8; InputError for values that are no whole 0..255."""
+    return _read(volume, indices, _to_label, np.uint8)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) int16 -> the same at `size` (height, width), linear."""
+    if image.shape == tuple(size):
+        return np.ascontiguousarray(image)
+    return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def resize_labels(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 -> the same at `size` (height, width), nearest."""
+    if label.shape == tuple(size):
+        return np.ascontiguousarray(label)
+    return cv2.resize(np.ascontiguousarray(label), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def assemble_labels(slices: Mapping[int, np.ndarray], shape: tuple[int, int, int], axis: int) -> np.ndarray:
+    """(H, W) uint8 labels by slice index -> (X, Y, Z) uint8 on the volume's grid, 0 where there is no slice.
+
+    shape, axis: those of a Volume or a Case. Slices of another size are resized, nearest.
+    """
+    labels = np.zeros(shape, np.uint8)
+    target = np.moveaxis(labels, axis, 0)
+    for index, values in slices.items():
+        target[index] = resize_labels(values.astype(np.uint8), target.shape[1:])
+    return labels
+
+
+def save_labels(labels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write (X, Y, Z) uint8 labels as a NIfTI volume (.nii or .nii.gz) with this affine."""
+    nib.save(nib.Nifti1Image(labels, np.asarray(affine, np.float64)), path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where prepared slices come from, as written to case.json beside them.
+
+    image, label: the source files' names relative to the data set's folder. shape, affine, spacing: the source's
+    grid. slices: indices along `axis`. size: (H, W) of the slice files. rescaled: MR intensities were (read_image).
+    """
+
+    image: str
+    label: str
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    spacing: tuple[float, float, float]
+    axis: int
+    slices: tuple[int, ...]
+    size: tuple[int, int]
+    resized: bool
+    rescaled: bool
+
+
+def write_case(folder: Path, case: Case, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write <folder>/<slice:04d>.npz for each of case.slices, and case.json; the folder is there and empty.
+
+    images: (N, H, W) int16, labels: (N, H, W) uint8, of the source's size; they are resized to case.size.
+    """
+    for index, image, label in zip(case.slices, images, labels, strict=True):
+        arrays = {"image": resize_image(image, case.size), "label": resize_labels(label, case.size)}
+        np.savez(folder / f"{index:04d}.npz", **arrays)
+    (folder / CASE_FILE).write_text(json.dumps(asdict(case), indent=1) + "\n", encoding="utf-8")
+
+
+def read_case(folder: Path) -> Case:
+    """A case's folder -> its case.json; InputError if that is missing or damaged."""
+    path = folder / CASE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        case = Case(**{key: _tuples(value) for key, value in values.items()})
+        valid = (
+            len(case.shape) == 3
+            and np.asarray(case.affine, np.float64).shape == (4, 4)
+            and case.axis in (0, 1, 2)
+            and all(0 <= index < case.shape[case.axis] for index in case.slices)
+            and len(case.size) == 2
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected one beside the slices") from None
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected what scripts/prepare_data.py writes") from None
+    if not valid:
+        raise InputError(f"{path}: got values that fit no volume, expected what scripts/prepare_data.py writes")
+    return case
+
+
+def list_cases(folder: Path) -> list[Path]:
+    """The folder of prepared slices -> the cases' folders by their numbers; what has no case.json is no case."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (scripts/prepare_data.py makes it)")
+    return sorted((p.parent for p in folder.glob(f"*/{CASE_FILE}")), key=lambda p: (case_number(p.name), p.name))
+
+
+def list_slices(folder: Path) -> list[Path]:
+    """A case's folder -> its slice files in the volume's order."""
+    return sorted(folder.glob("*.npz"))
+
+
+def case_number(name: str) -> int:
+    """The last whole number in a case's name: 12 for 'volume-12' and for 'case_00012'."""
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise InputError(f"{name}: got a case without a number, expected one such as case_00012")
+    return int(numbers[-1])
+
+
+def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != [f"{name}.npy" for name in sorted(SLICE_DTYPES)]:
+                raise ValueError(f"members {archive.namelist()}")
+            arrays = {name: _read_member(archive, name) for name in SLICE_DTYPES}
+        if arrays["image"].shape != arrays["label"].shape:
+            raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise InputError(
+            f"{path}: got {' '.join(str(error).split())}, expected a slice of scripts/prepare_data.py, with "
+            "'image' int16 and 'label' uint8 of the same size"
+        ) from None
+    return arrays["image"], arrays["label"]
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of a slice file, its header checked against the member's size before anything is allocated."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > MAX_SIDE**2 * 2 + 4096:
+        raise ValueError(f"{info.file_size} bytes as '{name}'")
+    with archive.open(info) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"another format as '{name}'")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        data = file.read()  # to the end, where the checksum is compared
+    if dtype != SLICE_DTYPES[name] or len(shape) != 2 or fortran or len(data) != shape[0] * shape[1] * dtype.itemsize:
+        raise ValueError(f"'{name}' of type {dtype}, shape {shape} and {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+Convert = Callable[[np.ndarray, Volume], np.ndarray]
+
+
+def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type) -> np.ndarray:
+    """Slices -> (N, H, W) of `dtype`: one pass through the file, in memory the slices and one plane."""
+    indices = list(indices)
+    assert indices == sorted(set(indices)), "slices are read in ascending order"
+    if volume.axis == 2:  # slices lie one after the other in the file
+        slices = np.empty((len(indices), *volume.slice_shape), dtype)
+        for place, (_, plane) in enumerate(_planes(volume, indices)):
+            slices[place] = convert(plane, volume)
+        return slices
+    # A plane of the file holds one line of every slice.
+    lines = np.empty((volume.shape[2], len(indices), volume.slice_shape[0]), dtype)
+    for k, plane in _planes(volume):
+        taken = np.take(plane, indices, volume.axis)
+        lines[k] = convert(taken if volume.axis == 0 else taken.T, volume)
+    return lines.transpose(1, 2, 0)
+
+
+def _planes(volume: Volume, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """The file's planes across its last axis -> (index, (X, Y) stored values), in one pass through the file."""
+    size = volume.shape[0] * volume.shape[1] * volume.dtype.itemsize
+    try:
+        with ImageOpener(volume.path) as file:
+            for k in range(volume.shape[2]) if wanted is None else wanted:
+                file.seek(volume.offset + k * size)
+                data = file.read(size)
+                if len(data) < size:
+                    raise EOFError(f"it ends in plane {k} of {volume.shape[2]}")
+                yield k, np.frombuffer(data, volume.dtype).reshape(volume.shape[:2], order="F")
+            if wanted is None:
+                file.read(1)  # gzip compares its checksum where the data end
+    except UNREADABLE as error:
+        raise _unreadable(volume.path, error) from None
+
+
+def _to_float(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    """Stored values -> float64, scaled; InputError for NaN and infinity."""
+    values = plane.astype(np.float64) * volume.slope + volume.inter
+    if not np.isfinite(values).all():
+        raise InputError(f"{volume.path}: got NaN or infinite voxels, expected numbers")
+    return values
+
+
+def _to_int16(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    unscaled = volume.slope == 1 and volume.inter == 0
+    if unscaled and np.can_cast(volume.dtype, np.int16):
+        return plane.astype(np.int16)
+    return _round_to_int16(_to_float(plane, volume))
+
+
+def _round_to_int16(values: np.ndarray) -> np.ndarray:
+    return np.rint(values).clip(INT16.min, INT16.max).astype(np.int16)
+
+
+def _to_label(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    unscaled = volume.slope == 1 and volume.inter == 0
+    if unscaled and volume.dtype == np.uint8:
+        return plane
+    values = plane if unscaled and volume.dtype.kind in "iu" else _to_float(plane, volume)
+    labels = values.clip(0, 255).astype(np.uint8)
+    if (labels != values).any():
+        wrong = values[labels != values].flat[0]
+        raise InputError(f"{volume.path}: got label value {wrong:g}, expected whole numbers of 0..255")
+    return labels
+
+
+def _check_size(path: Path, expected: int) -> None:
+    """InputError if the file cannot hold the voxels its header promises; before any of them is allocated."""
+    size = path.stat().st_size
+    most = size * MAX_DEFLATE if path.suffix.lower() == ".gz" else size
+    if most < expected:
+        raise InputError(f"{path}: got a file of {size} bytes, expected the {expected} that its header promises")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{path}: got a file that cannot be read ({reason}), expected a NIfTI volume")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
