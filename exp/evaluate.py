@@ -15,22 +15,8 @@ from exp.data import SegmentationDataset, build_dataset, build_normalize
 from exp.data.loader import build_test_loader
 from exp.distributed import Dist
 from exp.inference import Inference, build_inference
-from exp.metrics import count
+from exp.metrics import EvalResult, count
 from exp.predict import Rule, build_rule
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One rule's (N, 3, C) int64 TP, FP, FN per image and class, the images in the data set's order.
-
-    cases: the volume of each image, where the data set groups its images; else None.
-    """
-
-    rule: str
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
-    counts: np.ndarray
-    cases: tuple[str, ...] | None = None
 
 
 @dataclass

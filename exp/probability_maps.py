@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from exp.data.base import IGNORE_INDEX, label_table, read_image, require_folder
 from exp.errors import InputError
-from exp.evaluate import EvalResult
-from exp.metrics import count
+from exp.metrics import EvalResult, count
 from exp.predict import Rule
 
 MAP_SUFFIXES = (".npy", ".npz")

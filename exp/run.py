@@ -34,7 +34,7 @@ from exp.models import Segmentor, build_model
 from exp.optim import build_optimizer, build_scheduler
 from exp.pictures import largest_gains, predict_panel, save_panel
 from exp.provenance import describe_code, record_start
-from exp.results import format_table, save_results, write_atomically
+from exp.results import report_results, write_atomically
 from exp.train import Intervals, seed_everything, train
 
 LOGGED_PICTURES = 3
@@ -133,11 +133,11 @@ class Run:
         results, code, config = evaluation.results, describe_code(), self.config.to_dict()
         judged = {group: config[group] for group in ("data", "test")}
         contexts = [{"training": training, **code, "config": {**judged, "predict": rule}} for rule in config["predict"]]
-        save_results(results, self.folder / "results", contexts)
+        metric, calibration = self.config.test.metric, evaluation.calibration
+        print(report_results(results, self.folder / "results", contexts, metric=metric, calibration=calibration))
         write_atomically(
             self.folder / "results" / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n"
         )
-        print(format_table(results, self.config.test.metric))
         print(format_timing(evaluation.timing))
         for index in largest_gains(results, self.config.test.metric, num_pictures):
             panel = predict_panel(self.evaluator, model, index)
@@ -209,7 +209,7 @@ class Run:
     def _validate(self, raw_model: nn.Module, iteration: int, logger: NullLogger) -> Evaluation:
         self.dist.share_buffers(raw_model)
         evaluation = self.evaluator(raw_model)
-        scores = {result.rule: compute_scores(result.counts) for result in evaluation.results}
+        scores = {result.rule: compute_scores(result.counts, result.cases) for result in evaluation.results}
         logger.scalars(iteration, {f"val/{r}/{name}": v for r, row in scores.items() for name, v in row.items()})
         for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
             logger.image(iteration, f"val/{index}", predict_panel(self.evaluator, raw_model, index))

@@ -83,7 +83,7 @@ def main() -> None:
     from exp.predict import build_rule  # PyTorch comes in only now
     from exp.probability_maps import MapReader, judge, pair_files
     from exp.provenance import describe_code
-    from exp.results import format_table, save_results
+    from exp.results import report_results
 
     reader = MapReader(args.key, args.unit, args.slice_axis, args.label_axes, args.ignore_label, args.tolerance)
     files = pair_files(args.prob_dir, args.label_dir)
@@ -94,8 +94,7 @@ def main() -> None:
     results = judge(files, reader, {c.name: build_rule(c, num_classes) for c in predict}, classes)
     maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
     contexts = [{"maps": maps, **describe_code(), "config": {"predict": asdict(c)}} for c in predict]
-    save_results(results, args.output_dir / "results", contexts)
-    print(format_table(results, args.metric))
+    print(report_results(results, args.output_dir / "results", contexts, metric=args.metric))
     print(f"results: {args.output_dir / 'results'}")
 
 

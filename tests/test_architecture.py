@@ -35,6 +35,8 @@ ORDER = [  # data flows one way: a module imports from those before it
     "inference",
     "predict",
     "metrics",
+    "calibration",
+    "statistics",
     "evaluate",
     "probability_maps",
     "results",

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from exp.errors import InputError
-from exp.evaluate import EvalResult
-from exp.metrics import compute_scores
-from exp.results import compare, format_table, load_result, result_csv, save_results
+from exp.metrics import EvalResult, compute_scores
+from exp.results import format_results, load_result, result_csv, save_results
+from exp.statistics import compare_rules
 
 
 def result(rule: str = "argmax", seed: int = 0) -> EvalResult:
@@ -26,7 +26,8 @@ def test_csv_comes_back_and_scores_can_be_computed_from_it(tmp_path: Path):
     assert content["rule"] == "argmax"
     assert content["revision"] == "r"
     assert content["images"] == {"evaluated": 4, "with_counted_pixels": 3}
-    assert content["per_class"]["road"].keys() == {"AccD", "AccC", "IoUD", "IoUC", "DiceD", "DiceC"}
+    ends = ("D", "C", "C5", "C10", "CQ")
+    assert content["per_class"]["road"].keys() == {f"{name}{end}" for name in ("Acc", "IoU", "Dice") for end in ends}
 
 
 def test_csv_has_a_row_an_image_and_leaves_undefined_scores_empty():
@@ -63,16 +64,26 @@ def test_other_csv_files_are_refused(tmp_path: Path):
         load_result(path)
 
 
-def test_table_and_comparison():
+def test_tables_and_comparison():
     base, other = result(), result("rankseg_rma", seed=1)
-    table = format_table([base, other], "mIoUI").splitlines()
-    assert [line.split()[0] for line in table] == ["Acc", "argmax", "rankseg_rma", "rankseg_rma"]
-    assert table[1].split()[1:] == [f"{v:.2f}" for v in compute_scores(base.counts).values()]
+    lines = format_results([base, other], "mIoUI", compare_rules([base, other], "mIoUI")).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "Acc",
+        "argmax",
+        "rankseg_rma",
+        "mIoUI5",
+        "argmax",
+        "rankseg_rma",
+        "rankseg_rma",
+        "rankseg_rma",
+    ]
+    scores = compute_scores(base.counts)
+    for header, row in ((lines[0], lines[1]), (lines[3], lines[4])):
+        assert row.split()[1:] == [f"{scores[name]:.2f}" for name in header.split()]
     gains = [
         compute_scores(other.counts[i : i + 1])["mIoUI"] - compute_scores(base.counts[i : i + 1])["mIoUI"]
         for i in range(3)
     ]
-    assert compare(base, other, "mIoUI") == (
-        f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f}, better on {sum(g > 0 for g in gains)} of 4 images, "
-        f"worse on {sum(g < 0 for g in gains)}"
-    )
+    assert lines[6].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} (95% interval ")
+    assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[6]
+    assert lines[7].startswith("rankseg_rma against argmax: mIoUD ")
