@@ -1,7 +1,7 @@
 """One run in its folder: train (or go on training), load what was trained, judge it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from exp.data import build_dataset
 from exp.data.loader import build_train_loader, count_iterations
 from exp.distributed import Dist
 from exp.errors import InputError
-from exp.evaluate import Evaluation, Evaluator, format_timing
+from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
 from exp.logger import NullLogger, build_logger
 from exp.losses import build_criterion
 from exp.metrics import compute_scores
 from exp.models import Segmentor, build_model
 from exp.optim import build_optimizer, build_scheduler
-from exp.pictures import largest_gains, predict_panel, save_panel
+from exp.output_folders import claim_folder
+from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.provenance import describe_code, record_start
 from exp.results import report_results, write_atomically
 from exp.train import Intervals, seed_everything, train
@@ -139,12 +140,23 @@ class Run:
             self.folder / "results" / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n"
         )
         print(format_timing(evaluation.timing))
-        for index in largest_gains(results, self.config.test.metric, num_pictures):
-            panel = predict_panel(self.evaluator, model, index)
-            print(save_panel(panel, self.folder / "pictures", self.evaluator.dataset.samples[index].name))
+        if num_pictures:
+            self._save_pictures(model, results, contexts, num_pictures)
         for index in range(min(num_maps, len(self.evaluator.dataset))):
             self._save_probabilities(model, index)
         print(f"results: {self.folder / 'results'}")
+
+    def _save_pictures(
+        self, model: Segmentor, results: Sequence[EvalResult], contexts: Sequence[dict[str, Any]], num_images: int
+    ) -> None:
+        """Write <run>/pictures/{gain,loss,random}/<place>_<image>.png; pictures of another evaluation go to older/."""
+        metric, dataset = self.config.test.metric, self.evaluator.dataset
+        folder = claim_folder(self.folder / "pictures", {"metric": metric, "images": num_images, "rules": contexts})
+        for kind, indices in choose_pictures(results, metric, num_images, self.config.seed).items():
+            for place, index in enumerate(indices):
+                panel = predict_panel(self.evaluator, model, index, metric)
+                save_panel(panel, folder / kind, f"{place:02d}_{dataset.samples[index].name}")
+        print(f"pictures: {folder}")
 
     def _save_probabilities(self, model: Segmentor, index: int) -> None:
         """Write <run>/probabilities/<image>.npy, (C, H, W) float32."""

@@ -40,6 +40,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "evaluate",
     "probability_maps",
     "results",
+    "output_folders",
     "pictures",
     "provenance",
     "run",

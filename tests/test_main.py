@@ -64,7 +64,7 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert checkpoint_bytes(run) == before
     names = {"argmax.csv", "argmax.json", "rankseg_rma.csv", "rankseg_rma.json"}
     assert {p.name for p in (run / "results").iterdir()} >= names | {"timing.json"}
-    assert len(list((run / "pictures").glob("*.png"))) == 2
+    assert len(list((run / "pictures" / "random").glob("*.png"))) == 2
     prob = np.load(run / "probabilities" / "shapes_val_0000.npy")
     assert prob.shape == (6, 96, 128)
     assert prob.dtype == np.float32
