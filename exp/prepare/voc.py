@@ -1,0 +1,120 @@
+"""PASCAL VOC 2012 and SBD -> SegmentationClassTrainAug/ and trainaug.txt."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+from exp.errors import InputError
+from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
+
+# What scipy raises on files that are damaged or of another kind.
+UNREADABLE = (MatReadError, OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError)
+UNREADABLE += (zlib.error, struct.error)
+BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
+NUM_CLASSES = 21
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """A label to be written: from VOC's own PNG or SBD's .mat."""
+
+    source: Path
+    target: Path
+
+
+def prepare_voc(data_dir: Path, workers: int) -> None:
+    """Write ImageSets/Segmentation/trainaug.txt and the labels it names.
+
+    trainaug: SBD's train and val and VOC's train, less VOC's val (so that no image is trained on that is judged),
+    in alphabetical order. A label or list that is there already must say the same and is kept; if it does not,
+    InputError. The list is written last: where it is, the labels are complete.
+    """
+    voc = data_dir / "VOCdevkit" / "VOC2012"
+    sbd = data_dir / "VOCdevkit" / "VOCaug" / "benchmark_RELEASE" / "dataset"
+    names = trainaug_names(voc / "ImageSets" / "Segmentation", sbd)
+    names_file = voc / "ImageSets" / "Segmentation" / "trainaug.txt"
+    labels = voc / "SegmentationClassTrainAug"
+    if names_file.exists() and sorted(_read_names(names_file)) != names:
+        raise InputError(
+            f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC; move it away to have "
+            "it written"
+        )
+    own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
+    jobs = [
+        LabelJob(
+            voc / "SegmentationClass" / f"{name}.png" if name in own else sbd / "cls" / f"{name}.mat",
+            labels / f"{name}.png",
+        )
+        for name in names
+    ]
+    waiting = sum(not job.target.exists() for job in jobs)
+    print(f"{labels}: {len(jobs)} labels, {len(jobs) - waiting} of them there before (compared, not changed)")
+    require_space(labels, waiting * BYTES_PER_LABEL)
+    labels.mkdir(exist_ok=True)
+    remove_stale(labels)
+    remove_stale(names_file.parent)
+    with worker_pool(workers) as pool:
+        _, faults = run_jobs(write_label, jobs, pool, "labels", "label")
+    report_faults(faults, "labels")
+    if not names_file.exists():
+        with staged(names_file) as temporary:
+            temporary.write_text("\n".join(names) + "\n", encoding="utf-8")
+
+
+def trainaug_names(lists: Path, sbd: Path) -> list[str]:
+    """VOC's lists and SBD's folder -> the names of trainaug, sorted."""
+    train = [*_read_names(sbd / "train.txt"), *_read_names(sbd / "val.txt"), *_read_names(lists / "train.txt")]
+    return sorted(set(train) - set(_read_names(lists / "val.txt")))
+
+
+def _read_names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected one image name a line")
+    return path.read_text(encoding="utf-8").split()
+
+
+def write_label(job: LabelJob) -> None:
+    """Write a label as a PNG of class indices, or compare it with the one that is there."""
+    values = read_mat(job.source) if job.source.suffix == ".mat" else read_png(job.source)
+    if job.target.exists():
+        if not np.array_equal(read_png(job.target), values):
+            raise InputError(f"{job.target}: got another label than that of {job.source}; it is left as it is")
+        return
+    with staged(job.target) as temporary:
+        Image.fromarray(values).save(temporary, format="PNG")
+
+
+def read_mat(path: Path) -> np.ndarray:
+    """A file of SBD's dataset/cls -> (H, W) uint8 class indices."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected the label of an image in SBD's lists")
+    try:
+        values = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+    except UNREADABLE as error:
+        raise InputError(f"{path}: got a file that cannot be read ({error}), expected SBD's GTcls") from None
+    return _check(np.asarray(values), path)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A palette or grey PNG -> (H, W) uint8 class indices."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of these on damaged files
+        raise InputError(f"{path}: got a file that cannot be read ({error}), expected a label PNG") from None
+    return _check(values, path)
+
+
+def _check(values: np.ndarray, path: Path) -> np.ndarray:
+    if values.dtype != np.uint8 or values.ndim != 2:
+        raise InputError(f"{path}: got {values.dtype} values of shape {values.shape}, expected (H, W) uint8")
+    wrong = values[(values >= NUM_CLASSES) & (values != 255)]
+    if wrong.size:
+        raise InputError(f"{path}: got label value {wrong[0]}, expected 0..{NUM_CLASSES - 1} or 255")
+    return values
