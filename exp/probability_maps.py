@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from exp.calibration import count_calibration
 from exp.data.base import IGNORE_INDEX, label_table, read_image, require_folder
 from exp.errors import InputError
 from exp.metrics import EvalResult, count
 from exp.predict import Rule
+from exp.volumes import open_volume, read_labels
 
 MAP_SUFFIXES = (".npy", ".npz")
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".png", ".npy")
@@ -220,8 +222,6 @@ def read_label_values(path: Path) -> np.ndarray:
         values = read_nifti(path)
     else:
         values = read_array(path, None) if path.suffix == ".npy" else np.asarray(read_image(path))
-    while values.ndim > 3 and values.shape[-1] == 1:  # NIfTI files of one point in time
-        values = values[..., 0]
     if values.ndim not in (2, 3) or (path.suffix == ".png" and values.ndim == 3):
         raise InputError(f"{path}: got an array of shape {values.shape}, expected one label a pixel")
     if values.dtype == bool:
@@ -234,31 +234,36 @@ def read_label_values(path: Path) -> np.ndarray:
 
 
 def read_nifti(path: Path) -> np.ndarray:
-    """A NIfTI file -> its values, axes x, y, z as stored."""
-    import nibabel  # here, because only NIfTI labels need it
-    from nibabel.filebasedimages import ImageFileError
-
-    try:
-        return np.asanyarray(nibabel.load(path).dataobj)
-    except (*UNREADABLE, ImageFileError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected a NIfTI volume") from None
+    """A NIfTI label volume -> (X, Y, Z) uint8, axes as stored."""
+    volume = open_volume(path)
+    return np.moveaxis(read_labels(volume, range(volume.num_slices)), 0, volume.axis)
 
 
-def judge(
-    files: Sequence[MapFile], reader: MapReader, rules: Mapping[str, Rule], classes: Sequence[str]
-) -> list[EvalResult]:
-    """Every unit of every map under every rule -> a result a rule, in the order of the files."""
-    names, counts = [], []
+@dataclass(frozen=True)
+class Judged:
+    """A result a rule, and the calibration counts of every unit, (N, C + 1, 3, num_bins)."""
+
+    results: tuple[EvalResult, ...]
+    calibration: np.ndarray
+
+
+def judge(files: Sequence[MapFile], reader: MapReader, rules: Mapping[str, Rule], classes: Sequence[str]) -> Judged:
+    """Every unit of every map under every rule, in the order of the files; volumes are cases."""
+    names, cases, counts, calibration = [], [], [], []
     for file in tqdm(files, desc="judging", unit="map", leave=False):
         for unit in reader.units(file):
             if len(unit.prob) != len(classes):
                 raise InputError(f"{file.prob}: got {len(unit.prob)} classes, expected {len(classes)}")
+            if cases and (unit.case is None) != (cases[0] is None):
+                raise InputError(f"{file.prob}: got images and volumes together, expected the one or the other")
             prob, label = to_tensor(unit.prob)[None], torch.from_numpy(unit.label)
             counts.append(np.stack([count(rule(prob)[0], label, len(classes)).numpy() for rule in rules.values()]))
+            calibration.append(count_calibration(prob, label))
             names.append(unit.name)
-    table = np.stack(counts)
-    return [EvalResult(rule, tuple(names), tuple(classes), table[:, i]) for i, rule in enumerate(rules)]
+            cases.append(unit.case)
+    table, grouped = np.stack(counts), None if cases[0] is None else tuple(cases)
+    results = (EvalResult(rule, tuple(names), tuple(classes), table[:, i], grouped) for i, rule in enumerate(rules))
+    return Judged(tuple(results), np.stack(calibration))
 
 
 def to_tensor(prob: np.ndarray) -> Tensor:

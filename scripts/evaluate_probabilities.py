@@ -13,8 +13,9 @@ where both ways fit, --label_axes reversed says it. Labels must be in the orient
 (only its reader NibabelIOWithReorient turns them). Region-based models, whose classes overlap, do not sum to 1 and are
 refused.
 
-Written to --output_dir: results/<rule>.{json,csv} as an evaluation by exp/main.py writes them, a row a unit. A unit is
-an image, or of a volume each slice (--unit slice, with the volume as its case) or the whole (--unit case).
+Written to --output_dir: results/ as an evaluation by exp/main.py writes it (<rule>.json, <rule>.csv with a row a unit,
+comparison.json, calibration.json). A unit is an image; of a volume each slice, averaged within the volume first (--unit
+slice), or the whole volume (--unit case).
 """
 
 import argparse
@@ -91,11 +92,12 @@ def main() -> None:
     classes = args.classes or [str(c) for c in range(num_classes)]
     if len(classes) != num_classes:
         raise InputError(f"--classes: got {len(classes)} names, expected {num_classes} as {files[0].prob} has")
-    results = judge(files, reader, {c.name: build_rule(c, num_classes) for c in predict}, classes)
+    judged = judge(files, reader, {c.name: build_rule(c, num_classes) for c in predict}, classes)
     maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
     contexts = [{"maps": maps, **describe_code(), "config": {"predict": asdict(c)}} for c in predict]
-    print(report_results(results, args.output_dir / "results", contexts, metric=args.metric))
-    print(f"results: {args.output_dir / 'results'}")
+    folder = args.output_dir / "results"
+    print(report_results(judged.results, folder, contexts, metric=args.metric, calibration=judged.calibration))
+    print(f"results: {folder}")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,30 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
     context = json.loads((tmp_path / "out" / "results" / "rankseg_rma.json").read_text())
     assert context["config"]["predict"]["opt_metric"] == "dice"
     assert context["maps"]["files"] == 3
+    comparison = json.loads((tmp_path / "out" / "results" / "comparison.json").read_text())
+    assert comparison["comparisons"][0]["num_units"] == 3
+
+
+def test_calibration_is_that_of_the_maps(script, tmp_path: Path, images: dict):
+    assert judge(script, tmp_path)[0] == 0
+    got = json.loads((tmp_path / "out" / "results" / "calibration.json").read_text())["metrics"]["ECED"]
+    gaps, pixels = np.zeros(10), 0
+    for prob, label in images.values():
+        kept, top = label != 255, prob.astype(np.float64).max(0)
+        hits = prob.argmax(0) == label
+        bins = np.minimum((prob.max(0).astype(np.float32) * np.float32(10)).astype(int), 9)
+        gaps += np.bincount(bins[kept], (hits - top)[kept], 10)
+        pixels += kept.sum()
+    assert got == pytest.approx(100 * np.abs(gaps).sum() / pixels, abs=1e-6)
+
+
+def test_images_and_volumes_are_not_mixed(script, tmp_path: Path, images: dict):
+    rng = np.random.default_rng(5)
+    np.save(tmp_path / "maps" / "volume.npy", make_map(rng, 4, 2, 3, 4))
+    np.save(tmp_path / "labels" / "volume.npy", rng.integers(0, 4, (2, 3, 4)))
+    status, _, err = judge(script, tmp_path)
+    assert status == 2
+    assert "volume.npy: got images and volumes together" in err
 
 
 def test_the_programs_own_maps_score_as_the_program_scored_them(program, script, tmp_path: Path):
@@ -126,7 +150,14 @@ def test_volumes_slice_by_slice_with_their_cases(script, tmp_path: Path, volumes
     for row in rows:
         name, _, z = row["image"].partition("/")
         prob, label = volumes[name]
+        assert row["case"] == name
         check_counts(row, prob.argmax(0)[int(z)], label[int(z)], 3)
+    metrics = json.loads((tmp_path / "out" / "results" / "argmax.json").read_text())["metrics"]
+    by_case = [np.mean([float(row["mDiceI"]) for row in rows if row["case"] == name]) for name in volumes]
+    assert metrics["mDiceI"] == pytest.approx(np.mean(by_case), abs=1e-9)
+    cases = read_rows(tmp_path / "out" / "results" / "argmax.cases.csv")
+    for row, (prob, label) in zip(cases, volumes.values(), strict=True):
+        check_counts(row, prob.argmax(0), label, 3)
 
 
 def test_volumes_as_one_unit(script, tmp_path: Path, volumes: dict):
@@ -325,3 +356,12 @@ def test_help_from_anywhere_needs_nothing_heavy(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--label_axes" in done.stdout
+
+
+def test_no_network_is_needed():
+    code = (
+        "import sys, exp.probability_maps, exp.results, exp.provenance\n"
+        "networks = {'timm', 'torchvision', 'segmentation_models_pytorch'} & sys.modules.keys()\n"
+        "assert not networks, networks"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
