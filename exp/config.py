@@ -12,6 +12,7 @@ import yaml
 from exp.errors import InputError
 from exp.strict_yaml import build_dataclass, closest, load_mapping, parse_value
 
+NUM_FOLDS = 5
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -77,9 +78,14 @@ class DataConfig:
     flip_prob: float = 0.5
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the RGB values in 0..1, ImageNet
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    test_crop: tuple[int, int] | None = None  # null: whole images; else the middle of each alone
+    fold: int | None = None  # of data sets in folds: validated on; the other four are trained on
+    window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
 
     def __post_init__(self) -> None:
-        _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std")
+        _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std", "test_crop")
+        _require(self.fold is None or 0 <= self.fold < NUM_FOLDS, "fold", self.fold, f"0..{NUM_FOLDS - 1} or null")
+        _require(self.window is None or self.window[0] < self.window[1], "window", self.window, "[low, high]")
         _require(self.scale_range[0] <= self.scale_range[1], "scale_range", self.scale_range, "[low, high]")
         _require(0 <= self.flip_prob <= 1, "flip_prob", self.flip_prob, "a value in [0, 1]")
         _require(all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "values in [0, 1]")
@@ -252,7 +258,8 @@ class ExperimentConfig:
     @property
     def run_name(self) -> str:
         """The run folder's name: what was trained, not how it is judged."""
-        return ".".join(c.name for c in (self.model, self.data, self.loss, self.schedule, self.optim))
+        data = self.data.name if self.data.fold is None else f"{self.data.name}_fold{self.data.fold}"
+        return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""

@@ -120,12 +120,12 @@ class Evaluator:
             pass
 
     def decide(self, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-        """(1, 3, H, W) uint8 image and a model in eval mode -> (H, W) int64 labels a rule."""
+        """(1, channels, H, W) image and a model in eval mode -> (H, W) int64 labels a rule."""
         prob = self.probabilities(model, image)
         return {name: rule(prob)[0] for name, rule in self.rules.items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
-        """(1, 3, H, W) uint8 image and a model in eval mode -> (1, C, H, W) float32."""
+        """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""
         return self.inference(model, self.normalize(image.to(self.dist.device, non_blocking=True)))
 
 

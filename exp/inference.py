@@ -13,7 +13,7 @@ from exp.config import TestConfig
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """(1, 3, H, W) normalised image -> (1, C, H, W) float32 probabilities.
+    """(1, channels, H, W) normalised image -> (1, C, H, W) float32 probabilities.
 
     Windows of crop_size step by stride, the last of a row or column moved back to end with the image; their logits
     are averaged before the softmax, which is computed in float32. An image smaller than the crop is padded at the

@@ -178,7 +178,7 @@ def predict_panel(evaluator: Evaluator, model: nn.Module, index: int, metric: st
         scores = image_scores(counts)[metric]
         captions = {name: f"{name}: {metric} {score:.1f}" for name, score in zip(preds, scores)}
     return draw_panel(
-        item.image.permute(1, 2, 0).numpy(),
+        dataset.display(item.image.numpy()),
         item.label.numpy(),
         {name: pred.numpy() for name, pred in preds.items()},
         dataset.palette,

@@ -185,10 +185,10 @@ class Run:
     def _new_model(self) -> Segmentor:
         """Random weights by the seed, the same on every rank, under the encoder's pretrained ones."""
         seed_everything(self.config.seed, 0, 0)
-        return self._place(build_model(self.config.model, len(self.classes)))
+        return self._place(build_model(self.config.model, len(self.classes), self.evaluator.dataset.channels))
 
     def _model_of(self, checkpoint: Checkpoint) -> Segmentor:
-        model = build_model(self.config.model, len(self.classes), pretrained=False)
+        model = build_model(self.config.model, len(self.classes), self.evaluator.dataset.channels, pretrained=False)
         load_weights(model, checkpoint, self.config.to_dict()["model"], list(self.classes))
         return self._place(model)
 

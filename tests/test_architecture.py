@@ -22,6 +22,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "prepare.voc",
     "prepare",
     "data.volumes",
+    "data.decode",
     "data.base",
     "data.camvid",
     "data.pascal_voc",

@@ -37,7 +37,7 @@ class Losses(NullLogger):
 
 def train_a_little(dist: Dist, freeze_norm: bool) -> dict:
     """Four steps of the training loop -> gradients, parameters and loss after each."""
-    dataset = Shapes(None, "train", max_samples=8, transform=RandomCrop((32, 32), (0.5, 2.0), 0.5, MEAN, 0))
+    dataset = Shapes(None, "train", max_samples=8, transform=RandomCrop((32, 32), (0.5, 2.0), 0.5, (124, 116, 104), 0))
     loader = build_train_loader(
         dataset, ScheduleConfig("s", BATCH, train_iters=STEPS, num_workers=0), 0, STEPS, 0, dist
     )

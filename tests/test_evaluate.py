@@ -26,7 +26,7 @@ def evaluator(data_dir: Path, rules: dict, rank: int = 0, world_size: int = 1, d
         dataset=CamVid(data_dir, "val"),
         rules=rules,
         inference=SlidingWindow((32, 32), (22, 22), 3),
-        normalize=Normalize((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        normalize=Normalize((127.5, 127.5, 127.5), (51.0, 51.0, 51.0)),
         num_workers=0,
         dist=dist_class(rank, world_size, torch.device("cpu")),
     )

@@ -54,7 +54,7 @@ def test_schedule_in_iterations_or_epochs():
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_batches_do_not_depend_on_workers(camvid_dir: Path, num_workers: int):
     def batches(workers: int) -> list:
-        dataset = CamVid(camvid_dir, "train", transform=RandomCrop((32, 32), (0.5, 2.0), 0.5, (0.5, 0.5, 0.5), 0))
+        dataset = CamVid(camvid_dir, "train", transform=RandomCrop((32, 32), (0.5, 2.0), 0.5, (128, 128, 128), 0))
         schedule = ScheduleConfig("s", batch_size=2, train_iters=7, num_workers=workers)
         return list(build_train_loader(dataset, schedule, 0, 7, 0, Dist(0, 1, CPU)))
 

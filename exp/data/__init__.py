@@ -1,11 +1,13 @@
 """Data sets by name, and what turns them into batches."""
 
+from typing import Any
+
 from exp.config import DataConfig
 from exp.data.base import SegmentationDataset
 from exp.data.camvid import CamVid
 from exp.data.pascal_voc import PascalVOC
 from exp.data.shapes import Shapes, ShapesBinary
-from exp.data.transforms import Normalize, RandomCrop
+from exp.data.transforms import CenterCrop, Normalize, RandomCrop
 from exp.errors import InputError
 from exp.strict_yaml import closest
 
@@ -17,6 +19,7 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "shapes": Shapes,
     "shapes_binary": ShapesBinary,
 }
+FACT_KEYS = ("fold", "window")  # of DataConfig; the rest says how to split, crop and augment
 
 
 def find_dataset(name: str) -> type[SegmentationDataset]:
@@ -28,15 +31,36 @@ def find_dataset(name: str) -> type[SegmentationDataset]:
 
 def build_dataset(config: DataConfig, data_dir: str | None, split: str, seed: int = 0) -> SegmentationDataset:
     """The 'train' or 'val' part of a data set; the training part augments. InputError if its files are not there."""
-    training = split == "train"
-    transform = RandomCrop(config.crop_size, config.scale_range, config.flip_prob, config.mean, seed)
-    return find_dataset(config.dataset)(
+    training, cls = split == "train", find_dataset(config.dataset)
+    return cls(
         data_dir,
         config.train_split if training else config.val_split,
         max_samples=config.train_samples if training else config.val_samples,
-        transform=transform if training else None,
+        transform=build_transform(config, training, seed),
+        facts=dataset_facts(config, cls),
     )
 
 
+def dataset_facts(config: DataConfig, cls: type[SegmentationDataset]) -> dict[str, Any]:
+    """The YAML's keys that state facts of the data set; InputError for one that the data set does not read."""
+    given = {key: value for key in FACT_KEYS if (value := getattr(config, key)) is not None}
+    for key in given:
+        if key not in cls.yaml_facts:
+            raise InputError(f"data.{key}: got {given[key]!r}, expected no such key with the data set {config.dataset}")
+    return given
+
+
+def build_transform(config: DataConfig, training: bool, seed: int) -> RandomCrop | CenterCrop | None:
+    """Augmentation of training images; of the others the middle, if the YAML says so."""
+    if training:
+        fill = tuple(round(mean) for mean in build_normalize(config).mean)
+        return RandomCrop(config.crop_size, config.scale_range, config.flip_prob, fill, seed)
+    return CenterCrop(config.test_crop) if config.test_crop else None
+
+
 def build_normalize(config: DataConfig) -> Normalize:
-    return Normalize(config.mean, config.std)
+    """Colours by the YAML's mean and std; one channel so that its window becomes [-1, 1]."""
+    if config.window:
+        low, high = config.window
+        return Normalize(mean=((low + high) / 2,), std=((high - low) / 2,))
+    return Normalize(tuple(255 * m for m in config.mean), tuple(255 * s for s in config.std))

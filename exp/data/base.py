@@ -1,15 +1,17 @@
-"""Sample and the base of the data sets: files -> checked uint8 arrays."""
+"""Sample and the base of the data sets: files -> checked arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from exp.data.decode import read_image, read_label
 from exp.errors import InputError
 
 IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
@@ -27,14 +29,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Item:
-    """What a data set hands out: (3, H, W) uint8 RGB, (H, W) uint8 label in 0..C-1 or 255, and the sample's index."""
+    """What a data set hands out: the image, its label and the sample's index.
+
+    image: (channels, H, W) uint8 (RGB or grey) or int16 (CT, MR), contiguous; label: (H, W) uint8 in 0..C-1 or 255.
+    """
 
     image: Tensor
     label: Tensor
     index: int
 
 
-Transform = Callable[[Image.Image, Image.Image, int], tuple[Image.Image, Image.Image]]
+Transform = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 class SegmentationDataset(Dataset):
@@ -42,11 +47,15 @@ class SegmentationDataset(Dataset):
 
     data_dir: the folder that holds the data set's own folder; None where nothing is on disk.
     transform: (image, label, draw) -> the same, augmented; `draw` numbers the random choices (see loader.py).
+    facts: values of the attributes that `yaml_facts` names, where the YAML gives them.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     label_map: dict[int, int] = {}  # file value -> label; values not named stay as they are
+    channels = 3  # of an image: 3 (RGB) or 1
+    window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
+    yaml_facts: tuple[str, ...] = ()  # the keys of the data YAML that state facts of this data set
     on_disk = True  # False: made on the fly, no data_dir
 
     def __init__(
@@ -56,7 +65,11 @@ class SegmentationDataset(Dataset):
         *,
         max_samples: int | None = None,
         transform: Transform | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, value in (facts or {}).items():
+            assert name in self.yaml_facts
+            setattr(self, name, value)
         if self.on_disk and data_dir is None:
             raise InputError(f"--data_dir: got none, expected the folder that holds {type(self).__name__}")
         self.root = require_folder(Path(data_dir)) if self.on_disk else None
@@ -71,21 +84,28 @@ class SegmentationDataset(Dataset):
         """The samples of self.split in a fixed order; InputError for a missing folder, list or file."""
         raise NotImplementedError
 
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Index -> RGB image and label image (mode L, values 0..C-1 or 255) of the same size."""
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Index -> (H, W, channels) uint8 or int16 image and (H, W) uint8 label in 0..C-1 or 255."""
         sample = self.samples[index]
-        image = read_image(sample.image).convert("RGB")
-        values = np.asarray(read_image(sample.label))
+        image, values = read_image(sample.image, self.channels), read_label(sample.label)
         if values.ndim != 2:
             raise InputError(
                 f"{sample.label}: got an image of {values.shape[-1]} channels, expected one channel of class indices"
             )
-        if values.shape != image.size[::-1]:
+        if values.shape != image.shape[:2]:
             raise InputError(
                 f"{sample.label}: got {values.shape[1]}x{values.shape[0]} pixels, expected "
-                f"{image.size[0]}x{image.size[1]} as in {sample.image}"
+                f"{image.shape[1]}x{image.shape[0]} as in {sample.image}"
             )
-        return image, Image.fromarray(self.decode_label(values, sample.label))
+        return image, self.decode_label(values, sample.label)
+
+    def display(self, image: np.ndarray) -> np.ndarray:
+        """(channels, H, W) image of an Item -> (H, W, 3) uint8 for pictures; one channel as grey, low to high."""
+        if self.channels == 3:
+            return image.transpose(1, 2, 0)
+        low, high = self.window or (0, 255)
+        grey = (image[0].astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
     def decode_label(self, values: np.ndarray, path: Path) -> np.ndarray:
         """(H, W) values of a file -> (H, W) uint8 labels; InputError for a value that is no class."""
@@ -94,10 +114,8 @@ class SegmentationDataset(Dataset):
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         wrong = present[self._label_table[present] < 0]
         if wrong.size:
-            raise InputError(
-                f"{path}: got label value {wrong[0]}, expected 0..{len(self.classes) - 1} or "
-                f"{IGNORE_INDEX}" + "".join(f", or {v}" for v in self.label_map)
-            )
+            known = describe_values(np.flatnonzero(self._label_table >= 0))
+            raise InputError(f"{path}: got label value {wrong[0]}, expected {known}")
         return self._label_table[values].astype(np.uint8) if self.label_map else values
 
     def __len__(self) -> int:
@@ -109,8 +127,8 @@ class SegmentationDataset(Dataset):
         image, label = self.read(index)
         if self.transform is not None:
             image, label = self.transform(image, label, draw)
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return Item(image, torch.from_numpy(np.array(label)), index)
+        planes = np.stack(cv2.split(image))  # (H, W, channels) -> (channels, H, W)
+        return Item(torch.from_numpy(planes), torch.from_numpy(np.ascontiguousarray(label)), index)
 
 
 def label_table(num_classes: int, label_map: dict[int, int]) -> np.ndarray:
@@ -123,16 +141,10 @@ def label_table(num_classes: int, label_map: dict[int, int]) -> np.ndarray:
     return table
 
 
-def read_image(path: Path) -> Image.Image:
-    """A path -> the decoded image; InputError if it cannot be read to the end."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of these on damaged files
-        raise InputError(f"{path}: got a file that cannot be read ({error}), expected a PNG or JPEG image") from None
+def describe_values(values: np.ndarray) -> str:
+    """Sorted whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return " or ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def require_folder(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -15,7 +16,7 @@ from exp.errors import InputError
 
 @dataclass(frozen=True)
 class Batch:
-    """(B, 3, H, W) uint8 images, (B, H, W) uint8 labels, and the samples' indices."""
+    """(B, channels, H, W) uint8 or int16 images, (B, H, W) uint8 labels, and the samples' indices."""
 
     image: Tensor
     label: Tensor
@@ -110,4 +111,13 @@ def _data_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist, bat
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=dist.device.type == "cuda",
+        worker_init_fn=_one_thread,
     )
+
+
+def _one_thread(worker: int) -> None:
+    """A worker's OpenCV starts no threads: there are as many workers as the user wants cores busy.
+
+    0, not 1: that would join the threads of a pool that a forked worker has not got.
+    """
+    cv2.setNumThreads(0)

@@ -33,9 +33,8 @@ class Shapes(SegmentationDataset):
         names = (f"shapes_{self.split}_{i:04d}" for i in range(SPLITS[self.split][1]))
         return [Sample(name, image=None, label=None) for name in names]
 
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        image, label = draw_scene(np.random.default_rng((SPLITS[self.split][0], index)))
-        return Image.fromarray(image), Image.fromarray(label)
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return draw_scene(np.random.default_rng((SPLITS[self.split][0], index)))
 
 
 class ShapesBinary(Shapes):
@@ -45,9 +44,9 @@ class ShapesBinary(Shapes):
     palette = ((0, 0, 0), (230, 159, 0))
     label_map = dict.fromkeys(range(1, 6), 1)
 
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = super().read(index)
-        return image, Image.fromarray(self._label_table[np.asarray(label)].astype(np.uint8))
+        return image, self._label_table[label].astype(np.uint8)
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
