@@ -24,7 +24,7 @@ from exp.optim import build_optimizer, build_scheduler
 from exp.train import Intervals, train
 
 STEPS, BATCH = 4, 4
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (124.0, 116.0, 104.0), (58.0, 57.0, 57.0)
 
 
 class Losses(NullLogger):
