@@ -37,6 +37,18 @@ class Dist:
         torch_dist.all_reduce(total)
         return total / self.world_size
 
+    def sum(self, value: Tensor) -> Tensor:
+        """A tensor -> its sum over the processes, on every rank, for a function that every rank computes alike.
+
+        The gradient goes to this process's part, times the number of processes: DDP's average of gradients is then
+        the gradient of the function of the sum.
+        """
+        if self.world_size == 1:
+            return value
+        total = value.detach().clone()
+        torch_dist.all_reduce(total)
+        return total + self.world_size * (value - value.detach())  # adds 0, and a path for the gradient
+
     def gather(self, item: Any) -> list[Any]:
         """One picklable object a rank -> all of them in the order of ranks, on every rank."""
         if self.world_size == 1:

@@ -104,7 +104,7 @@ class Run:
             logger.message(self._describe(raw_model, len(dataset), start, end))
             train(
                 model,
-                build_criterion(config.loss),
+                build_criterion(config.loss, dist.sum),
                 loader,
                 optimizer,
                 scheduler,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import free_port
+from test_losses import losses_of_a_share
 from test_models import tiny
 from torch import nn
 
@@ -59,7 +60,7 @@ def train_a_little(dist: Dist, freeze_norm: bool) -> dict:
 
     train(
         model,
-        build_criterion(LossConfig("l", "ce")),
+        build_criterion(LossConfig("l", "ce"), dist.sum),
         loader,
         optimizer,
         build_scheduler(config, optimizer, STEPS),
@@ -94,6 +95,7 @@ def worker(rank: int, world_size: int, port: int, folder: str) -> None:
         out |= {
             "mean": dist.mean(torch.tensor(float(rank))).item(),
             "gather": dist.gather(rank),
+            "criteria": losses_of_a_share(dist, rank, 2),
             "buffer": buffer.running_mean,
         }
     torch.save(out, Path(folder) / f"rank{rank}.pt")
@@ -130,6 +132,16 @@ def test_parameters_stay_bit_identical_across_ranks(two_ranks: list[dict], norm:
         assert all(torch.equal(first[name], second[name]) for name in first)
     first, last = two_ranks[0][norm]["params"][0], two_ranks[0][norm]["params"][-1]
     assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_every_loss_and_its_gradient_are_those_of_one_process(two_ranks: list[dict]):
+    """The mean of the losses over the processes, and what DDP makes of the gradients, under every YAML."""
+    first, second = (rank["criteria"] for rank in two_ranks)
+    for name, (value, grad) in losses_of_a_share(Dist(0, 1, torch.device("cpu")), 0, 4).items():
+        torch.testing.assert_close((first[name][0] + second[name][0]) / 2, value, rtol=1e-6, atol=0, msg=name)
+        # DDP averages the gradients of the weights; each process's logits hang on its own images alone.
+        got = torch.cat([first[name][1], second[name][1]]) / 2
+        torch.testing.assert_close(got, grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_collectives(two_ranks: list[dict]):
