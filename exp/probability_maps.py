@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from exp.calibration import count_calibration
-from exp.data.base import IGNORE_INDEX, label_table, read_image, require_folder
+from exp.data import decode
+from exp.data.base import IGNORE_INDEX, label_table, require_folder
 from exp.errors import InputError
 from exp.metrics import EvalResult, count
 from exp.predict import Rule
@@ -221,7 +222,7 @@ def read_label_values(path: Path) -> np.ndarray:
     if is_nifti(path):
         values = read_nifti(path)
     else:
-        values = read_array(path, None) if path.suffix == ".npy" else np.asarray(read_image(path))
+        values = read_array(path, None) if path.suffix == ".npy" else decode.read_label(path)
     if values.ndim not in (2, 3) or (path.suffix == ".png" and values.ndim == 3):
         raise InputError(f"{path}: got an array of shape {values.shape}, expected one label a pixel")
     if values.dtype == bool:

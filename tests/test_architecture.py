@@ -48,6 +48,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "probability_maps",
     "results",
     "output_folders",
+    "masks",
     "pictures",
     "provenance",
     "run",
