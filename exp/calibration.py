@@ -17,66 +17,83 @@ from exp.metrics import split_cases
 
 PIXELS, CONFIDENCE, HITS = range(3)
 NUM_BINS = 10
+PIECE_ELEMENTS = 2**19  # probabilities taken at a time: they stay in the cache
 
 
 def count_calibration(prob: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> np.ndarray:
-    """(1, C, H, W) probabilities and (H, W) labels in 0..C-1 or 255 -> (C + 1, 3, num_bins) float64.
+    """(1, C, H, W) probabilities that sum to 1, (H, W) labels in 0..C-1 or 255 -> (C + 1, 3, num_bins) float64.
 
-    Per class, and in the last row of the top label: pixels, sum of confidences and hits by bin of the confidence, over
-    the pixels that are not ignored. Counts of several images add up.
+    Per class, and in the last row of the top label (argmax): pixels, sum of confidences and hits by bin of the
+    confidence, over the pixels that are not ignored. Counts of several images add up. The pixels are taken in pieces,
+    beside which next to no memory is needed.
     """
     num_classes = prob.shape[1]
     prob, label = prob[0].flatten(1), label.flatten()
-    kept = label != IGNORE_INDEX
-    if not kept.all():
-        prob, label = prob[:, kept], label[kept]
     counts = torch.zeros(num_classes + 1, 3, num_bins, dtype=torch.float64, device=prob.device)
-    if not label.numel():
-        return counts.cpu().numpy()
-    own = prob.gather(0, label.long()[None])[0]
-    hits = torch.bincount(label.long() * num_bins + _bins(own, num_bins), minlength=num_classes * num_bins)
-    counts[:-1, HITS] = hits.view(num_classes, num_bins).double()
-    _count_classes(prob, counts[:-1])
-    top = prob.amax(0)
-    bins = _bins(top, num_bins)
-    counts[-1, PIXELS] = torch.bincount(bins, minlength=num_bins).double()
-    counts[-1, CONFIDENCE] = torch.bincount(bins, top.double(), minlength=num_bins)
-    counts[-1, HITS] = torch.bincount(bins[_is_top(prob, label, own, top)], minlength=num_bins).double()
+    size = max(1, PIECE_ELEMENTS // num_classes)
+    for start in range(0, len(label), size):
+        piece = prob[:, start : start + size].contiguous()  # sums along strides lose digits
+        _count_piece(piece if piece.dtype == torch.float64 else piece.float(), label[start : start + size], counts)
     return counts.cpu().numpy()
+
+
+def _count_piece(prob: Tensor, label: Tensor, counts: Tensor) -> None:
+    """(C, P) probabilities and (P,) labels -> added to the (C + 1, 3, num_bins) counts."""
+    num_classes, num_bins = len(prob), counts.shape[-1]
+    kept = label != IGNORE_INDEX
+    num_kept = int(kept.sum())
+    if num_kept < len(label):
+        prob = prob * kept.to(prob.dtype)  # an ignored pixel adds to no sum, and to no bin but the lowest
+    label = label.long()
+    target = label.clamp(max=num_classes - 1)
+    own, top = prob.gather(0, target[None])[0], prob.amax(0)
+
+    hits = torch.bincount(label * num_bins + _bins(own, num_bins), minlength=num_classes * num_bins)
+    counts[:-1, HITS] += hits[: num_classes * num_bins].view(num_classes, num_bins)  # label 255 lands behind
+    _count_classes(prob, num_kept, counts[:-1])
+    top_bins = _bins(top, num_bins)
+    state = _is_argmax(prob, target, own, top).long() + 2 * (~kept).long()  # 0 wrong, 1 right, more: ignored
+    by_state = torch.bincount(state * num_bins + top_bins, minlength=4 * num_bins).view(4, num_bins)
+    counts[-1, PIXELS] += by_state[:2].sum(0)
+    counts[-1, CONFIDENCE] += torch.bincount(top_bins, top.double(), minlength=num_bins)
+    counts[-1, HITS] += by_state[1]
 
 
 def _bins(confidence: Tensor, num_bins: int) -> Tensor:
     return (confidence * num_bins).long().clamp_(max=num_bins - 1)
 
 
-def _count_classes(prob: Tensor, counts: Tensor) -> None:
-    """(C, P) probabilities -> pixels and confidences of every class into its (C, 3, num_bins) counts.
+def _count_classes(prob: Tensor, num_kept: int, counts: Tensor) -> None:
+    """(C, P) probabilities, 0 where ignored -> pixels and confidences of every class added to (C, 3, num_bins).
 
-    Most pixels are in a class's lowest bin, most classes in it altogether: that bin is the rest of all others.
+    Most classes are in their lowest bin at all pixels of a piece: only the others are looked at pixel by pixel, and
+    the lowest bin is what the higher ones leave.
     """
-    num_bins = counts.shape[-1]
+    num_classes, _, num_bins = counts.shape
     edge = 1 / num_bins
-    largest = prob.amax(1).tolist()
-    for c, confidence in enumerate(prob):
-        counts[c, PIXELS, 0], counts[c, CONFIDENCE, 0] = len(confidence), _exact_sum(confidence)
-        if largest[c] >= edge:
-            high = confidence[confidence >= edge]
-            bins = _bins(high, num_bins)
-            pixels = torch.bincount(bins, minlength=num_bins).double()
-            mass = torch.bincount(bins, high.double(), minlength=num_bins)
-            counts[c, PIXELS, 0] -= pixels.sum()
-            counts[c, CONFIDENCE, 0] -= mass.sum()
-            counts[c, PIXELS] += pixels
-            counts[c, CONFIDENCE] += mass
+    present = (prob.amax(1) >= edge).nonzero()[:, 0]
+    rows = prob.index_select(0, present)
+    high = (rows >= edge).flatten().nonzero()[:, 0]
+    values = rows.flatten().index_select(0, high)
+    bins = present.index_select(0, high // prob.shape[1]) * num_bins + _bins(values, num_bins)
+    pixels = torch.bincount(bins, minlength=num_classes * num_bins).view(num_classes, num_bins)
+    mass = torch.bincount(bins, values.double(), minlength=num_classes * num_bins).view(num_classes, num_bins)
+    counts[:, PIXELS] += pixels
+    counts[:, CONFIDENCE] += mass
+    counts[:, PIXELS, 0] += num_kept - pixels.sum(1)
+    counts[:, CONFIDENCE, 0] += prob.sum(1).double() - mass.sum(1)
 
 
-def _exact_sum(values: Tensor) -> Tensor:
-    return values.double().sum()
+def _is_argmax(prob: Tensor, label: Tensor, own: Tensor, top: Tensor) -> Tensor:
+    """(C, P), (P,) labels, their probabilities and the largest ones -> (P,) bool: argmax is the label.
 
-
-def _is_top(prob: Tensor, label: Tensor, own: Tensor, top: Tensor) -> Tensor:
-    """(P,) bool: argmax is the label. Of equal largest probabilities argmax is the first."""
-    return prob.argmax(0) == label
+    `argmax` over all would take longer than the rest together. It matters only where probabilities can be equal: of
+    equal ones it is the first, and of numbers that sum to 1 no two are equal and larger than a half.
+    """
+    right = own == top
+    unsure = (right & (top <= 0.5) & (label > 0)).nonzero()[:, 0]
+    right[unsure] = prob.index_select(1, unsure).argmax(0) == label[unsure]
+    return right
 
 
 def calibration_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, float]:
