@@ -4,12 +4,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from exp.errors import InputError
 from exp.tensor_files import load_tensor_file
@@ -21,18 +19,23 @@ FREE_KEYS = {
     "schedule": ("num_workers", "log_iters", "save_iters", "val_iters", "keep_checkpoints"),
     "data": ("val_split", "val_samples"),
 }
+BEST = "best.pt"
 TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: tensors, the iteration it was taken after, the config that it belongs to, the classes."""
+    """What a file holds: tensors, the iteration it was taken after, the config that it belongs to, the classes.
+
+    ema: the averaged model's state dict, or None where none is kept. training: what else decides the steps to come
+    (optimiser, schedule, scaler, validations so far), or None in best.pt, which is there to be evaluated.
+    """
 
     path: Path
     iteration: int
     model: dict[str, Any]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    ema: dict[str, Any] | None
+    training: dict[str, Any] | None
     config: dict[str, Any]
     classes: list[str]
 
@@ -42,24 +45,52 @@ def save_checkpoint(
     iteration: int,
     *,
     model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
+    ema: nn.Module | None,
+    training: dict[str, Any],
     config: dict[str, Any],
     classes: list[str],
     keep: int,
 ) -> Path:
     """Write folder/iter_<iteration>.pt; of the older ones the last keep - 1 stay."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iter_{iteration:07d}.pt"
-    temporary = path.with_suffix(f".pt.{os.getpid()}.tmp")
-    content = {
+    _write(path, _content(iteration, model, ema, training, config, classes))
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def save_best(
+    folder: Path, iteration: int, *, model: nn.Module, ema: nn.Module | None, config: dict, classes: list[str]
+) -> Path:
+    """Write folder/best.pt: the weights alone, to be evaluated."""
+    path = folder / BEST
+    _write(path, _content(iteration, model, ema, None, config, classes))
+    return path
+
+
+def _content(
+    iteration: int,
+    model: nn.Module,
+    ema: nn.Module | None,
+    training: dict[str, Any] | None,
+    config: dict[str, Any],
+    classes: list[str],
+) -> dict[str, Any]:
+    """The fields of Checkpoint but for its path."""
+    return {
         "iteration": iteration,
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
+        "ema": None if ema is None else ema.state_dict(),
+        "training": training,
         "config": config,
         "classes": classes,
     }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a temporary file and rename it: `path` is the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".pt.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -68,9 +99,6 @@ def save_checkpoint(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -93,8 +121,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path}: got other content, expected a checkpoint of this program") from None
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, model_config: dict[str, Any], classes: list[str]) -> None:
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    model_config: dict[str, Any],
+    classes: list[str],
+    weights: Literal["raw", "ema"] = "raw",
+) -> None:
     """Fill the raw model from a checkpoint of the same architecture and classes; else InputError with what differs."""
+    if weights == "ema" and checkpoint.ema is None:
+        raise InputError(
+            f"{checkpoint.path}: got no moving average of the weights, expected one for test.weights=ema: train with "
+            "optim.ema_decay"
+        )
     differences = _differences({"model": checkpoint.config["model"]}, {"model": model_config})
     if checkpoint.classes != classes:
         same_number = len(checkpoint.classes) == len(classes)
@@ -109,10 +148,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, model_config: dict[st
             f"(checkpoint -> flags: {'; '.join(differences)})"
         )
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.model if weights == "raw" else averaged_weights(checkpoint.ema))
     except RuntimeError as error:  # the libraries' names of parameters changed between their versions
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
+
+
+def averaged_weights(ema: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of an AveragedModel -> that of the model inside it."""
+    return {name.removeprefix("module."): value for name, value in ema.items() if name.startswith("module.")}
 
 
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--model_checkpoint",
         metavar="FILE",
         type=Path,
-        help="with --test-only: evaluate this checkpoint instead of the run's newest",
+        help="with --test-only: evaluate this checkpoint, or 'best' (of the run's validations), not the newest",
     )
     parser.add_argument(
         "--save_pred",

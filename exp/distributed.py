@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -76,6 +76,10 @@ class Dist:
                 "expected a multiple (the batch size is that of all processes together)"
             )
         return batch_size // self.world_size
+
+    def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+        """Where a wrapped model's backward runs; not enabled: gradients stay local, to be averaged with the next."""
+        return nullcontext() if enabled or self.world_size == 1 else model.no_sync()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model that trains: in DDP where there are several processes, with SyncBN where PyTorch offers it."""

@@ -2,13 +2,74 @@
 
 import json
 import math
+import resource
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Where the time of a training goes; what it reports is of the steps since its last report."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.batch_size, self.device = batch_size, device
+        self._restart()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time until each of them is here is counted as waiting."""
+        iterator, none = iter(batches), object()
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, none)
+            self._waited += time.perf_counter() - asked
+            if batch is none:
+                return
+            self.steps += 1
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside, a validation, is no time of the steps."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+    def report(self, steps_left: int) -> dict[str, float]:
+        """Named figures of the steps since the last report; remaining_seconds is without validations to come."""
+        seconds = time.perf_counter() - self._start
+        row = {
+            "train/images_per_second": self.steps * self.batch_size / seconds,
+            "train/step_seconds": seconds / self.steps,
+            "train/data_wait_share": self._waited / seconds,
+            "train/peak_memory_gib": peak_memory(self.device),
+            "train/remaining_seconds": steps_left * seconds / self.steps,
+        }
+        self._restart()
+        return row
+
+    def _restart(self) -> None:
+        self.steps, self._waited, self._start = 0, 0.0, time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that this process has held so far, GiB: of the GPU's memory, or else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class NullLogger:
@@ -36,8 +97,15 @@ class RunLogger(NullLogger):
 
     def __init__(self, run_dir: Path, start: int, total: int) -> None:
         self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0)
-        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=start + 1 if start else None)
+        self._run_dir, self._purge_step = run_dir, start + 1 if start else None
         self._log = run_dir / "log.jsonl"
+
+    @cached_property
+    def _writer(self) -> "SummaryWriter":
+        """Made when there is something to write: importing TensorBoard takes a second or two before the first step."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
 
     def step(self, iteration: int) -> None:
         self._bar.update(iteration - self._bar.n)
@@ -50,7 +118,10 @@ class RunLogger(NullLogger):
             row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             file.write(json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}) + "\n")
         if "train/loss" in values:
-            self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}")
+            self._bar.set_postfix_str(
+                f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
+                f"{values['train/data_wait_share']:.0%}, {values['train/peak_memory_gib']:.1f} GiB"
+            )
 
     def image(self, iteration: int, name: str, image: np.ndarray) -> None:
         """(H, W, 3) uint8 -> TensorBoard."""
@@ -61,7 +132,8 @@ class RunLogger(NullLogger):
 
     def close(self) -> None:
         self._bar.close()
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._writer.close()
 
 
 def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> NullLogger:

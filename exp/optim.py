@@ -1,10 +1,12 @@
-"""Optimiser with the paper's parameter groups, and the learning rate's course."""
+"""Optimiser with the paper's parameter groups, the learning rate's course, and the average of the weights."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from exp.config import OptimConfig
 from exp.models import Segmentor
@@ -48,4 +50,13 @@ class WarmupPoly:
 def build_scheduler(config: OptimConfig, optimizer: Optimizer, total_iters: int) -> LambdaLR:
     """The learning rate per iteration; every group keeps its ratio to the encoder's rate."""
     warmup = round(config.warmup_fraction * total_iters)
-    return LambdaLR(optimizer, WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power))
+    scheduler = LambdaLR(optimizer, WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power))
+    optimizer.step()  # a no-op, without gradients; where fp16 leaves out the first step, the scheduler would warn
+    return scheduler
+
+
+def build_ema(config: OptimConfig, model: nn.Module) -> AveragedModel | None:
+    """A YAML and the raw model -> its exponential moving average (a copy, statistics of norm layers averaged too)."""
+    if config.ema_decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)

@@ -9,36 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from exp.checkpoint import (
+    BEST,
     TRAINING_GROUPS,
     Checkpoint,
     check_resumable,
     find_checkpoint,
     load_checkpoint,
     load_weights,
+    save_best,
     save_checkpoint,
 )
 from exp.config import ExperimentConfig
 from exp.data import build_dataset
-from exp.data.loader import build_train_loader, count_iterations
+from exp.data.loader import Loader, build_train_loader, count_iterations
 from exp.distributed import Dist
 from exp.errors import InputError
 from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
 from exp.logger import NullLogger, build_logger
-from exp.losses import build_criterion
-from exp.metrics import compute_scores
 from exp.models import Segmentor, build_model
-from exp.optim import build_optimizer, build_scheduler
 from exp.output_folders import claim_folder
 from exp.pictures import choose_pictures, predict_panel, save_panel
+from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
 from exp.results import report_results, write_atomically
-from exp.train import Intervals, seed_everything, train
+from exp.train import Intervals, TrainStep, build_step, seed_everything, train
+from exp.validation import ScoreHistory, Validation
 
-LOGGED_PICTURES = 3
 POOLING_DECODERS = ("deeplabv3plus", "upernet")
 
 
@@ -59,67 +57,112 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         return self.evaluator.dataset.classes
 
-    def load(self, path: Path | None) -> tuple[Segmentor, dict[str, Any]]:
-        """The checkpoint at `path`, or the run's newest -> the raw model and how it was trained."""
-        path = path or find_checkpoint(self.checkpoints)
+    def load(self, path: Path | None) -> tuple[nn.Module, dict[str, Any]]:
+        """The checkpoint at `path`, the run's best ("best") or its newest (None) -> the model, how it was trained."""
+        path = self.checkpoints / BEST if path == Path("best") else path or find_checkpoint(self.checkpoints)
         if path is None:
             raise InputError(
                 f"{self.checkpoints}: got no checkpoint, expected one: train first (the same flags "
                 "without --test-only), or name one with --model_checkpoint"
             )
         checkpoint = load_checkpoint(path)
-        return self._model_of(checkpoint), describe_training(checkpoint.iteration, checkpoint.config)
+        model = self._model_of(checkpoint, self.config.test.weights)
+        return self._judged(model), self._describe_training(checkpoint.iteration, checkpoint.config)
 
-    def train(self, data_dir: str | None) -> tuple[Segmentor, dict[str, Any], Evaluation]:
+    def train(self, data_dir: str | None) -> tuple[nn.Module, dict[str, Any], Evaluation]:
         """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.
 
-        Returns the raw model, how it was trained and its evaluation.
+        Returns the model that was judged, how it was trained and its evaluation.
         """
         config, dist = self.config, self.dist
         dataset = build_dataset(config.data, data_dir, "train", config.seed)
         end = count_iterations(config.schedule, len(dataset))
-        path = find_checkpoint(self.checkpoints)
-        checkpoint = load_checkpoint(path) if path else None
-        if checkpoint:
-            check_resumable(checkpoint, config.to_dict())
+        checkpoint, history = self._resume()
         start = checkpoint.iteration if checkpoint else 0
         self._check_start(start)
         loader = build_train_loader(dataset, config.schedule, start, end, config.seed, dist)
-        raw_model = self._model_of(checkpoint) if checkpoint else self._new_model()
-        if start >= end:
-            if dist.is_main:
-                print(f"{path}: training is complete ({end} iterations); evaluating")
-            return raw_model, describe_training(start, checkpoint.config), self.evaluator(raw_model)
+        if checkpoint and (history.stopped or end in checkpoint.training["validations"]["scores"]):
+            return self._evaluate_trained(checkpoint)
+        raw_model = self._model_of(checkpoint, "raw") if checkpoint else self._new_model()
         if start == 0:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training
-        model = dist.wrap(raw_model)
-        optimizer = build_optimizer(config.optim, raw_model)
-        scheduler = build_scheduler(config.optim, optimizer, end)
+        step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
         if checkpoint:
-            optimizer.load_state_dict(checkpoint.optimizer)
-            scheduler.load_state_dict(checkpoint.scheduler)
+            step.load_state_dict(checkpoint.training, checkpoint.ema)
         if dist.is_main:
             record_start(self.folder, config, start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, len(dataset), start, end))
-            train(
-                model,
-                build_criterion(config.loss, dist.sum),
+            validation = self._validation(step, history, logger)
+            return self._run_loop(step, loader, validation, start, end, logger)
+
+    def _run_loop(
+        self, step: TrainStep, loader: Loader, validation: Validation, start: int, end: int, logger: NullLogger
+    ) -> tuple[nn.Module, dict[str, Any], Evaluation]:
+        """Iterations start to end, then the evaluation of what came out."""
+        schedule, scores = self.config.schedule, validation.history.scores
+        save = self._saver(step, validation.history)
+
+        def due(iteration: int) -> bool:
+            regular = schedule.val_iters is not None and iteration % schedule.val_iters == 0
+            return iteration not in scores and iteration > 0 and (regular or iteration == end)
+
+        # A checkpoint is written before its validation; a run that was interrupted in between goes on with that.
+        stop, done = due(start) and validation(start), start
+        if not stop:
+            done = train(
+                step,
                 loader,
-                optimizer,
-                scheduler,
-                normalize=self.evaluator.normalize,
                 start=start,
                 end=end,
-                batch_size=config.schedule.batch_size,
-                seed=config.seed,
-                save=self._saver(raw_model, optimizer, scheduler),
-                intervals=Intervals(config.schedule.log_iters, config.schedule.save_iters, config.schedule.val_iters),
-                validate=lambda iteration: self._validate(raw_model, iteration, logger),
+                batch_size=schedule.batch_size,
+                seed=self.config.seed,
+                intervals=Intervals(schedule.log_iters, schedule.save_iters, schedule.val_iters),
+                save=save,
+                validate=validation,
                 logger=logger,
-                dist=dist,
+                dist=self.dist,
             )
-            return raw_model, describe_training(end, config.to_dict()), self._validate(raw_model, end, logger)
+        if due(done):
+            validation(done)
+        save(done)  # again: the checkpoint says that its weights are judged
+        return validation.model, self._describe_training(done, self.config.to_dict()), validation.evaluate(done)
+
+    def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
+        """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""
+        config = self.config
+        if config.test.weights == "ema" and config.optim.ema_decay is None:
+            raise InputError("test.weights: got ema, expected raw where optim.ema_decay keeps no moving average")
+        rule, metric, weights = config.predict[0].name, config.test.metric, config.test.weights
+        images = f"{len(self.evaluator.dataset)} images of {config.data.val_split}"
+        history = ScoreHistory(f"{metric} of {rule}, {weights} weights, {images}", config.schedule.early_stop)
+        path = find_checkpoint(self.checkpoints)
+        if path is None:
+            return None, history
+        checkpoint = load_checkpoint(path)
+        check_resumable(checkpoint, config.to_dict())
+        history.load_state_dict(checkpoint.training["validations"])
+        return checkpoint, history
+
+    def _evaluate_trained(self, checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], Evaluation]:
+        """What train() returns where there is nothing left to train."""
+        done = checkpoint.iteration
+        if self.dist.is_main:
+            print(f"{checkpoint.path}: training is complete ({done} iterations); evaluating")
+        model = self._judged(self._model_of(checkpoint, self.config.test.weights))
+        return model, self._describe_training(done, checkpoint.config), self.evaluator(model)
+
+    def _validation(self, step: TrainStep, history: ScoreHistory, logger: NullLogger) -> Validation:
+        config = self.config
+        return Validation(
+            model=self._judged(step.ema.module if config.test.weights == "ema" else step.raw_model),
+            evaluator=self.evaluator,
+            metric=config.test.metric,
+            history=history,
+            save_best=self._best_saver(step) if config.schedule.val_iters else None,
+            logger=logger,
+            dist=self.dist,
+        )
 
     def report(
         self,
@@ -174,11 +217,17 @@ class Run:
                 f"{self.checkpoints}: got checkpoints of iterations {starts} on the processes, expected one "
                 "folder that all of them share"
             )
-        share = self.dist.split_batch(self.config.schedule.batch_size)
-        synchronised = self.dist.world_size > 1 and self.dist.device.type != "cpu"
-        if share == 1 and not synchronised and self.config.model.decoder in POOLING_DECODERS:
+        schedule, decoder = self.config.schedule, self.config.model.decoder
+        share, rest = divmod(self.dist.split_batch(schedule.batch_size), schedule.accumulation)
+        if rest or not share:
             raise InputError(
-                f"schedule.batch_size: got 1 image a process, expected 2 or more: {self.config.model.decoder} "
+                f"schedule.accumulation: got {schedule.accumulation} for batches of {schedule.batch_size} on "
+                f"{self.dist.world_size} process(es), expected a divisor of each process's share"
+            )
+        synchronised = self.dist.world_size > 1 and self.dist.device.type != "cpu"
+        if share == 1 and not synchronised and decoder in POOLING_DECODERS:
+            raise InputError(
+                f"schedule.batch_size: got 1 image a process (and micro-batch), expected 2 or more: {decoder} "
                 "normalises over the batch what it has pooled to one pixel"
             )
 
@@ -187,45 +236,56 @@ class Run:
         seed_everything(self.config.seed, 0, 0)
         return self._place(build_model(self.config.model, len(self.classes), self.evaluator.dataset.channels))
 
-    def _model_of(self, checkpoint: Checkpoint) -> Segmentor:
+    def _model_of(self, checkpoint: Checkpoint, weights: str) -> Segmentor:
         model = build_model(self.config.model, len(self.classes), self.evaluator.dataset.channels, pretrained=False)
-        load_weights(model, checkpoint, self.config.to_dict()["model"], list(self.classes))
+        load_weights(model, checkpoint, self.config.to_dict()["model"], list(self.classes), weights)
         return self._place(model)
 
     def _place(self, model: Segmentor) -> Segmentor:
-        """To the device, channels last: on a CPU a training step of DeepLabV3+ takes 0.6 of the time."""
-        return model.to(self.dist.device, memory_format=torch.channels_last)
+        layout = torch.channels_last if self.config.schedule.channels_last else torch.contiguous_format
+        return model.to(self.dist.device, memory_format=layout)
 
-    def _saver(self, raw_model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Callable[[int], None]:
+    def _judged(self, model: nn.Module) -> nn.Module:
+        """The model as the evaluator gets it: in float32, or in the test YAML's mixed precision."""
+        amp = self.config.test.amp
+        return model if amp == "off" else Autocast(model, amp, self.dist.device)
+
+    def _saver(self, step: TrainStep, history: ScoreHistory) -> Callable[[int], None]:
         def save(iteration: int) -> None:
-            if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):  # the same on every rank
-                raise InputError(
-                    f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
-                    "try a lower rate"
-                )
-            self.dist.share_buffers(raw_model)
+            self._check_weights(step, iteration)
             if self.dist.is_main:
-                save_checkpoint(
-                    self.checkpoints,
-                    iteration,
-                    model=raw_model,
-                    optimizer=optimizer,
-                    scheduler=scheduler,
-                    config=self.config.to_dict(),
-                    classes=list(self.classes),
-                    keep=self.config.schedule.keep_checkpoints,
-                )
+                training = {**step.state_dict(), "validations": history.state_dict()}
+                keep = self.config.schedule.keep_checkpoints
+                save_checkpoint(self.checkpoints, iteration, training=training, keep=keep, **self._saved_parts(step))
 
         return save
 
-    def _validate(self, raw_model: nn.Module, iteration: int, logger: NullLogger) -> Evaluation:
-        self.dist.share_buffers(raw_model)
-        evaluation = self.evaluator(raw_model)
-        scores = {result.rule: compute_scores(result.counts, result.cases) for result in evaluation.results}
-        logger.scalars(iteration, {f"val/{r}/{name}": v for r, row in scores.items() for name, v in row.items()})
-        for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
-            logger.image(iteration, f"val/{index}", predict_panel(self.evaluator, raw_model, index))
-        return evaluation
+    def _best_saver(self, step: TrainStep) -> Callable[[int], None]:
+        def save(iteration: int) -> None:
+            self._check_weights(step, iteration)
+            if self.dist.is_main:
+                save_best(self.checkpoints, iteration, **self._saved_parts(step))
+
+        return save
+
+    def _check_weights(self, step: TrainStep, iteration: int) -> None:
+        """Every rank: the buffers of rank 0, which are saved; InputError for weights that are no numbers."""
+        if not all(parameter.isfinite().all() for parameter in step.raw_model.parameters()):  # the same on every rank
+            raise InputError(
+                f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
+                "try a lower rate"
+            )
+        for model in (step.raw_model, step.ema):
+            if model is not None:
+                self.dist.share_buffers(model)
+
+    def _saved_parts(self, step: TrainStep) -> dict[str, Any]:
+        return {
+            "model": step.raw_model,
+            "ema": step.ema,
+            "config": self.config.to_dict(),
+            "classes": list(self.classes),
+        }
 
     def _describe(self, raw_model: nn.Module, num_images: int, start: int, end: int) -> str:
         millions = sum(p.numel() for p in raw_model.parameters()) / 1e6
@@ -237,7 +297,7 @@ class Run:
             text += "\nbatch norm stays local to each process: PyTorch has no SyncBN for the CPU"
         return text
 
-
-def describe_training(iteration: int, config: dict[str, Any]) -> dict[str, Any]:
-    """What results say of the weights they judge: iterations done and the config they were trained under."""
-    return {"iteration": iteration, **{name: config[name] for name in (*TRAINING_GROUPS, "seed")}}
+    def _describe_training(self, iteration: int, config: dict[str, Any]) -> dict[str, Any]:
+        """What results say of the weights they judge: which, iterations done, the config they were trained under."""
+        groups = {name: config[name] for name in (*TRAINING_GROUPS, "seed")}
+        return {"iteration": iteration, "weights": self.config.test.weights, **groups}

@@ -36,6 +36,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "models",
     "losses",
     "optim",
+    "precision",
     "checkpoint",
     "logger",
     "train",
@@ -51,6 +52,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "masks",
     "pictures",
     "provenance",
+    "validation",
     "run",
     "main",
 ]

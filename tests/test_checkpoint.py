@@ -1,8 +1,10 @@
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from exp import checkpoint as checkpoints
 from exp.checkpoint import (
@@ -11,6 +13,7 @@ from exp.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    save_best,
     save_checkpoint,
 )
 from exp.errors import InputError
@@ -26,17 +29,20 @@ CONFIG = {
 }
 
 
-def save(folder: Path, iteration: int, keep: int = 2, value: float = 1.0) -> Path:
+def linear(value: float) -> nn.Linear:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, value)
-    optimizer = torch.optim.AdamW(model.parameters())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
+    return model
+
+
+def save(folder: Path, iteration: int, keep: int = 2, value: float = 1.0, averaged: float | None = None) -> Path:
+    model = linear(value)
     return save_checkpoint(
         folder,
         iteration,
         model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        ema=None if averaged is None else AveragedModel(linear(averaged)),
+        training={"optimizer": torch.optim.AdamW(model.parameters()).state_dict(), "scores": {10: 0.5, 20: -math.inf}},
         config=CONFIG,
         classes=["a", "b"],
         keep=keep,
@@ -49,6 +55,30 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     assert loaded.config == CONFIG
     assert loaded.classes == ["a", "b"]
     assert (loaded.model["weight"] == 1).all()
+    assert loaded.ema is None
+    assert loaded.training["scores"] == {10: 0.5, 20: -math.inf}
+    assert loaded.training["optimizer"]["param_groups"][0]["params"] == [0, 1]
+
+
+def test_raw_or_averaged_weights_are_loaded(tmp_path: Path):
+    both, raw = load_checkpoint(save(tmp_path, 7, averaged=3.0)), load_checkpoint(save(tmp_path, 8))
+    model = nn.Linear(2, 2)
+    load_weights(model, both, CONFIG["model"], ["a", "b"])
+    assert (model.weight == 1).all()
+    load_weights(model, both, CONFIG["model"], ["a", "b"], "ema")
+    assert (model.weight == 3).all()
+    with pytest.raises(InputError, match=r"iter_0000008\.pt: got no moving average of the weights"):
+        load_weights(model, raw, CONFIG["model"], ["a", "b"], "ema")
+
+
+def test_the_best_is_no_checkpoint_to_go_on_from(tmp_path: Path):
+    path = save_best(tmp_path, 5, model=linear(2.0), ema=None, config=CONFIG, classes=["a", "b"])
+    assert path == tmp_path / "best.pt"
+    assert find_checkpoint(tmp_path) is None
+    best = load_checkpoint(path)
+    assert best.training is None
+    assert best.iteration == 5
+    assert (best.model["weight"] == 2).all()
 
 
 def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path):

@@ -35,11 +35,13 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
         "starts.jsonl",
         "tensorboard",
     ]
-    assert sorted(checkpoint_bytes(run)) == ["iter_0000002.pt", "iter_0000003.pt"]
+    assert sorted(checkpoint_bytes(run)) == ["best.pt", "iter_0000002.pt", "iter_0000003.pt"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     train_lines = [line for line in lines if "train/loss" in line]
     assert [line["iteration"] for line in train_lines] == [1, 2, 3]
-    assert {"lr/encoder_decay", "lr/head_no_decay", "train/images_per_second"} <= train_lines[0].keys()
+    names = {"images_per_second", "step_seconds", "data_wait_share", "peak_memory_gib", "remaining_seconds"}
+    assert {"lr/encoder_decay", "lr/head_no_decay", *(f"train/{name}" for name in names)} <= train_lines[0].keys()
+    assert train_lines[-1]["train/remaining_seconds"] == 0
     assert [line["iteration"] for line in lines if "val/argmax/mIoUI" in line] == [2, 3]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["crop_size"] == [32, 32]
@@ -111,7 +113,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path:
     )
     assert whole.model.keys() == cut.model.keys()
     assert all(torch.equal(whole.model[name], cut.model[name]) for name in whole.model)
-    for state, other in zip(whole.optimizer["state"].values(), cut.optimizer["state"].values(), strict=True):
+    optimizers = (checkpoint.training["optimizer"]["state"].values() for checkpoint in (whole, cut))
+    for state, other in zip(*optimizers, strict=True):
         assert all(torch.equal(state[name], other[name]) for name in state)
     for name in ("argmax.csv", "argmax.json", "rankseg_rma.csv", "rankseg_rma.json"):
         expected = (tmp_path / "whole" / TINY_RUN / "results" / name).read_bytes()
@@ -267,7 +270,7 @@ def test_one_image_a_process_where_batch_norm_cannot_take_it(program, tmp_path: 
         "model.pretrained=false",
     )
     assert status == 2
-    assert "schedule.batch_size: got 1 image a process, expected 2 or more" in err
+    assert "schedule.batch_size: got 1 image a process (and micro-batch), expected 2 or more" in err
     assert not (tmp_path / "out").exists()
 
 
