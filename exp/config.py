@@ -231,9 +231,15 @@ class TestConfig:
     window_batch: int = 4  # windows that go through the network together
     weights: Literal["raw", "ema"] = "raw"  # ema: the moving average of optim.ema_decay
     amp: Literal["off", "bf16", "fp16"] = "off"  # of the forward pass; the softmax is computed in float32 always
+    scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
+    flip: bool = False  # every scale also mirrored
+    temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
 
     def __post_init__(self) -> None:
-        _require_positive(self, "crop_size", "stride", "window_batch")
+        _require_positive(self, "crop_size", "stride", "window_batch", "scales")
+        _require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
+        if self.temperature != "fitted":
+            _require_positive(self, "temperature")
         if self.crop_size and self.stride:
             fits = all(step <= side for step, side in zip(self.stride, self.crop_size))
             _require(fits, "stride", self.stride, f"at most the window, {self.crop_size}")
@@ -315,6 +321,13 @@ class ExperimentConfig:
         data = self.data.name if self.data.fold is None else f"{self.data.name}_fold{self.data.fold}"
         return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
 
+    def with_window(self, train_crop: tuple[int, int]) -> "ExperimentConfig":
+        """The resolved config: where the test YAML names no window, it is the crop that the network was trained on."""
+        try:
+            return dataclasses.replace(self, test=self.test.resolved(train_crop))
+        except InputError as error:
+            raise InputError(f"test and data YAMLs: {error}") from None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
         return _plain(dataclasses.asdict(self))
@@ -332,16 +345,11 @@ def dump_config(config: ExperimentConfig) -> str:
 
 
 def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:
-    """YAML names (or paths) by group and group.key=value overrides -> the resolved config.
+    """YAML names (or paths) by group and group.key=value overrides -> the config, but for the window (with_window).
 
     Raises InputError naming the file or the override, the key, what was got and what was expected.
     """
-    configs = load_groups(yamls, overrides)
-    try:
-        configs["test"] = configs["test"].resolved(configs["data"].crop_size)
-    except InputError as error:
-        raise InputError(f"test and data YAMLs: {error}") from None
-    return ExperimentConfig(**configs, seed=seed)
+    return ExperimentConfig(**load_groups(yamls, overrides), seed=seed)
 
 
 def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:

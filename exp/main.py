@@ -14,6 +14,8 @@ from exp.errors import run_and_report
 def main() -> None:
     args = parse_args()
     config = load_experiment(requested_yamls(args), args.overrides, args.seed)
+    if args.print_config or not args.test_only:
+        config = config.with_window(config.data.crop_size)
     if args.print_config:
         print(dump_config(config), end="")
         return
@@ -24,11 +26,11 @@ def main() -> None:
     from exp.run import Run
 
     with distributed.session(args.device) as dist:
-        evaluator = build_evaluator(config, args.data_dir, dist)
+        evaluator = build_evaluator(config.with_window(config.data.crop_size), args.data_dir, dist)
         run = Run(config, args.output_dir / config.run_name, evaluator, dist)
         if args.test_only:
-            model, training = run.load(args.model_checkpoint)
-            evaluation = evaluator(model)
+            run, model, training = run.load(args.model_checkpoint)
+            evaluation = run.evaluator(model)
         else:
             model, training, evaluation = run.train(args.data_dir)
         if dist.is_main:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from exp.data.loader import Loader, build_train_loader, count_iterations
 from exp.distributed import Dist
 from exp.errors import InputError
 from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
+from exp.inference import build_inference
 from exp.logger import NullLogger, build_logger
 from exp.models import Segmentor, build_model
 from exp.output_folders import claim_folder
@@ -57,8 +58,12 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         return self.evaluator.dataset.classes
 
-    def load(self, path: Path | None) -> tuple[nn.Module, dict[str, Any]]:
-        """The checkpoint at `path`, the run's best ("best") or its newest (None) -> the model, how it was trained."""
+    def load(self, path: Path | None) -> tuple["Run", nn.Module, dict[str, Any]]:
+        """The checkpoint at `path`, the run's best ("best") or its newest (None).
+
+        Returns the run that judges it, the model, and how it was trained. Where the test YAML names no window it is
+        the crop of that training, whatever data.crop_size the flags have.
+        """
         path = self.checkpoints / BEST if path == Path("best") else path or find_checkpoint(self.checkpoints)
         if path is None:
             raise InputError(
@@ -66,8 +71,17 @@ class Run:
                 "without --test-only), or name one with --model_checkpoint"
             )
         checkpoint = load_checkpoint(path)
-        model = self._model_of(checkpoint, self.config.test.weights)
-        return self._judged(model), self._describe_training(checkpoint.iteration, checkpoint.config)
+        train_crop = tuple(checkpoint.config["data"]["crop_size"])
+        if self.config.test.crop_size is None and train_crop != self.config.data.crop_size and self.dist.is_main:
+            print(
+                f"windows of {train_crop[0]}x{train_crop[1]} as in the training of {path}, not data.crop_size "
+                f"{list(self.config.data.crop_size)} (test.crop_size sets others)"
+            )
+        config = self.config.with_window(train_crop)
+        evaluator = replace(self.evaluator, inference=build_inference(config.test))
+        run = replace(self, config=config, evaluator=evaluator)
+        model = self._model_of(checkpoint, config.test.weights)
+        return run, self._judged(model), self._describe_training(checkpoint.iteration, checkpoint.config)
 
     def train(self, data_dir: str | None) -> tuple[nn.Module, dict[str, Any], Evaluation]:
         """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.

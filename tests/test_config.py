@@ -83,10 +83,15 @@ def test_epochs_take_the_place_of_iterations():
 
 def test_the_window_is_resolved():
     """Stride ceil(2/3 crop), the crop that of training unless the test YAML has its own."""
-    config = compose("data.crop_size=[240,320]")
+    config = compose().with_window((240, 320))
     assert (config.test.crop_size, config.test.stride) == ((240, 320), (160, 214))
-    config = compose("test.crop_size=[64,64]", "test.stride=[32,16]")
+    config = compose("test.crop_size=[64,64]", "test.stride=[32,16]").with_window((240, 320))
     assert (config.test.crop_size, config.test.stride) == ((64, 64), (32, 16))
+
+
+def test_a_stride_beyond_the_window_is_refused():
+    with pytest.raises(InputError, match=r"test and data YAMLs: key 'stride': got \(500, 500\), expected at most"):
+        compose("test.stride=[500,500]").with_window((96, 96))
 
 
 def test_run_name_joins_what_was_trained():
@@ -121,7 +126,9 @@ def test_resolved_config_is_yaml_that_loads_again():
         ("optim.lr=-1e-3", ["above 0"]),
         ("optim.momentum=0.9", ["momentum", "no such key with adamw"]),
         ("schedule.train_iters=null", ["one of the two"]),
-        ("test.stride=[500,500]", ["stride", "(500, 500)", "at most the window, (96, 96)"]),
+        ("test.scales=[0.5,0.5]", ["scales", "(0.5, 0.5)", "each scale once"]),
+        ("test.temperature=0", ["temperature", "above 0"]),
+        ("test.temperature=fited", ["got 'fited' (str)", "a number or one of fitted"]),
         ("schedule.batch_size=010", ["got '010' (str)"]),
         ("model.decoder=fcn", ["got 'fcn' (str)", "deeplabv3plus"]),
         ("model.output_stride=16", ["32 with decoder unet"]),

@@ -10,7 +10,7 @@ from exp.data.camvid import CamVid
 from exp.data.transforms import Normalize
 from exp.distributed import Dist
 from exp.evaluate import Evaluator, Timing, add_timings, format_timing
-from exp.inference import SlidingWindow
+from exp.inference import Inference
 from exp.metrics import count
 
 
@@ -25,7 +25,7 @@ def evaluator(data_dir: Path, rules: dict, rank: int = 0, world_size: int = 1, d
     return Evaluator(
         dataset=CamVid(data_dir, "val"),
         rules=rules,
-        inference=SlidingWindow((32, 32), (22, 22), 3),
+        inference=Inference((32, 32), (22, 22), 3),
         normalize=Normalize((127.5, 127.5, 127.5), (51.0, 51.0, 51.0)),
         num_workers=0,
         dist=dist_class(rank, world_size, torch.device("cpu")),

@@ -80,6 +80,17 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [f"shapes_val_{i:04d}" for i in range(3)]
 
+    # Another data.crop_size is not another window: that is the training's, and it is said.
+    status, printed, err = program(
+        *flags, "data.crop_size=[64,64]", "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only"
+    )
+    assert status == 0, err
+    assert "windows of 32x32 as in the training" in printed
+    again = json.loads((run / "results" / "rankseg_rma.json").read_text())
+    assert again["metrics"] == result["metrics"]
+    assert again["config"]["test"]["crop_size"] == [32, 32]
+    assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
+
     # Both rules in one pass, from the checkpoint named: the same files, byte for byte.
     apart = {name: (run / "results" / name).read_bytes() for name in names}
     status, printed, err = program(
