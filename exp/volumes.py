@@ -108,21 +108,54 @@ def axial_axis(affine: np.ndarray, path: Path) -> int:
 def open_pair(image: Path, label: Path, *, check_affine: bool = True) -> tuple[Volume, Volume]:
     """An image and its label volume -> their grids; InputError if shapes or affines differ.
 
-    Affines may differ by a hundredth of a voxel at the grid's corners. Without check_affine the label volume is
-    read along the image's axis whatever its own affine says.
+    Without check_affine the label volume is read along the image's axis whatever its own affine says.
     """
     first, second = open_volume(image), open_volume(label)
-    if first.shape != second.shape:
-        raise InputError(f"{label}: got {_times(second.shape)} voxels, expected {_times(first.shape)} as in {image}")
-    if not check_affine:
-        return first, replace(second, axis=first.axis)
-    corners = np.array(np.meshgrid(*[(0, side - 1) for side in first.shape], [1])).reshape(4, -1)
-    apart = np.abs((first.affine - second.affine) @ corners)[:3].max()
-    if apart > 0.01 * min(first.spacing):
+    require_same_shape(first, second)
+    if check_affine:
+        require_same_affine(first, second)
+    return first, replace(second, axis=first.axis)
+
+
+def require_same_shape(image: Volume, label: Volume) -> None:
+    """InputError if the grids differ in their sides."""
+    if image.shape != label.shape:
         raise InputError(
-            f"{label}: got an affine that puts voxels up to {apart:.3g} mm away from those of {image}, expected less"
+            f"{label.path}: got {_times(label.shape)} voxels, expected {_times(image.shape)} as in {image.path}"
         )
-    return first, second
+
+
+def require_same_affine(image: Volume, label: Volume) -> None:
+    """InputError if a voxel is a hundredth of its size or more from where the other volume has it."""
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape], [1])).reshape(4, -1)
+    apart = np.abs((image.affine - label.affine) @ corners)[:3].max()
+    if apart > 0.01 * min(image.spacing):
+        raise InputError(
+            f"{label.path}: got an affine that puts voxels up to {apart:.3g} mm away from those of {image.path}, "
+            "expected the same"
+        )
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """What the voxels of a volume are: smallest and largest finite value, whether all are finite, and whole."""
+
+    low: float
+    high: float
+    finite: bool
+    whole: bool
+
+
+def value_range(volume: Volume) -> ValueRange:
+    """One pass through every voxel; InputError if the file does not hold them all."""
+    low, high, finite, whole = np.inf, -np.inf, True, True
+    for _, plane in _planes(volume):
+        values = plane.astype(np.float64) * volume.slope + volume.inter
+        good = values[np.isfinite(values)]
+        finite &= good.size == values.size
+        whole &= bool((good == np.rint(good)).all())
+        low, high = min(low, good.min(initial=np.inf)), max(high, good.max(initial=-np.inf))
+    return ValueRange(float(low), float(high), bool(finite), bool(whole))
 
 
 def find_slices(volume: Volume, label: int | None) -> list[int]:

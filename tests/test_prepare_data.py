@@ -137,7 +137,7 @@ def test_faulty_cases_are_told_and_the_others_prepared(prepare, tmp_path: Path):
     assert "error: got 2 cases that could not be prepared" in err
     assert "case_00001/imaging.nii.gz: got a file that cannot be read" in out
     assert "case_00002/segmentation.nii.gz: got an affine" in out
-    assert "case_00210/imaging.nii.gz: no label volume; left alone" in out
+    assert "case_00210/imaging.nii.gz: image without label volume, or label volume without image; left alone" in out
     assert [path.name for path in list_cases(tmp_path / "kits" / "train")] == ["case_00000", "case_00003"]
     assert not list((tmp_path / "kits" / "train").glob(".*"))
     write_kits(tmp_path, [1])

@@ -48,6 +48,7 @@ class SegmentationDataset(Dataset):
     data_dir: the folder that holds the data set's own folder; None where nothing is on disk.
     transform: (image, label, draw) -> the same, augmented; `draw` numbers the random choices (see loader.py).
     facts: values of the attributes that `yaml_facts` names, where the YAML gives them.
+    lenient: keep the pairs that there are; what lacks a partner is in `unpaired`, path and reason.
     """
 
     classes: tuple[str, ...]
@@ -66,6 +67,7 @@ class SegmentationDataset(Dataset):
         max_samples: int | None = None,
         transform: Transform | None = None,
         facts: Mapping[str, Any] | None = None,
+        lenient: bool = False,
     ) -> None:
         for name, value in (facts or {}).items():
             assert name in self.yaml_facts
@@ -75,10 +77,20 @@ class SegmentationDataset(Dataset):
         self.root = require_folder(Path(data_dir)) if self.on_disk else None
         self.split = split
         self.transform = transform
-        self.samples = self.list_samples()[:max_samples]
+        self.samples = self._list(lenient)[:max_samples]
         if not self.samples:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
         self._label_table = label_table(len(self.classes), self.label_map)
+
+    def _list(self, lenient: bool) -> list[Sample]:
+        self.unpaired: list[tuple[Path, str]] = []
+        try:
+            return self.list_samples()
+        except UnpairedError as error:
+            if not lenient:
+                raise
+            self.unpaired = error.unpaired
+            return error.samples
 
     def list_samples(self) -> list[Sample]:
         """The samples of self.split in a fixed order; InputError for a missing folder, list or file."""
@@ -153,14 +165,27 @@ def require_folder(path: Path) -> Path:
     return path
 
 
+class UnpairedError(InputError):
+    """The message names the first file that is missing; `unpaired` has them all, `samples` the whole pairs."""
+
+    def __init__(self, unpaired: list[tuple[Path, str]], samples: list[Sample]) -> None:
+        super().__init__("{}: {}".format(*unpaired[0]))
+        self.unpaired, self.samples = unpaired, samples
+
+
 def pair_samples(names: list[str], image: Callable[[str], Path], label: Callable[[str], Path]) -> list[Sample]:
-    """Names -> samples, each with an image and a label on disk; InputError for the first that lacks one."""
-    samples = [Sample(name, image(name), label(name)) for name in names]
+    """Names -> samples, each with an image and a label on disk; UnpairedError if there are any that lack one."""
+    samples, unpaired = [], []
     present: dict[Path, set[str]] = {}
-    for sample in samples:
+    for sample in (Sample(name, image(name), label(name)) for name in names):
+        missing = []
         for path, other in ((sample.image, sample.label), (sample.label, sample.image)):
             if path.parent not in present:
                 present[path.parent] = {p.name for p in require_folder(path.parent).iterdir()}
             if path.name not in present[path.parent]:
-                raise InputError(f"{path}: no such file, expected the partner of {other}")
+                missing.append((path, f"no such file, expected the partner of {other}"))
+        samples += [] if missing else [sample]
+        unpaired += missing
+    if unpaired:
+        raise UnpairedError(unpaired, samples)
     return samples

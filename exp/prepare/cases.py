@@ -24,6 +24,7 @@ from exp.volumes import (
 )
 
 TRAIN = "train"  # the folder of prepared cases
+WITHOUT_PARTNER = "image without label volume, or label volume without image"
 SLICE_OVERHEAD = 1024  # bytes of a slice file beside its voxels
 
 
@@ -44,8 +45,8 @@ class Scan:
     num_bytes: int
 
 
-def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[str]]:
-    """A data set -> its pairs of volumes by number, and a line for each file without a partner, which is left alone.
+def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[Path]]:
+    """A data set -> its pairs of volumes by number, and the files without a partner, which are left alone.
 
     What starts with a dot is not looked at (macOS leaves "._" files). InputError for two files of one case.
     """
@@ -54,8 +55,8 @@ def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[str]]:
         raise InputError(f"{root}: no such folder (DATA.md shows the expected tree)")
     images, labels = FINDERS[name](root)
     pairs = [RawCase(case, images[case], labels[case]) for case in images.keys() & labels.keys()]
-    alone = [f"{images[case]}: no label volume; left alone" for case in sorted(images.keys() - labels.keys())]
-    alone += [f"{labels[case]}: no image volume; left alone" for case in sorted(labels.keys() - images.keys())]
+    alone = [images[case] for case in sorted(images.keys() - labels.keys())]
+    alone += [labels[case] for case in sorted(labels.keys() - images.keys())]
     return sorted(pairs, key=lambda case: (case_number(case.name), case.name)), alone
 
 
@@ -113,7 +114,8 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     root = data_dir / facts.folder
     folder = root / TRAIN
     cases, alone = find_cases(name, data_dir)
-    print(*alone, sep="\n", end="\n" if alone else "")
+    for path in alone:
+        print(f"{path}: {WITHOUT_PARTNER}; left alone")
     if folder.is_dir():
         remove_stale(folder)
     if not cases and not (folder.is_dir() and list_cases(folder)):

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: Sequence[Job], pool: ProcessPoolExecutor | None, title: str, unit: str
+    function: Callable[[Job], Result], jobs: Sequence[Job], pool: Executor | None, title: str, unit: str
 ) -> tuple[list[tuple[Job, Result]], list[str]]:
     """function(job) for every job -> (job, result) of those that went well, and a line for each that did not.
 
@@ -68,7 +68,7 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, str | None]
         return None, " ".join(str(error).split())
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+def _submit(pool: Executor, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
     """As map(), in the jobs' order. The workers that it starts inherit that Ctrl-C is ignored."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
