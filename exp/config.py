@@ -291,6 +291,7 @@ RULE_OPTIONS = {
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
+RESERVED_NAMES = ("comparison", "calibration", "timing")  # of files in results/ that are no rule's
 GROUPS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -371,6 +372,11 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
     names = [c.name for c in configs.get("predict", ())]
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
+    for name in names:
+        if name in RESERVED_NAMES or name.endswith(".cases"):
+            raise InputError(
+                f"--predict_yaml: got a rule named '{name}', expected another name: results/ has files of it"
+            )
     return configs
 
 

@@ -21,7 +21,6 @@ COUNTS = ("tp", "fp", "fn")
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
 COMPARISON, CALIBRATION = "comparison.json", "calibration.json"
-RESERVED = ("comparison", "calibration", "timing")  # names of files in results/ that are no rule's
 METHOD = (
     f"per unit: rule - base, in percent points. interval: {LEVEL:.0%}, bootstrap over units, BCa, of {NUM_RESAMPLES} "
     f"resamples (D scores: {NUM_POOLED_RESAMPLES}). p_value: Wilcoxon's signed-rank test, two-sided, units without a "
@@ -57,7 +56,6 @@ def save_results(
     contexts: per result, what the JSON says besides the rule and its scores (config, checkpoint, revision, versions).
     calibration: (N, C + 1, 3, num_bins) counts of the images (exp/calibration.py).
     """
-    check_rule_names([result.rule for result in results])
     folder.mkdir(parents=True, exist_ok=True)
     changed = [_save_rule(result, folder, context) for result, context in zip(results, contexts, strict=True)]
     shared = shared_context(contexts)
@@ -72,13 +70,6 @@ def save_results(
             _keep_older([path], folder / "older")
         if text is not None:
             write_atomically(path, text)
-
-
-def check_rule_names(names: Sequence[str]) -> None:
-    """InputError for a rule whose files would be those of another rule or of the comparison."""
-    for name in names:
-        if name in RESERVED or name.endswith(".cases"):
-            raise InputError(f"--predict_yaml: got a rule named '{name}', expected another name: results/ has one")
 
 
 def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> bool:
@@ -100,10 +91,12 @@ def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:
     by_class = per_class_scores(result.counts, result.cases)
     content = {
         "rule": result.rule,
-        "metrics": _finite(compute_scores(result.counts, result.cases)),
+        "metrics": finite_or_null(compute_scores(result.counts, result.cases)),
         "images": {"evaluated": len(result.names), "with_counted_pixels": counted},
         **({} if result.cases is None else {"cases": len(set(result.cases))}),
-        "per_class": {c: _finite({name: v[i] for name, v in by_class.items()}) for i, c in enumerate(result.classes)},
+        "per_class": {
+            c: finite_or_null({name: v[i] for name, v in by_class.items()}) for i, c in enumerate(result.classes)
+        },
         **context,
     }
     return _dump(content)
@@ -112,22 +105,19 @@ def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:
 def comparison_json(comparisons: Sequence[Comparison], contexts: Sequence[Mapping[str, Any]]) -> str:
     """What was compared and how it came out; per rule what sets it apart, then what all rules share."""
     rows = [dataclasses.asdict(c) for c in comparisons]
-    shared = shared_context(contexts)
     rules = [context.get("config", {}).get("predict") for context in contexts]
-    return _dump({"comparisons": rows, "method": METHOD, "rules": rules, **shared})
+    return _dump({"comparisons": rows, "method": METHOD, "rules": rules, **_without_rule(shared_context(contexts))})
 
 
 def calibration_json(counts: np.ndarray, result: EvalResult, context: Mapping[str, Any]) -> str:
     """ECE and SCE, and for reliability diagrams the pixels, mean confidence and accuracy of every bin."""
     pooled = counts.sum(0)
-    config = {key: value for key, value in context.get("config", {}).items() if key != "predict"}
     content = {
-        "metrics": _finite(calibration_scores(counts, result.cases)),
+        "metrics": finite_or_null(calibration_scores(counts, result.cases)),
         "images": len(counts),
         "top_label": _bin_rows(pooled[-1]),
         "per_class": {name: _bin_rows(pooled[i]) for i, name in enumerate(result.classes)},
-        **context,
-        "config": config,
+        **_without_rule(context),
     }
     return _dump(content)
 
@@ -153,6 +143,12 @@ def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(isinstance(v, Mapping) for v in (value, *values)):
             shared[key] = shared_context([value, *values])
     return shared
+
+
+def _without_rule(context: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON says besides its figures, without the config of a decision rule."""
+    config = {key: value for key, value in context.get("config", {}).items() if key != "predict"}
+    return {**context, "config": config}
 
 
 def result_csv(result: EvalResult) -> str:
@@ -212,18 +208,22 @@ def format_results(
     The second table has the worst cases (and, with cases, the 3D scores) of the score by which rules are compared.
     """
     scores = [compute_scores(result.counts, result.cases) for result in results]
-    rules = [result.rule for result in results]
-    worst = [f"{metric.removesuffix('I')}{end}" for end in WORST_ENDINGS]
-    blocks = [
-        format_columns(rules, scores, MAIN_COLUMNS),
-        format_columns(rules, scores, [name for name in worst if name in scores[0]]),
-    ]
+    blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")])]
     if comparisons:
         blocks.append("\n".join(format_comparison(c) for c in comparisons))
     if calibration is not None:
         errors = calibration_scores(calibration, results[0].cases)
         blocks.append("calibration: " + ", ".join(f"{name} {value:.2f}" for name, value in errors.items()))
     return "\n".join(blocks)
+
+
+def format_scores(rules: Sequence[str], scores: Sequence[Mapping[str, float]], families: Sequence[str]) -> str:
+    """Rules and their scores -> the main table, then the worst cases (and 3D) of each of `families`: mIoU, mDice."""
+    tables = [format_columns(rules, scores, MAIN_COLUMNS)]
+    for family in families:
+        columns = [f"{family}{end}" for end in WORST_ENDINGS if f"{family}{end}" in scores[0]]
+        tables.append(format_columns(rules, scores, columns))
+    return "\n".join(tables)
 
 
 def format_columns(rows: Sequence[str], scores: Sequence[Mapping[str, float]], columns: Sequence[str]) -> str:
@@ -250,7 +250,8 @@ def format_comparison(comparison: Comparison) -> str:
     return f"{text}, better on {c.wins} of {c.num_units} {c.unit}s, worse on {c.losses}, {p_text}"
 
 
-def _finite(scores: Mapping[str, float]) -> dict[str, float | None]:
+def finite_or_null(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores by name -> the same for JSON, which has no NaN."""
     return {name: float(v) if math.isfinite(v) else None for name, v in scores.items()}
 
 

@@ -153,6 +153,14 @@ def test_an_override_that_no_rule_reads_is_refused():
         compose("predict.opt_metric=iou", predict=["argmax"])
 
 
+@pytest.mark.parametrize("name", ["comparison", "calibration", "timing", "argmax.cases"])
+def test_a_rule_whose_results_would_overwrite_others_is_refused(tmp_path: Path, name: str):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text((CONFIG_DIR / "predict" / "argmax.yaml").read_text())
+    with pytest.raises(InputError, match=f"got a rule named '{name}', expected another name"):
+        compose(predict=[str(path)])
+
+
 def test_the_same_rule_twice_is_refused():
     with pytest.raises(InputError, match="expected each rule once"):
         compose(predict=["argmax", "argmax"])

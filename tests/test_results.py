@@ -3,10 +3,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from exp.calibration import calibration_scores, count_calibration
 from exp.errors import InputError
 from exp.metrics import EvalResult, compute_scores
-from exp.results import format_results, load_result, result_csv, save_results
+from exp.results import (
+    case_csv,
+    format_results,
+    load_result,
+    report_results,
+    result_csv,
+    save_results,
+    shared_context,
+)
 from exp.statistics import compare_rules
 
 
@@ -62,6 +72,109 @@ def test_other_csv_files_are_refused(tmp_path: Path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"x\.csv: got the columns"):
         load_result(path)
+
+
+def with_cases(rule: str = "argmax", seed: int = 0) -> EvalResult:
+    return EvalResult(rule, result().names, result().classes, result(seed=seed).counts, ("k2", "k1", "k2", "k1"))
+
+
+def calibration_counts(seed: int) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    prob = torch.randn(4, 3, 5, 6, generator=generator).softmax(1)
+    label = torch.randint(0, 3, (5, 6), generator=generator)
+    return np.stack([count_calibration(p[None], label) for p in prob])
+
+
+def contexts(revision: str) -> list[dict]:
+    config = {"data": {"dataset": "camvid"}, "test": {"metric": "mIoUI"}}
+    return [{"revision": revision, "config": {**config, "predict": {"name": rule}}} for rule in ("argmax", "rma")]
+
+
+def test_cases_have_a_column_and_a_table(tmp_path: Path):
+    save_results([with_cases()], tmp_path, [{}])
+    loaded = load_result(tmp_path / "argmax.csv")
+    assert loaded.cases == with_cases().cases
+    assert (loaded.counts == with_cases().counts).all()
+    lines = (tmp_path / "argmax.cases.csv").read_text().splitlines()
+    assert lines[0].startswith("case,slices,Acc,mAccI,mAcc3D,mIoUI,mIoU3D,mDiceI,mDice3D,tp.sky")
+    assert [line.split(",")[:2] for line in lines[1:]] == [["k2", "2"], ["k1", "2"]]
+    counts = with_cases().counts
+    assert lines[1].endswith(",".join(map(str, (counts[0] + counts[2]).flatten())))
+    content = json.loads((tmp_path / "argmax.json").read_text())
+    assert content["cases"] == 2
+    assert content["metrics"] == compute_scores(counts, with_cases().cases)
+    assert "mIoU3D" in format_results([with_cases()], "mIoUI")
+    with pytest.raises(InputError, match="got the columns"):
+        load_result(tmp_path / "argmax.cases.csv")
+
+
+def test_files_are_the_same_byte_for_byte():
+    assert result_csv(with_cases()) == result_csv(with_cases())
+    assert case_csv(with_cases()) == case_csv(with_cases())
+    numbers = [float(cell) for cell in result_csv(result()).splitlines()[1].split(",")[1:5]]
+    assert numbers == [compute_scores(result().counts[:1])[name] for name in ("Acc", "mAccI", "mIoUI", "mDiceI")]
+
+
+def test_comparison_and_calibration_say_what_they_are_of(tmp_path: Path):
+    pair = [result(), result("rma", seed=1)]
+    text = report_results(pair, tmp_path, contexts("r"), metric="mDiceI", calibration=calibration_counts(0))
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    rows = compare_rules(pair, "mDiceI")
+    assert [(r["rule"], r["base"], r["metric"]) for r in comparison["comparisons"]] == [
+        ("rma", "argmax", "mDiceI"),
+        ("rma", "argmax", "mDiceD"),
+    ]
+    assert [r["difference"] for r in comparison["comparisons"]] == [r.difference for r in rows]
+    assert tuple(comparison["comparisons"][0]["interval"]) == rows[0].interval
+    assert comparison["rules"] == [{"name": "argmax"}, {"name": "rma"}]
+    assert comparison["revision"] == "r"
+    assert comparison["config"] == {"data": {"dataset": "camvid"}, "test": {"metric": "mIoUI"}}
+
+    calibration = json.loads((tmp_path / "calibration.json").read_text())
+    scores = calibration_scores(calibration_counts(0))
+    assert calibration["metrics"] == scores
+    assert calibration["images"] == 4
+    assert calibration["config"] == comparison["config"]
+    assert sum(calibration["top_label"]["pixels"]) == sum(calibration["per_class"]["sky"]["pixels"]) == 120
+    assert f"calibration: ECED {scores['ECED']:.2f}, ECEI" in text
+    assert "rma against argmax: mDiceI" in text
+
+
+def test_one_rule_alone_has_no_comparison(tmp_path: Path):
+    report_results([result()], tmp_path, contexts("r")[:1], metric="mIoUI")
+    assert {p.name for p in tmp_path.iterdir()} == {"argmax.csv", "argmax.json"}
+
+
+def test_old_and_new_never_stand_side_by_side(tmp_path: Path):
+    """Other rows of one rule put the comparison and the calibration of the older ones aside, the case table too."""
+    pair = [with_cases(), with_cases("rma", seed=1)]
+    report_results(pair, tmp_path, contexts("r"), metric="mIoUI", calibration=calibration_counts(0))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    report_results(pair, tmp_path, contexts("r"), metric="mIoUI", calibration=calibration_counts(0))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    report_results(pair, tmp_path, contexts("newer"), metric="mIoUI", calibration=calibration_counts(0))
+    assert not (tmp_path / "older").exists(), "the same figures of another revision"
+    report_results(pair, tmp_path, contexts("r"), metric="mIoUI", calibration=calibration_counts(0))
+    report_results([result("argmax", seed=2)], tmp_path, contexts("r")[:1], metric="mIoUI")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "argmax.csv",
+        "argmax.json",
+        "rma.csv",
+        "rma.cases.csv",
+        "rma.json",
+        "older",
+    }
+    kept = ("argmax.csv", "argmax.cases.csv", "argmax.json", "comparison.json", "calibration.json")
+    for name in kept:
+        stem, dot, suffix = name.rpartition(".")
+        assert (tmp_path / "older" / f"{stem}.1{dot}{suffix}").read_bytes() == before[name]
+
+
+def test_what_contexts_share():
+    assert shared_context([{"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}]) == {
+        "a": 1,
+        "b": {"c": 2},
+    }
 
 
 def test_tables_and_comparison():

@@ -1,0 +1,103 @@
+"""Scores of a cross-validation: the mean over the folds' runs, a line a rule.
+
+    python scripts/summarize_folds.py OUTPUT/*fold*  --output folds.json
+
+RUN is the folder of a run (<output_dir>/<model>.<data>....) whose results/<rule>.json exp/main.py wrote. The runs must
+be judged alike: the same data set, test and predict settings, each on another fold.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.errors import InputError, run_and_report
+
+FOLD = ("data", "fold")  # where folds may differ
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, one for each fold")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the means and each fold's scores, JSON")
+    args = parser.parse_args(argv)
+    if len({run.resolve() for run in args.runs}) < len(args.runs):
+        raise InputError("RUN: got a run more than once, expected each once")
+    return args
+
+
+def load_run(run: Path) -> dict[str, dict[str, Any]]:
+    """A run's folder -> the content of results/<rule>.json by rule; InputError if there is none."""
+    results = {}
+    for path in sorted((run / "results").glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: got a file that is no JSON ({error})") from None
+        if "rule" in content:  # the others compare rules, or are the network's
+            results[content["rule"]] = content
+    if not results:
+        raise InputError(f"{run / 'results'}: got no results, expected the <rule>.json of an evaluation")
+    return results
+
+
+def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
+    """One rule's results by run; InputError if two of them were judged differently, or on the same fold."""
+    (first, base), *others = [(run, settings(content)) for run, content in contents.items()]
+    for run, other in others:
+        if other != base:
+            keys = [key for key in {**base, **other} if base.get(key) != other.get(key)]
+            raise InputError(f"{run}: got another {', '.join(keys)} than {first}, expected the folds alone to differ")
+    folds: dict[Any, Path] = {}
+    for run, content in contents.items():
+        fold = content["config"].get("data", {}).get("fold")
+        if fold is not None and fold in folds:
+            raise InputError(f"{run}: got fold {fold}, which is that of {folds[fold]} too, expected each once")
+        folds[fold] = run
+
+
+def settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A result -> how it was judged, without the fold, key by key."""
+    config = content.get("config", {})
+    return {f"{group}.{key}": v for group in config for key, v in config[group].items() if (group, key) != FOLD}
+
+
+def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Run folders -> by rule that all of them have: its mean scores, and those of each fold."""
+    from exp.metrics import average_folds
+
+    results = {run: load_run(run) for run in runs}
+    first, *others = results.values()
+    rules = [rule for rule in first if all(rule in other for other in others)]
+    if not rules:
+        found = "; ".join(f"{run}: {', '.join(content)}" for run, content in results.items())
+        raise InputError(f"RUN: got no rule that all runs have, expected one ({found})")
+    summary = {}
+    for rule in rules:
+        contents = {run: content[rule] for run, content in results.items()}
+        check_alike(contents)
+        folds = {str(run): content["metrics"] for run, content in contents.items()}
+        summary[rule] = {"mean": average_folds(list(folds.values())), "folds": folds}
+    return summary
+
+
+def main() -> None:
+    args = parse_args()
+    summary = summarize(args.runs)
+    from exp.results import finite_or_null, format_scores, write_atomically
+
+    print(f"mean over {len(args.runs)} folds")
+    print(format_scores(list(summary), [values["mean"] for values in summary.values()], ("mIoU", "mDice")))
+    if args.output:
+        content = {rule: {**v, "mean": finite_or_null(v["mean"])} for rule, v in summary.items()}
+        write_atomically(args.output, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))
