@@ -13,6 +13,7 @@ from exp.errors import InputError
 from exp.strict_yaml import build_dataclass, closest, load_mapping, parse_value
 
 NUM_FOLDS = 5
+IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -80,12 +81,35 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     test_crop: tuple[int, int] | None = None  # null: whole images; else the middle of each alone
     fold: int | None = None  # of data sets in folds: validated on; the other four are trained on
-    window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
+    window: tuple[float, float] | None = None  # of volumes: the values that become -1 and 1
+    images: str | None = None  # of the data set folder, as the keys below: where they are, below data_dir
+    labels: str | None = None
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None  # a colour a class
+    label_map: dict[int, int] | None = None  # value in a file -> class or 255
+    channels: Literal[1, 3] | None = None  # of an image
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std", "test_crop")
         _require(self.fold is None or 0 <= self.fold < NUM_FOLDS, "fold", self.fold, f"0..{NUM_FOLDS - 1} or null")
-        _require(self.window is None or self.window[0] < self.window[1], "window", self.window, "[low, high]")
+        if self.window:
+            fits = -(2**15) <= self.window[0] < self.window[1] < 2**15
+            _require(fits, "window", self.window, "[low, high] of 16-bit values")
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """A folder's classes, colours and label map fit together."""
+        num_classes = len(self.classes or ())
+        if self.classes:
+            fits = 2 <= num_classes == len(set(self.classes)) <= IGNORE_INDEX
+            _require(fits, "classes", self.classes, f"2 to {IGNORE_INDEX} different names")
+        if self.palette:
+            fits = len(self.palette) == num_classes and all(0 <= v <= 255 for colour in self.palette for v in colour)
+            _require(fits, "palette", self.palette, "a colour of 0..255 for each class")
+        if self.label_map:
+            labels = {*range(num_classes), IGNORE_INDEX}
+            fits = all(0 <= value <= 255 and label in labels for value, label in self.label_map.items())
+            _require(fits, "label_map", self.label_map, f"values 0..255 -> 0..{num_classes - 1} or {IGNORE_INDEX}")
         _require(self.scale_range[0] <= self.scale_range[1], "scale_range", self.scale_range, "[low, high]")
         _require(0 <= self.flip_prob <= 1, "flip_prob", self.flip_prob, "a value in [0, 1]")
         _require(all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "values in [0, 1]")

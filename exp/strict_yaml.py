@@ -108,6 +108,9 @@ def convert(value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list) and ((args[-1] is Ellipsis and value) or len(value) == len(args)):
             return tuple(convert(v, args[0] if args[-1] is Ellipsis else a) for v, a in zip(value, args * len(value)))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {convert(k, args[0]): convert(v, args[1]) for k, v in value.items()}
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -125,6 +128,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
         return f"a list of {describe(args[0])}" if args[-1] is Ellipsis else f"[{', '.join(describe(a) for a in args)}]"
+    if origin is dict:
+        return f"{{{describe(args[0])}: {describe(args[1])}, ...}}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names[hint]
 

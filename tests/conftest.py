@@ -91,35 +91,18 @@ def scene(rng: np.random.Generator, height: int, width: int, num_classes: int) -
 @pytest.fixture
 def voc_dir(tmp_path: Path) -> Path:
     """A data_dir with a VOCdevkit of 6 trainaug and 3 val images of different sizes."""
-    from exp.data import DATASETS
+    from trees import write_voc
 
-    rng, root = np.random.default_rng(0), tmp_path / "data" / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassTrainAug", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    for split, count, labels in (("trainaug", 6, "SegmentationClassTrainAug"), ("val", 3, "SegmentationClass")):
-        names = [f"2007_{split}_{i:06d}" for i in range(count)]
-        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
-        for i, name in enumerate(names):
-            image, label = scene(rng, 50 + 7 * i, 90 - 9 * i, 21)
-            label[:2] = 255
-            Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg")
-            palette_image = Image.fromarray(label).convert("P")
-            palette_image.putpalette(np.array(DATASETS["pascal_voc"].palette, np.uint8).tobytes())
-            palette_image.putdata(label.flatten())
-            palette_image.save(root / labels / f"{name}.png")
+    write_voc(tmp_path / "data", {"trainaug": 6, "val": 3})
     return tmp_path / "data"
 
 
 @pytest.fixture
 def camvid_dir(tmp_path: Path) -> Path:
     """A data_dir with a CamVid of 6 train and 3 val images of 48 x 64; label 11 is void."""
-    rng = np.random.default_rng(1)
-    for split, count in (("train", 6), ("val", 3)):
-        for i in range(count):
-            image, label = scene(rng, 48, 64, 11)
-            label[:3] = 11
-            write_png(tmp_path / "data" / "camvid" / split / f"{split}_{i}.png", image)
-            write_png(tmp_path / "data" / "camvid" / f"{split}annot" / f"{split}_{i}.png", label)
+    from trees import write_camvid
+
+    write_camvid(tmp_path / "data", {"train": 6, "val": 3})
     return tmp_path / "data"
 
 

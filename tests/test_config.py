@@ -200,7 +200,7 @@ def test_a_yaml_by_path_is_used_and_names_the_run(tmp_path: Path):
 
 
 def test_an_unknown_name_lists_the_choices_and_the_nearest():
-    with pytest.raises(InputError, match=r"did you mean 'pascal_voc'\?; known: camvid, pascal_voc, shapes"):
+    with pytest.raises(InputError, match=r"did you mean 'pascal_voc'\?; known: ade20k, camvid, cityscapes, "):
         find_yaml("data", "pascal_vok")
     with pytest.raises(InputError, match="no such file"):
         find_yaml("data", "nowhere/pascal_voc.yaml")

@@ -3,10 +3,14 @@
 from typing import Any
 
 from exp.config import DataConfig
+from exp.data.ade20k import ADE20K
 from exp.data.base import SegmentationDataset
 from exp.data.camvid import CamVid
+from exp.data.cityscapes import Cityscapes
+from exp.data.folder import Folder
 from exp.data.pascal_voc import PascalVOC
 from exp.data.shapes import Shapes, ShapesBinary
+from exp.data.slices import Hippocampus, KiTS, LiTS
 from exp.data.transforms import CenterCrop, Normalize, RandomCrop
 from exp.errors import InputError
 from exp.strict_yaml import closest
@@ -14,12 +18,19 @@ from exp.strict_yaml import closest
 __all__ = ["DATASETS", "SegmentationDataset", "build_dataset", "build_normalize", "find_dataset"]
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
+    "ade20k": ADE20K,
     "camvid": CamVid,
+    "cityscapes": Cityscapes,
+    "folder": Folder,
+    "hippocampus": Hippocampus,
+    "kits": KiTS,
+    "lits": LiTS,
     "pascal_voc": PascalVOC,
     "shapes": Shapes,
     "shapes_binary": ShapesBinary,
 }
-FACT_KEYS = ("fold", "window")  # of DataConfig; the rest says how to split, crop and augment
+# The keys of DataConfig that state facts of a data set; the rest says how to split, crop and augment.
+FACT_KEYS = ("fold", "window", "images", "labels", "classes", "palette", "label_map", "channels")
 
 
 def find_dataset(name: str) -> type[SegmentationDataset]:
@@ -42,11 +53,14 @@ def build_dataset(config: DataConfig, data_dir: str | None, split: str, seed: in
 
 
 def dataset_facts(config: DataConfig, cls: type[SegmentationDataset]) -> dict[str, Any]:
-    """The YAML's keys that state facts of the data set; InputError for one that the data set does not read."""
+    """The facts that the YAML gives; InputError for one that the data set does not read, or cannot do without."""
     given = {key: value for key in FACT_KEYS if (value := getattr(config, key)) is not None}
     for key in given:
         if key not in cls.yaml_facts:
             raise InputError(f"data.{key}: got {given[key]!r}, expected no such key with the data set {config.dataset}")
+    for key in cls.yaml_facts:
+        if key not in given and getattr(cls, key, None) is None:
+            raise InputError(f"data.{key}: got null, expected a value: the data set {config.dataset} needs it")
     return given
 
 
@@ -60,7 +74,8 @@ def build_transform(config: DataConfig, training: bool, seed: int) -> RandomCrop
 
 def build_normalize(config: DataConfig) -> Normalize:
     """Colours by the YAML's mean and std; one channel so that its window becomes [-1, 1]."""
-    if config.window:
-        low, high = config.window
+    cls = find_dataset(config.dataset)
+    if (config.channels or cls.channels) == 1:
+        low, high = config.window or cls.window
         return Normalize(mean=((low + high) / 2,), std=((high - low) / 2,))
     return Normalize(tuple(255 * m for m in config.mean), tuple(255 * s for s in config.std))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from exp.config import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.errors import InputError
-
-IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,10 @@ class SegmentationDataset(Dataset):
         self.samples = self._list(lenient)[:max_samples]
         if not self.samples:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
+        names = [sample.name for sample in self.samples]
+        if len(set(names)) < len(names) and not lenient:
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{self.root}: got '{twice}' twice in split '{split}', expected each sample once")
         self._label_table = label_table(len(self.classes), self.label_map)
 
     def _list(self, lenient: bool) -> list[Sample]:
@@ -115,7 +118,7 @@ class SegmentationDataset(Dataset):
         """(channels, H, W) image of an Item -> (H, W, 3) uint8 for pictures; one channel as grey, low to high."""
         if self.channels == 3:
             return image.transpose(1, 2, 0)
-        low, high = self.window or (0, 255)
+        low, high = self.window
         grey = (image[0].astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
@@ -171,6 +174,26 @@ class UnpairedError(InputError):
     def __init__(self, unpaired: list[tuple[Path, str]], samples: list[Sample]) -> None:
         super().__init__("{}: {}".format(*unpaired[0]))
         self.unpaired, self.samples = unpaired, samples
+
+
+def read_names(path: Path, *, spaces: bool = False) -> list[str]:
+    """A list file -> the names or relative paths in it, one a line; InputError for a line that is anything else.
+
+    spaces: names may hold spaces.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected one image name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected one image name a line") from None
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if not spaces and len(name.split()) > 1:
+            raise InputError(f"{path}: got the line '{name}', expected one image name and nothing else")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{path}: got '{name}', which leads out of the data folder, expected a name inside it")
+    return names
 
 
 def pair_samples(names: list[str], image: Callable[[str], Path], label: Callable[[str], Path]) -> list[Sample]:

@@ -1,7 +1,6 @@
 """PASCAL VOC 2012 with the labels of SBD, in the VOCdevkit layout."""
 
-from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
-from exp.errors import InputError
+from exp.data.base import Sample, SegmentationDataset, pair_samples, read_names, require_folder
 
 
 class PascalVOC(SegmentationDataset):
@@ -62,8 +61,6 @@ class PascalVOC(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         root = require_folder(self.root / "VOCdevkit" / "VOC2012")
         names_file = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
-        if not names_file.is_file():
-            raise InputError(f"{names_file}: no such file, expected one image name a line")
-        names = names_file.read_text(encoding="utf-8").split()
+        names = read_names(names_file)
         labels = root / ("SegmentationClassTrainAug" if self.split == "trainaug" else "SegmentationClass")
         return pair_samples(names, lambda n: root / "JPEGImages" / f"{n}.jpg", lambda n: labels / f"{n}.png")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from exp.config import NUM_FOLDS
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -29,7 +31,6 @@ class VolumeFacts:
 
 
 SLICE_SIZE = (512, 512)  # the paper's; nearly every CT matrix
-NUM_FOLDS = 5
 
 # fold_slices: the slices with tumour that the paper's code base lists per fold
 VOLUMES = {

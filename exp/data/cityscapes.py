@@ -1,0 +1,74 @@
+"""Cityscapes as its owners hand it out: fine labels by label id, or by train id where somebody made them."""
+
+from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, pair_samples, require_folder
+
+TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label ids of classes 0..18
+NUM_LABEL_IDS = 34
+IMAGE, LABEL_IDS, LABEL_TRAIN_IDS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
+
+
+class Cityscapes(SegmentationDataset):
+    """2,975 / 500 street scenes of 1024 x 2048, 19 classes (Cordts et al., CVPR 2016).
+
+    cityscapes/leftImg8bit/<split>/<city>/*_leftImg8bit.png, and below gtFine/ *_gtFine_labelIds.png through the
+    standard table of 34 ids, or *_gtFine_labelTrainIds.png if the whole split has them.
+    """
+
+    classes = (
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+        "terrain",
+        "sky",
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
+    )
+    palette = (
+        (128, 64, 128),
+        (244, 35, 232),
+        (70, 70, 70),
+        (102, 102, 156),
+        (190, 153, 153),
+        (153, 153, 153),
+        (250, 170, 30),
+        (220, 220, 0),
+        (107, 142, 35),
+        (152, 251, 152),
+        (70, 130, 180),
+        (220, 20, 60),
+        (255, 0, 0),
+        (0, 0, 142),
+        (0, 0, 70),
+        (0, 60, 100),
+        (0, 80, 100),
+        (0, 0, 230),
+        (119, 11, 32),
+    )
+    label_map = {i: TRAIN_IDS.index(i) if i in TRAIN_IDS else IGNORE_INDEX for i in range(NUM_LABEL_IDS)}
+
+    def list_samples(self) -> list[Sample]:
+        images = require_folder(self.root / "cityscapes" / "leftImg8bit" / self.split)
+        labels = require_folder(self.root / "cityscapes" / "gtFine" / self.split)
+        names = {p.relative_to(images).as_posix().removesuffix(IMAGE) for p in images.glob(f"*/*{IMAGE}")}
+        with_ids, with_train_ids = (
+            {p.relative_to(labels).as_posix().removesuffix(suffix) for p in labels.glob(f"*/*{suffix}")}
+            for suffix in (LABEL_IDS, LABEL_TRAIN_IDS)
+        )
+        suffix = LABEL_IDS
+        if names and names <= with_train_ids:
+            suffix, with_ids, self.label_map = LABEL_TRAIN_IDS, with_train_ids, {}
+        return pair_samples(
+            sorted(names | with_ids), lambda n: images / f"{n}{IMAGE}", lambda n: labels / f"{n}{suffix}"
+        )
