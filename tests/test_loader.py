@@ -24,8 +24,9 @@ def test_the_order_is_the_same_for_any_number_of_processes_and_any_restart():
     assert global_batches(2, 5, 12) == whole[5:]
 
 
-def test_an_epoch_sees_every_sample_once_but_for_the_dropped_rest():
-    batches = global_batches(1, 0, 9)  # 23 // 6 = 3 batches an epoch
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_sees_every_sample_once_but_for_the_dropped_rest(world_size: int):
+    batches = global_batches(world_size, 0, 9)  # 23 // 6 = 3 batches an epoch
     for epoch in range(3):
         seen = [index for batch in batches[3 * epoch : 3 * epoch + 3] for index, _ in batch]
         assert len(seen) == len(set(seen)) == 18

@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, TINY, TINY_RUN, free_port
 
 from exp.checkpoint import load_checkpoint
+from exp.validation import ScoreHistory
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:
@@ -110,8 +111,20 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert together == apart
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path: Path):
-    flags = [*TINY, "schedule.train_iters=4", "schedule.save_iters=2", "schedule.keep_checkpoints=9"]
+ALL_STATE = [  # everything that a checkpoint must remember besides weights, optimiser and schedule
+    "schedule.amp=bf16",
+    "schedule.accumulation=2",
+    "schedule.val_iters=1",
+    "schedule.early_stop=9",
+    "optim.ema_decay=0.9",
+    "optim.clip_norm=1",
+    "test.weights=ema",
+]
+
+
+@pytest.mark.parametrize("more", [[], ALL_STATE, ["schedule.amp=fp16", "schedule.channels_last=false"]])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path: Path, more: list[str]):
+    flags = [*TINY, "schedule.train_iters=4", "schedule.save_iters=2", "schedule.keep_checkpoints=9", *more]
     assert program(*flags, "--output_dir", tmp_path / "whole")[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     run = tmp_path / "cut" / TINY_RUN
@@ -124,6 +137,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path:
     )
     assert whole.model.keys() == cut.model.keys()
     assert all(torch.equal(whole.model[name], cut.model[name]) for name in whole.model)
+    assert (whole.ema is None) == (more != ALL_STATE)
+    assert all(torch.equal(value, cut.ema[name]) for name, value in (whole.ema or {}).items())
+    for part in ("scheduler", "scaler", "validations"):
+        assert whole.training[part] == cut.training[part]
+    assert list(whole.training["validations"]["scores"]) == ([1, 2, 3, 4] if more == ALL_STATE else [4])
     optimizers = (checkpoint.training["optimizer"]["state"].values() for checkpoint in (whole, cut))
     for state, other in zip(*optimizers, strict=True):
         assert all(torch.equal(state[name], other[name]) for name in state)
@@ -136,6 +154,59 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(program, tmp_path:
     assert status == 0
     assert "training is complete (4 iterations)" in printed
     assert checkpoint_bytes(run) == before
+
+
+def test_early_stop_best_and_averaged_weights(program, tmp_path: Path, monkeypatch):
+    """Scores 5, 9, 7, 6 after 1, 2, 3, 4 iterations and a patience of 2: stopped after 4 of 8, the best after 2."""
+    add = ScoreHistory.add
+    monkeypatch.setattr(ScoreHistory, "add", lambda self, i, score: add(self, i, {1: 5, 2: 9, 3: 7, 4: 6}[i]))
+    flags = [*TINY, "schedule.train_iters=8", "schedule.val_iters=1", "schedule.early_stop=2", "optim.ema_decay=0.5"]
+    flags += ["--output_dir", tmp_path, "--predict_yaml", "argmax"]
+    run = tmp_path / TINY_RUN
+    status, printed, err = program(*flags)
+    assert status == 0, err
+    assert (
+        "stopped early after 4 iterations; best mIoUI of argmax, raw weights, 3 images of val: 9.00 after 2" in printed
+    )
+    assert sorted(checkpoint_bytes(run)) == ["best.pt", "iter_0000002.pt", "iter_0000004.pt"]
+    best = load_checkpoint(run / "checkpoints" / "best.pt")
+    assert best.iteration == 2
+    at_two = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
+    assert all(torch.equal(best.model[name], at_two.model[name]) for name in best.model)
+
+    def judged() -> tuple[int, str, list]:
+        result = json.loads((run / "results" / "argmax.json").read_text())
+        return result["training"]["iteration"], result["training"]["weights"], list(result["metrics"].values())
+
+    last, before = judged(), checkpoint_bytes(run)
+    assert last[:2] == (4, "raw")
+    status, printed, err = program(*flags)
+    assert status == 0, err
+    assert "training is complete (4 iterations)" in printed
+    assert program(*flags, "--test-only", "--model_checkpoint", "best")[0] == 0
+    assert judged()[:2] == (2, "raw")
+    assert program(*flags, "--test-only", "--set", "test.weights=ema")[0] == 0
+    assert judged()[:2] == (4, "ema")
+    assert judged()[2] != last[2]
+    assert checkpoint_bytes(run) == before
+    status, _, err = program(*TINY, "--output_dir", tmp_path / "out", "--set", "test.weights=ema")
+    assert status == 2
+    assert "test.weights: got ema, expected raw where optim.ema_decay keeps no moving average" in err
+
+
+def test_evaluation_is_in_float32_unless_the_test_yaml_says_so(program, tmp_path: Path):
+    """Training in bf16 does not change how its weights are judged; probabilities are float32 in either case."""
+    flags = [*TINY, "schedule.amp=bf16", "--output_dir", tmp_path, "--predict_yaml", "argmax", "--save_prob", "1"]
+    assert program(*flags)[0] == 0
+    path = tmp_path / TINY_RUN / "probabilities" / "shapes_val_0000.npy"
+    after_training = np.load(path)
+    assert program(*flags, "--test-only")[0] == 0
+    assert np.array_equal(np.load(path), after_training)
+    assert program(*flags, "--test-only", "--set", "test.amp=bf16")[0] == 0
+    low = np.load(path)
+    assert low.dtype == after_training.dtype == np.float32
+    assert np.allclose(low.sum(0), 1, atol=1e-5)  # bf16's softmax would be off by up to 2 ** -8
+    assert 0 < abs(low - after_training).max() < 0.1
 
 
 def test_other_settings_in_the_same_folder_are_refused(program, tmp_path: Path):
@@ -184,6 +255,9 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
         (["--data_yaml", "camvid"], "--data_dir: got none"),
         (["--data_yaml", "camvid", "--data_dir", "nowhere"], "nowhere: no such folder"),
         (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),
+        (["--set", "schedule.accumulation=3"], "schedule.accumulation: got 3 for batches of 4 on 1 process(es)"),
+        (["--set", "schedule.early_stop=3"], "null where val_iters is null"),
+        (["--set", "schedule.amp=half"], "off, bf16, fp16"),
         (["--set", "schedule.batch_size=99"], "expected at most the number of training images, 8"),
         (["--seed", "5000000000"], "--seed: got 5000000000"),
         (["--set", "test.stride=[64,64]"], "expected at most the window, (32, 32)"),
