@@ -185,7 +185,10 @@ def load_result(path: Path) -> EvalResult:
     if not columns or header[0] != "image" or len(header) != columns[0] + 3 * len(columns):
         raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
     classes = tuple(header[i].removeprefix("tp.") for i in columns)
-    counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), 3, len(classes))
+    try:
+        counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), 3, len(classes))
+    except ValueError as error:
+        raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
     cases = tuple(row[1] for row in rows) if header[1] == "case" else None
     return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases)
 
@@ -210,7 +213,9 @@ def format_results(
     scores = [compute_scores(result.counts, result.cases) for result in results]
     blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")])]
     if comparisons:
-        blocks.append("\n".join(format_comparison(c) for c in comparisons))
+        holm = ", after Holm over the rules" if len(results) > 2 else ""
+        blocks.append(f"differences [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
+        blocks += [format_comparison(c) for c in comparisons]
     if calibration is not None:
         errors = calibration_scores(calibration, results[0].cases)
         blocks.append("calibration: " + ", ".join(f"{name} {value:.2f}" for name, value in errors.items()))
@@ -242,11 +247,10 @@ def format_comparison(comparison: Comparison) -> str:
         return f"{c.rule} against {c.base}: {c.metric} is defined on no {c.unit}"
     text = f"{c.rule} against {c.base}: {c.metric} {c.difference:+.2f}"
     if c.interval is not None:
-        text += f" ({LEVEL:.0%} interval {c.interval[0]:+.2f} to {c.interval[1]:+.2f})"
+        text += f" [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
     if c.wins is None:
         return text
-    p_name, p = ("p", c.p_value) if c.p_holm == c.p_value else ("Holm's p", c.p_holm)
-    p_text = f"{p_name} < 0.0001" if p < 0.0001 else f"{p_name} = {p:.4f}"
+    p_text = "p < 0.0001" if c.p_holm < 0.0001 else f"p = {c.p_holm:.2g}"
     return f"{text}, better on {c.wins} of {c.num_units} {c.unit}s, worse on {c.losses}, {p_text}"
 
 

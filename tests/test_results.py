@@ -72,6 +72,10 @@ def test_other_csv_files_are_refused(tmp_path: Path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"x\.csv: got the columns"):
         load_result(path)
+    for row in ("e,1,2", "e,1,2,x", "e,1,2,3,4"):
+        path.write_text(f"image,tp.x,fp.x,fn.x\n{row}\n")
+        with pytest.raises(InputError, match=r"x\.csv: got rows that are no counts of 1 classes"):
+            load_result(path)
 
 
 def with_cases(rule: str = "argmax", seed: int = 0) -> EvalResult:
@@ -187,6 +191,7 @@ def test_tables_and_comparison():
         "mIoUI5",
         "argmax",
         "rankseg_rma",
+        "differences",
         "rankseg_rma",
         "rankseg_rma",
     ]
@@ -197,6 +202,9 @@ def test_tables_and_comparison():
         compute_scores(other.counts[i : i + 1])["mIoUI"] - compute_scores(base.counts[i : i + 1])["mIoUI"]
         for i in range(3)
     ]
-    assert lines[6].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} (95% interval ")
-    assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[6]
-    assert lines[7].startswith("rankseg_rma against argmax: mIoUD ")
+    assert lines[7].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} [")
+    assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[7]
+    assert lines[8].startswith("rankseg_rma against argmax: mIoUD ")
+    assert "after Holm" not in lines[6]
+    three = [base, other, result("again")]
+    assert "after Holm" in format_results(three, "mIoUI", compare_rules(three, "mIoUI"))

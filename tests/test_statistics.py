@@ -196,9 +196,12 @@ def test_two_thousand_images_take_less_than_a_second():
     names, classes = tuple(map(str, range(2000))), tuple(map(str, range(21)))
     pair = [EvalResult(rule, names, classes, rng.integers(0, 50, (2000, 3, 21))) for rule in "ab"]
     compare_rules([pair[0], pair[0]], "mIoUI")  # scipy is imported
-    start = time.process_time()
-    compare_rules(pair, "mIoUI")
-    assert time.process_time() - start < 1.0
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        compare_rules(pair, "mIoUI")
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1.0
 
 
 def test_scipy_is_imported_for_a_comparison_alone():
