@@ -1,6 +1,5 @@
 """Predicted labels as files in the format of a data set's own labels: palette PNGs, or a NIfTI volume a case."""
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, label_table
 from exp.distributed import Dist
-from exp.output_folders import claim_folder
-from exp.volumes import CASE_FILE, Case, assemble_labels, read_case, save_labels
+from exp.output_folders import claim_folder, whole_file
+from exp.volumes import CASE_FILE, Case, Volume, assemble_labels, read_case, save_labels
 
 IGNORE_COLOUR = (255, 255, 255)
 STAGED = ".slices"  # masks of slices wait there for the rest of their case
@@ -40,10 +39,8 @@ class MaskFormat:
         """Write (H, W) file values as a palette PNG, all of it or nothing; folders are made."""
         picture = Image.fromarray(values, "L")
         picture.putpalette(self.colours.tobytes())  # which makes it a palette image
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            picture.save(temporary, format="PNG")
 
 
 def mask_format(num_classes: int, palette: Sequence[tuple[int, int, int]], label_map: Mapping[int, int]) -> MaskFormat:
@@ -120,8 +117,7 @@ def paste_centre(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return whole
 
 
-def save_volume(slices: Mapping[int, np.ndarray], grid: Case, path: Path) -> None:
-    """File values by slice index -> a NIfTI volume on the grid's shape and affine, all of it or nothing."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    save_labels(assemble_labels(slices, grid.shape, grid.axis), np.array(grid.affine), temporary)
-    os.replace(temporary, path)
+def save_volume(slices: Mapping[int, np.ndarray], grid: Case | Volume, path: Path) -> None:
+    """(H, W) file values by slice index -> a NIfTI volume on the grid's shape and affine, all of it or nothing."""
+    with whole_file(path) as temporary:
+        save_labels(assemble_labels(slices, grid.shape, grid.axis), np.array(grid.affine), temporary)

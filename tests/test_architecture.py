@@ -55,6 +55,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "output_folders",
     "masks",
     "pictures",
+    "own_images",
     "provenance",
     "validation",
     "run",

@@ -118,9 +118,7 @@ class SegmentationDataset(Dataset):
         """(channels, H, W) image of an Item -> (H, W, 3) uint8 for pictures; one channel as grey, low to high."""
         if self.channels == 3:
             return image.transpose(1, 2, 0)
-        low, high = self.window
-        grey = (image[0].astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
+        return show_values(image[0], self.window)
 
     def decode_label(self, values: np.ndarray, path: Path) -> np.ndarray:
         """(H, W) values of a file -> (H, W) uint8 labels; InputError for a value that is no class."""
@@ -144,6 +142,13 @@ class SegmentationDataset(Dataset):
             image, label = self.transform(image, label, draw)
         planes = np.stack(cv2.split(image))  # (H, W, channels) -> (channels, H, W)
         return Item(torch.from_numpy(planes), torch.from_numpy(np.ascontiguousarray(label)), index)
+
+
+def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """(H, W) values of one channel -> (H, W, 3) uint8 grey, from the window's low end (black) to its high one."""
+    low, high = window
+    grey = (values.astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))
+    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def label_table(num_classes: int, label_map: dict[int, int]) -> np.ndarray:

@@ -1,0 +1,76 @@
+"""Masks and overlays for images of your own, from a checkpoint alone: it knows its network, classes and window.
+
+    python scripts/predict.py output/<run>/checkpoints/iter_0040000.pt street.jpg --predict_yaml argmax rankseg_rma
+    python scripts/predict.py CHECKPOINT photos/ --output_dir predicted --overwrite
+    python scripts/predict.py CHECKPOINT scan.nii.gz --predict_yaml rankseg_rma
+
+The input is an image, a NIfTI volume, or a folder of them with all its subfolders. Images have any size: a window
+slides over them, and they are taken as the file stores them (an EXIF orientation is not applied). A volume is cut into
+axial slices, which are windowed and resized as in training. Below --output_dir:
+
+    masks/<rule>/<name>.png        labels as a palette PNG, in the values of the data set's own label files
+    masks/<rule>/<name>.nii.gz     labels of a volume on its own grid
+    overlays/<rule>/<name>.png     the labels' colours over the image; of a volume, nine slices
+    classes.json                   value, name and colour of each class
+
+Files that are there already are not replaced without --overwrite.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.config import load_groups
+from exp.errors import InputError, run_and_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of <run>/checkpoints/")
+    add("input", type=Path, metavar="INPUT", help="an image, a NIfTI volume, or a folder of them")
+    add(
+        "--predict_yaml",
+        nargs="+",
+        default=["rankseg_rma"],
+        metavar="NAME",
+        help="configs/predict/NAME.yaml, one or more rules (default: rankseg_rma)",
+    )
+    add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was judged)")
+    add("--set", nargs="+", action="extend", default=[], metavar="GROUP.KEY=VALUE", dest="overrides")
+    add("--output_dir", type=Path, default=Path("predicted"), metavar="DIR", help="default: ./predicted")
+    add("--overwrite", action="store_true", help="replace files of the same names")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser
+
+
+def main() -> None:
+    args = parse_args()
+    groups = {"predict": args.predict_yaml} | ({"test": [args.test_yaml]} if args.test_yaml else {})
+    configs = load_groups(groups, args.overrides)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from exp.distributed import pick_device  # PyTorch and all that stands on it come in only now
+    from exp.own_images import Output, build_predictor, describe_classes, list_sources, predict_files
+
+    sources, output = list_sources(args.input, args.output_dir), Output(args.output_dir)
+    predictor = build_predictor(args.checkpoint, configs["predict"], configs.get("test"), pick_device(args.device))
+    if not args.overwrite:
+        output.check_free(sources, list(predictor.rules), describe_classes(predictor))
+    predict_files(predictor, sources, output)
+    print(f"{len(sources)} file(s): {args.output_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))

@@ -1,0 +1,212 @@
+"""scripts/predict.py: from a checkpoint alone to masks and overlays of images and volumes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_RUN, write_png
+from PIL import Image
+from torch import nn
+
+from exp.config import TestConfig
+from exp.data.shapes import Shapes
+from exp.data.transforms import Normalize
+from exp.errors import InputError
+from exp.inference import build_inference
+from exp.masks import mask_format
+from exp.own_images import Output, Predictor, generate_palette, list_sources, predict_files, strip_suffix
+from exp.predict import argmax
+from rankseg_rma import rankseg_rma
+
+PALETTE = ((0, 0, 0), (230, 159, 0))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run, its probability maps of three images, and these images as PNGs in images/."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*TINY, "--output_dir", str(folder), "--save_prob", "3", "--predict_yaml", "argmax"]
+    done = subprocess.run([sys.executable, ROOT / "exp" / "main.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shapes = Shapes(None, "val", max_samples=3)
+    for i, sample in enumerate(shapes.samples):
+        write_png(folder / "images" / f"{sample.name}.png", np.ascontiguousarray(shapes[i].image.permute(1, 2, 0)))
+    return folder
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def checkpoint(folder: Path) -> Path:
+    return folder / TINY_RUN / "checkpoints" / "iter_0000003.pt"
+
+
+def test_masks_of_a_folder_are_those_of_the_runs_probabilities(script, trained: Path, tmp_path: Path):
+    (trained / "images" / "notes.txt").write_text("no image")
+    flags = ["--predict_yaml", "argmax", "rankseg_rma", "--output_dir", tmp_path / "out"]
+    status, printed, err = script("predict", checkpoint(trained), trained / "images", *flags)
+    assert status == 0, err
+    assert "3 file(s)" in printed
+    for path in sorted((trained / TINY_RUN / "probabilities").glob("*.npy")):
+        prob = torch.from_numpy(np.load(path))[None]
+        for rule, expected in (("argmax", prob.argmax(1)[0]), ("rankseg_rma", rankseg_rma(prob)[0])):
+            with Image.open(tmp_path / "out" / "masks" / rule / f"{path.stem}.png") as mask:
+                assert (np.asarray(mask) == expected.numpy()).all()
+            assert png_size(tmp_path / "out" / "overlays" / rule / f"{path.stem}.png") == (128, 96)
+    classes = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert [row["name"] for row in classes] == list(Shapes.classes)
+    assert classes[1] == {"value": 1, "name": "disk", "colour": [230, 159, 0]}
+
+
+def test_existing_files_are_not_overwritten(script, trained: Path, tmp_path: Path):
+    image = trained / "images" / "shapes_val_0000.png"
+    flags = ["--predict_yaml", "argmax", "--output_dir", tmp_path / "out"]
+    mine = tmp_path / "out" / "masks" / "argmax" / "shapes_val_0000.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    status, _, err = script("predict", checkpoint(trained), image, *flags)
+    assert status == 2
+    assert f"{mine}: got a file there already, expected none (--overwrite replaces it)" in err
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "out" / "overlays").exists()
+    assert script("predict", checkpoint(trained), image, *flags, "--overwrite")[0] == 0
+    assert png_size(mine) == (128, 96)
+    other = trained / "images" / "shapes_val_0001.png"
+    assert script("predict", checkpoint(trained), other, *flags)[0] == 0, "more images into the same folder"
+    (tmp_path / "out" / "classes.json").write_text("[]")
+    status, _, err = script("predict", checkpoint(trained), trained / "images" / "shapes_val_0002.png", *flags)
+    assert status == 2
+    assert "classes.json: got other classes" in err
+
+
+@pytest.mark.parametrize("size", [(5, 7), (33, 200), (96, 31)])
+def test_images_of_any_size_and_mode(script, trained: Path, tmp_path: Path, size: tuple[int, int]):
+    rng = np.random.default_rng(0)
+    write_png(tmp_path / "in" / "grey.png", rng.integers(0, 255, size).astype(np.uint8))
+    write_png(tmp_path / "in" / "deep" / "alpha.png", rng.integers(0, 255, (*size, 4)).astype(np.uint8))
+    status, _, err = script("predict", checkpoint(trained), tmp_path / "in", "--output_dir", tmp_path / "in" / "out")
+    assert status == 0, err
+    for name in ("grey", "deep/alpha"):
+        assert png_size(tmp_path / "in" / "out" / "masks" / "rankseg_rma" / f"{name}.png") == size[::-1]
+    names = [source.name for source in list_sources(tmp_path / "in", tmp_path / "in" / "out")]
+    assert names == ["deep/alpha", "grey"], "what was written is not read"
+
+
+def test_another_window(script, trained: Path, tmp_path: Path):
+    image = trained / "images" / "shapes_val_0000.png"
+    flags = ["--output_dir", tmp_path / "out", "--test_yaml", "test_iou", "--set", "test.crop_size=[64,64]"]
+    assert script("predict", checkpoint(trained), image, *flags)[0] == 0
+    status, _, err = script("predict", checkpoint(trained), image, *flags[:4], "--set", "test.stride=[64,64]")
+    assert status == 2
+    assert "expected at most the window" in err
+
+
+def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    write_png(tmp_path / "broken" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "broken" / "b.jpg").write_bytes(b"\xff\xd8")
+    write_png(tmp_path / "twice" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    write_png(tmp_path / "twice" / "a.bmp", np.zeros((9, 9, 3), np.uint8))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "scan.nii.gz")
+    write_png(tmp_path / "fake.pt", np.zeros((9, 9), np.uint8))
+    good = checkpoint(trained)
+    for path, source, message in (
+        (good, tmp_path / "nowhere", "nowhere: no such file or folder"),
+        (good, tmp_path / "empty", "empty: got no file of .png"),
+        (good, tmp_path / "broken", "b.jpg: got a file that cannot be read"),
+        (good, tmp_path / "twice", "a.png: got two files of the name 'a'"),
+        (
+            good,
+            tmp_path / "scan.nii.gz",
+            "scan.nii.gz: got a volume, expected an image: the network was trained on RGB",
+        ),
+        (tmp_path / "no.pt", tmp_path / "broken", "no.pt: no such file, expected a checkpoint"),
+        (tmp_path / "fake.pt", tmp_path / "broken", "fake.pt: got a file that cannot be read"),
+    ):
+        status, _, err = script("predict", path, source, "--output_dir", tmp_path / "out")
+        assert status == 2, message
+        assert message in err
+        assert err.count("error: ") == 1
+        assert not (tmp_path / "out").exists()
+
+
+class Bright(nn.Module):
+    """A network without weights: foreground where the normalised value is above 0."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        assert image.abs().max() <= 1, "values outside the window"
+        return torch.cat([-image, image], dim=1)
+
+
+def volume_predictor(**changes: object) -> Predictor:
+    facts = {"channels": 1, "window": (-100, 300), "slice_size": None, "rescale": False, **changes}
+    return Predictor(
+        model=Bright(),
+        inference=build_inference(TestConfig("t", "mIoUI", (8, 8), (6, 6))),
+        normalize=Normalize((100.0,), (200.0,)),
+        rules={"argmax": argmax},
+        device=torch.device("cpu"),
+        classes=("rest", "tumour"),
+        palette=PALETTE,
+        format=mask_format(2, PALETTE, {0: 0, 1: 0, 2: 1}),
+        **facts,
+    )
+
+
+@pytest.mark.parametrize("slice_size", [None, (20, 24)])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_volumes_get_labels_on_their_own_grid(tmp_path: Path, axis: int, slice_size: tuple[int, int] | None):
+    coarse = np.random.default_rng(0).choice([-2000, 50, 150, 3000], (5, 6, 3))
+    values = np.moveaxis(coarse.repeat(2, 0).repeat(2, 1), 2, axis).astype(np.int16)
+    affine = np.eye(4)[[2, 1, 0, 3]] if axis == 0 else np.eye(4)
+    affine[:3, 3] = 7, 8, 9
+    nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scan.nii.gz")
+    sources = list_sources(tmp_path / "scan.nii.gz", tmp_path / "out")
+    predict_files(volume_predictor(slice_size=slice_size), sources, Output(tmp_path / "out"))
+    mask = nibabel.load(tmp_path / "out" / "masks" / "argmax" / "scan.nii.gz")
+    got = np.asarray(mask.dataobj)
+    assert (mask.affine == affine).all()
+    if slice_size is None:
+        assert (got == np.where(values > 100, 2, 0)).all()
+    else:  # linear resampling moves edges by less than a voxel
+        assert got.shape == values.shape
+        assert (got == np.where(values > 100, 2, 0)).mean() > 0.6
+    assert png_size(tmp_path / "out" / "overlays" / "argmax" / "scan.png")[0] >= 3 * 300
+
+
+def test_an_image_for_a_network_of_volumes_is_refused(tmp_path: Path):
+    write_png(tmp_path / "photo.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(InputError, match="got an image, expected a NIfTI volume"):
+        volume_predictor().read(list_sources(tmp_path / "photo.png", tmp_path)[0])
+
+
+def test_names_lose_their_suffix_alone():
+    names = ["a.nii.gz", "a.b.NII", "street.1.png", "deep/x.jpeg", "bare"]
+    assert [strip_suffix(name) for name in names] == ["a", "a.b", "street.1", "deep/x", "bare"]
+
+
+def test_generated_palettes_have_a_colour_a_class():
+    palette = generate_palette(150)
+    assert len(set(palette)) == 150
+    assert palette[0] == (0, 0, 0)
+
+
+def test_help_from_anywhere_needs_nothing_heavy(tmp_path: Path):
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_path({str(ROOT / 'scripts' / 'predict.py')!r}, run_name='__main__')\n"
+        "except SystemExit as exit_:\n    assert exit_.code == 0, exit_.code\n"
+        "heavy = {'torch', 'timm', 'numpy', 'PIL', 'nibabel'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--overwrite" in done.stdout
