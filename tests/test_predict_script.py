@@ -116,7 +116,7 @@ def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
     write_png(tmp_path / "twice" / "a.png", np.zeros((9, 9, 3), np.uint8))
     write_png(tmp_path / "twice" / "a.bmp", np.zeros((9, 9, 3), np.uint8))
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "scan.nii.gz")
-    write_png(tmp_path / "fake.pt", np.zeros((9, 9), np.uint8))
+    (tmp_path / "fake.pt").write_bytes(b"no checkpoint")
     good = checkpoint(trained)
     for path, source, message in (
         (good, tmp_path / "nowhere", "nowhere: no such file or folder"),
