@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +153,15 @@ def load_weights(
     except RuntimeError as error:  # the libraries' names of parameters changed between their versions
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """CRC-32 of the parameters and buffers, to tell the weights of two models apart."""
+    crc = 0
+    for value in model.state_dict().values():
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def averaged_weights(ema: dict[str, Any]) -> dict[str, Any]:

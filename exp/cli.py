@@ -94,8 +94,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="write panels (image, truth, each rule, differences) of the N images with the largest "
-        "gain of the last rule over the first",
+        help="write panels (image, truth, each rule, differences) of the N images with the largest gain of the last "
+        "rule over the first, the N with the largest loss, and N at random",
+    )
+    parser.add_argument(
+        "--save_masks",
+        action="store_true",
+        help="write every rule's labels of every image in the format of the data set's label files",
     )
     parser.add_argument(
         "--save_prob",

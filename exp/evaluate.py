@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from exp.predict import Rule, build_rule
 class Timing:
     """Wall seconds by what was done, summed over the images and processes; the device was waited for at each end.
 
-    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "score" (counting).
+    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "score" (counting), "write" (files of
+    the decisions, where they are asked for).
     """
 
     num_images: int = 0
@@ -55,6 +57,16 @@ class Evaluation:
     timing: Timing
 
 
+class Sink(Protocol):
+    """What takes the decisions as they are made, such as a writer of masks."""
+
+    def __call__(self, index: int, preds: Mapping[str, Tensor]) -> None:
+        """An image's index in the data set and its (H, W) labels a rule."""
+
+    def finish(self) -> None:
+        """This process has handed over its last image; called on every rank."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """The rules by name, and all it takes to judge them on a data set, each image on one process."""
@@ -66,8 +78,11 @@ class Evaluator:
     num_workers: int
     dist: Dist
 
-    def __call__(self, model: nn.Module) -> Evaluation:
-        """The raw model, the same on every rank and left in eval mode -> a result a rule, on every rank."""
+    def __call__(self, model: nn.Module, sink: Sink | None = None) -> Evaluation:
+        """The raw model, the same on every rank and left in eval mode -> a result a rule, on every rank.
+
+        sink: is given every decision of this process, and told when those of all processes are in.
+        """
         model.eval()
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         num_classes, rows, timing = len(self.dataset.classes), {}, Timing()
@@ -83,7 +98,12 @@ class Evaluator:
                 label = batch.label[0].to(self.dist.device, non_blocking=True)
                 counts = torch.stack([count(pred, label, num_classes) for pred in preds.values()])
                 rows[batch.indices[0]] = counts.cpu().numpy()
+            if sink is not None:
+                with self._clock(timing.steps, "write"):
+                    sink(batch.indices[0], preds)
             timing.num_images += 1
+        if sink is not None:
+            sink.finish()
         parts = self.dist.gather((rows, timing))
         gathered = {index: row for part, _ in parts for index, row in part.items()}
         table = np.stack([gathered[index] for index in range(len(self.dataset))])

@@ -27,10 +27,10 @@ def main() -> None:
 
     with distributed.session(args.device) as dist:
         evaluator = build_evaluator(config.with_window(config.data.crop_size), args.data_dir, dist)
-        run = Run(config, args.output_dir / config.run_name, evaluator, dist)
+        run = Run(config, args.output_dir / config.run_name, evaluator, dist, args.save_masks)
         if args.test_only:
             run, model, training = run.load(args.model_checkpoint)
-            evaluation = run.evaluator(model)
+            evaluation = run.evaluate(model, training)
         else:
             model, training, evaluation = run.train(args.data_dir)
         if dist.is_main:

@@ -24,6 +24,7 @@ from exp.masks import MaskFormat, mask_format, save_volume
 from exp.models import build_model
 from exp.output_folders import whole_file
 from exp.pictures import Palette, blend_labels, tile_size
+from exp.precision import Autocast
 from exp.predict import Rule, build_rule
 from exp.prepare.facts import VOLUMES
 from exp.results import write_atomically
@@ -222,14 +223,15 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
-    known = DATASETS.get(data.dataset)
-    facts, num_classes = VOLUMES.get(data.dataset), len(checkpoint.classes)
+    known, facts = DATASETS.get(data.dataset), VOLUMES.get(data.dataset)
+    num_classes = len(checkpoint.classes)
     palette, label_map = generate_palette(num_classes), {}
     if known is not None and list(known.classes) == checkpoint.classes:
         palette, label_map = known.palette, known.label_map
     channels = known.channels if known is not None else 1 if data.window else 3
+    model = _load_model(checkpoint, channels, test.weights).to(device).eval()
     return Predictor(
-        model=_load_model(checkpoint, channels, device),
+        model=model if test.amp == "off" else Autocast(model, test.amp, device),
         inference=build_inference(test),
         normalize=build_normalize(data),
         rules={c.name: build_rule(c, num_classes) for c in predict},
@@ -244,11 +246,12 @@ def build_predictor(
     )
 
 
-def _load_model(checkpoint: Checkpoint, channels: int, device: torch.device) -> nn.Module:
+def _load_model(checkpoint: Checkpoint, channels: int, weights: str) -> nn.Module:
     config = _config_of(checkpoint, "model", ModelConfig)
     model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
-    load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes)
-    return model.to(device, memory_format=torch.channels_last).eval()
+    load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes, weights)
+    channels_last = checkpoint.config["schedule"]["channels_last"]
+    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _config_of(checkpoint: Checkpoint, group: str, cls: type) -> Any:

@@ -20,6 +20,7 @@ from exp.checkpoint import (
     load_weights,
     save_best,
     save_checkpoint,
+    weights_checksum,
 )
 from exp.config import ExperimentConfig
 from exp.data import build_dataset
@@ -29,6 +30,7 @@ from exp.errors import InputError
 from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
 from exp.inference import build_inference
 from exp.logger import NullLogger, build_logger
+from exp.masks import MaskWriter
 from exp.models import Segmentor, build_model
 from exp.output_folders import claim_folder
 from exp.pictures import choose_pictures, predict_panel, save_panel
@@ -49,6 +51,7 @@ class Run:
     folder: Path
     evaluator: Evaluator
     dist: Dist
+    save_masks: bool = False  # of the evaluation that is reported
 
     @property
     def checkpoints(self) -> Path:
@@ -83,6 +86,25 @@ class Run:
         model = self._model_of(checkpoint, config.test.weights)
         return run, self._judged(model), self._describe_training(checkpoint.iteration, checkpoint.config)
 
+    def evaluate(self, model: nn.Module, training: dict[str, Any]) -> Evaluation:
+        """The model, how it was trained -> its evaluation, which writes masks if the run is to save them."""
+        return self.evaluator(model, self._mask_writer(model, training))
+
+    def _mask_writer(self, model: nn.Module, training: dict[str, Any]) -> MaskWriter | None:
+        """What writes <run>/masks/<rule>/ in an evaluation; None where no masks are asked for."""
+        if not self.save_masks:
+            return None
+        config, checksum = self.config.to_dict(), weights_checksum(model)
+        origins = {
+            rule["name"]: {
+                "training": training,
+                "weights_checksum": checksum,
+                "config": {"data": config["data"], "test": config["test"], "predict": rule},
+            }
+            for rule in config["predict"]
+        }
+        return MaskWriter(self.folder / "masks", self.evaluator.dataset, origins, self.dist)
+
     def train(self, data_dir: str | None) -> tuple[nn.Module, dict[str, Any], Evaluation]:
         """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate.
 
@@ -107,7 +129,7 @@ class Run:
             record_start(self.folder, config, start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, len(dataset), start, end))
-            validation = self._validation(step, history, logger)
+            validation = self._validation(step, history, end, logger)
             return self._run_loop(step, loader, validation, start, end, logger)
 
     def _run_loop(
@@ -140,7 +162,10 @@ class Run:
         if due(done):
             validation(done)
         save(done)  # again: the checkpoint says that its weights are judged
-        return validation.model, self._describe_training(done, self.config.to_dict()), validation.evaluate(done)
+        model, training = validation.model, self._describe_training(done, self.config.to_dict())
+        if self.save_masks and done < end:  # that it is the last one showed only after the validation
+            return model, training, self.evaluate(model, training)
+        return model, training, validation.evaluate(done)
 
     def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
         """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""
@@ -164,18 +189,26 @@ class Run:
         if self.dist.is_main:
             print(f"{checkpoint.path}: training is complete ({done} iterations); evaluating")
         model = self._judged(self._model_of(checkpoint, self.config.test.weights))
-        return model, self._describe_training(done, checkpoint.config), self.evaluator(model)
+        training = self._describe_training(done, checkpoint.config)
+        return model, training, self.evaluate(model, training)
 
-    def _validation(self, step: TrainStep, history: ScoreHistory, logger: NullLogger) -> Validation:
+    def _validation(self, step: TrainStep, history: ScoreHistory, end: int, logger: NullLogger) -> Validation:
         config = self.config
+        model = self._judged(step.ema.module if config.test.weights == "ema" else step.raw_model)
+
+        def sink(iteration: int) -> MaskWriter | None:
+            training = self._describe_training(iteration, config.to_dict())
+            return self._mask_writer(model, training) if iteration == end else None
+
         return Validation(
-            model=self._judged(step.ema.module if config.test.weights == "ema" else step.raw_model),
+            model=model,
             evaluator=self.evaluator,
             metric=config.test.metric,
             history=history,
             save_best=self._best_saver(step) if config.schedule.val_iters else None,
             logger=logger,
             dist=self.dist,
+            sink=sink,
         )
 
     def report(

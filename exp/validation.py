@@ -9,7 +9,7 @@ from torch import nn
 
 from exp.distributed import Dist
 from exp.errors import InputError
-from exp.evaluate import Evaluation, Evaluator
+from exp.evaluate import Evaluation, Evaluator, Sink
 from exp.logger import NullLogger
 from exp.metrics import compute_scores
 from exp.pictures import predict_panel
@@ -66,6 +66,7 @@ class Validation:
     """Judges the weights in training on every rank alike; keeps the last evaluation, and the best weights.
 
     model: what is judged, raw or averaged weights. save_best: called with the iteration of a new best; None: never.
+    sink: the iteration -> what takes the decisions of that validation.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Validation:
     save_best: Callable[[int], None] | None
     logger: NullLogger
     dist: Dist
+    sink: Callable[[int], Sink | None] = lambda iteration: None
     last: tuple[int, Evaluation] | None = None
 
     def __call__(self, iteration: int) -> bool:
@@ -93,7 +95,7 @@ class Validation:
         if self.last is not None and self.last[0] == iteration:
             return self.last[1]
         self.dist.share_buffers(self.model)
-        evaluation = self.evaluator(self.model)
+        evaluation = self.evaluator(self.model, self.sink(iteration))
         scores = {result.rule: compute_scores(result.counts, result.cases) for result in evaluation.results}
         values = {f"val/{rule}/{name}": value for rule, row in scores.items() for name, value in row.items()}
         self.logger.scalars(iteration, values)

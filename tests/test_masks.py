@@ -1,5 +1,7 @@
 """Masks as files: their format, their place on a volume's grid, and whole runs that write them."""
 
+import csv
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, TINY_RUN
 from PIL import Image
 
 from exp.data import DATASETS
@@ -135,3 +138,76 @@ def test_slices_without_their_volume_stay_pictures(tmp_path: Path):
     writer(1, {"a": torch.ones(10, 6, dtype=torch.int64)})
     writer.finish()
     assert (np.asarray(Image.open(tmp_path / "masks" / "a" / "case_0" / "0003.png")) == 2).all()
+
+
+def read_mask(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def mask_files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_masks_of_a_run_are_what_its_scores_say(program, tmp_path: Path):
+    rules = ["argmax", "rankseg_rma"]
+    flags = [*TINY, "schedule.val_iters=2", "--output_dir", tmp_path, "--save_masks", "--predict_yaml", *rules]
+    status, _, err = program(*flags)
+    assert status == 0, err
+    run = tmp_path / TINY_RUN
+    shapes = DATASETS["shapes"](None, "val", max_samples=3)
+    for rule in rules:
+        with open(run / "results" / f"{rule}.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert len(mask_files(run / "masks" / rule)) == len(rows) == 3
+        for i, row in enumerate(rows):
+            mask, label = read_mask(run / "masks" / rule / f"{row['image']}.png"), shapes[i].label.numpy()
+            for c, name in enumerate(shapes.classes):
+                assert int(row[f"tp.{name}"]) == ((mask == c) & (label == c)).sum()
+                assert int(row[f"fp.{name}"]) == ((mask == c) & (label != c) & (label != IGNORE_INDEX)).sum()
+    origin = json.loads((run / "masks" / "argmax.json").read_text())
+    assert origin["training"]["iteration"] == 3
+    assert not (run / "masks" / "older").exists(), "masks of the last validation alone"
+    assert json.loads((run / "results" / "timing.json").read_text())["milliseconds_per_image"]["write"] > 0
+
+    # The same again is the same; of another window, or of another checkpoint, the masks before are kept.
+    first = mask_files(run / "masks")
+    assert program(*flags, "--test-only")[0] == 0
+    assert mask_files(run / "masks") == first
+    (run / "masks" / "argmax" / "shapes_val_0009.png").write_bytes(b"of an older set")
+    other = [*flags, "--test-only", "--set", "test.crop_size=[24,24]"]
+    assert program(*other)[0] == 0
+    kept = mask_files(run / "masks" / "older")
+    assert kept.pop("argmax.1/shapes_val_0009.png") == b"of an older set"
+    assert kept == {name.replace("/", ".1/"): content for name, content in first.items()}
+    assert len(mask_files(run / "masks" / "argmax")) == 3
+    assert program(*other, "--model_checkpoint", run / "checkpoints" / "iter_0000002.pt")[0] == 0
+    assert json.loads((run / "masks" / "argmax.json").read_text())["training"]["iteration"] == 2
+    assert json.loads((run / "masks" / "older" / "argmax.2.json").read_text())["training"]["iteration"] == 3
+
+
+def test_a_run_that_stops_early_has_its_masks(program, tmp_path: Path):
+    flags = [*TINY, "schedule.val_iters=1", "schedule.early_stop=1", "schedule.train_iters=40", "optim.lr=1e-9"]
+    flags += ["optim.start_lr=1e-10"]
+    status, printed, err = program(*flags, "--output_dir", tmp_path, "--save_masks", "--predict_yaml", "argmax")
+    assert status == 0, err
+    assert "stopped early" in printed + err
+    run = tmp_path / TINY_RUN
+    assert len(mask_files(run / "masks" / "argmax")) == 3
+    stopped = json.loads((run / "results" / "argmax.json").read_text())["training"]["iteration"]
+    assert json.loads((run / "masks" / "argmax.json").read_text())["training"]["iteration"] == stopped < 40
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(program, tmp_path: Path):
+    from test_main import torchrun
+
+    flags = [*TINY, "--predict_yaml", "argmax", "rankseg_rma"]
+    assert program(*flags, "--output_dir", tmp_path / "one", "--save_masks")[0] == 0
+    path = tmp_path / "one" / TINY_RUN / "checkpoints" / "iter_0000003.pt"
+    test_only = ["--test-only", "--model_checkpoint", path, "--save_masks"]
+    done = torchrun([*flags, "--output_dir", tmp_path / "two", *test_only])
+    assert done.returncode == 0, done.stderr
+    one, two = (mask_files(tmp_path / name / TINY_RUN / "masks") for name in ("one", "two"))
+    assert one == two
+    assert len(one) == 6
