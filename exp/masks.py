@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, label_table
 from exp.distributed import Dist
+from exp.errors import InputError
 from exp.output_folders import claim_folder, whole_file
 from exp.volumes import CASE_FILE, Case, Volume, assemble_labels, read_case, save_labels
 
@@ -44,9 +45,18 @@ class MaskFormat:
 
 
 def mask_format(num_classes: int, palette: Sequence[tuple[int, int, int]], label_map: Mapping[int, int]) -> MaskFormat:
-    """A data set's facts (label_map: file value -> label) -> the format of its label files."""
+    """A data set's facts -> the format of its label files; InputError for a class without a value.
+
+    label_map: file value -> label, for the values that are not their own label.
+    """
     table = label_table(num_classes, dict(label_map))
-    values = np.array([np.flatnonzero(table == c)[0] for c in range(num_classes)], np.uint8)
+    present, firsts = np.unique(table, return_index=True)
+    missing = set(range(num_classes)) - set(present.tolist())
+    if missing:
+        raise InputError(
+            f"data.label_map: got no value for class {min(missing)}, expected one of every class for masks"
+        )
+    values = firsts[np.searchsorted(present, np.arange(num_classes))].astype(np.uint8)
     colours = np.zeros((256, 3), np.uint8)
     colours[IGNORE_INDEX] = IGNORE_COLOUR
     colours[values] = palette[:num_classes]

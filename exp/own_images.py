@@ -1,6 +1,5 @@
 """Images of the user's own -> masks and overlays, from a checkpoint alone: it knows its config and its classes."""
 
-import colorsys
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from exp.checkpoint import Checkpoint, load_checkpoint, load_weights
 from exp.config import DataConfig, ModelConfig, PredictConfig, TestConfig
-from exp.data import DATASETS, build_normalize
+from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image
 from exp.errors import InputError
@@ -26,7 +25,7 @@ from exp.output_folders import whole_file
 from exp.pictures import Palette, blend_labels, tile_size
 from exp.precision import Autocast
 from exp.predict import Rule, build_rule
-from exp.prepare.facts import VOLUMES
+from exp.prepare.facts import VolumeFacts
 from exp.results import write_atomically
 from exp.strict_yaml import build_dataclass
 from exp.volumes import Volume, open_volume, resize_image, resize_labels
@@ -53,9 +52,8 @@ class Source:
 class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
-    channels: 3 (RGB images) or 1 (slices of volumes). window: the values that one channel is clipped to. slice_size:
-    (H, W) that slices are resized to before the network sees them, as in training. rescale: intensities are rescaled
-    per volume, as in training.
+    channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
+    slices it was trained on were made; None: it was trained on images.
     """
 
     model: nn.Module
@@ -68,8 +66,7 @@ class Predictor:
     format: MaskFormat
     channels: int
     window: tuple[float, float] | None
-    slice_size: tuple[int, int] | None
-    rescale: bool
+    volumes: VolumeFacts | None
 
     def decide(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """(H, W, channels) uint8 or int16 -> (H, W) labels a rule."""
@@ -79,21 +76,25 @@ class Predictor:
 
     def read(self, source: Source) -> np.ndarray | Volume:
         """A source -> its pixels, or the grid of its volume; InputError for what this network cannot take."""
-        if source.is_volume and self.channels != 1:
-            raise InputError(f"{source.path}: got a volume, expected an image: the network was trained on RGB images")
-        if not source.is_volume and self.channels != 3:
+        if source.is_volume and self.volumes is None:
+            raise InputError(f"{source.path}: got a volume, expected an image: the network was trained on images")
+        if not source.is_volume and self.volumes is not None:
             raise InputError(
                 f"{source.path}: got an image, expected a NIfTI volume: the network was trained on slices of volumes"
             )
-        return open_volume(source.path) if source.is_volume else read_image(source.path)
+        return open_volume(source.path) if source.is_volume else read_image(source.path, self.channels)
+
+    def show(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, channels) image -> (H, W, 3) uint8 for pictures."""
+        return image if self.channels == 3 else show_values(image[..., 0], self.window)
 
     def decide_slices(self, volume: Volume) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """A volume -> slice by slice its (H, W) values, clipped to the window, and (H, W) uint8 labels a rule."""
-        for values in read_slices(volume, range(volume.num_slices), rescale=self.rescale):
-            shown = values if self.window is None else values.clip(*(round(bound) for bound in self.window))
-            seen = shown if self.slice_size is None else resize_image(shown, self.slice_size)
-            preds = self.decide(seen[..., None])
-            yield shown, {name: resize_labels(pred.astype(np.uint8), values.shape) for name, pred in preds.items()}
+        low, high = (round(bound) for bound in self.window)
+        for values in read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale):
+            shown = values.clip(low, high)
+            preds = self.decide(resize_image(shown, self.volumes.size or shown.shape)[..., None])
+            yield shown, {name: resize_labels(pred.astype(np.uint8), shown.shape) for name, pred in preds.items()}
 
 
 def list_sources(path: Path, output: Path) -> list[Source]:
@@ -163,7 +164,8 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], output: Outpu
             continue
         for rule, label in predictor.decide(pixels).items():
             predictor.format.save_png(predictor.format.encode(label), output.mask(rule, source))
-            _save_picture(blend_labels(pixels, label, predictor.palette), output.overlay(rule, source))
+            picture = blend_labels(predictor.show(pixels), label, predictor.palette)
+            _save_picture(picture, output.overlay(rule, source))
 
 
 def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output: Output) -> None:
@@ -176,11 +178,10 @@ def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output
     found = [i for i in range(volume.num_slices) if any(labels[rule][i].any() for rule in labels)]
     found = found or list(range(volume.num_slices))
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), MONTAGE**2)).round().astype(int)]
-    window = predictor.window or (min(v.min() for v in shown), max(v.max() for v in shown))
     for rule, slices in labels.items():
         values = {i: predictor.format.encode(label) for i, label in enumerate(slices)}
         save_volume(values, volume, output.mask(rule, source))
-        tiles = [blend_labels(show_values(shown[i], window), slices[i], predictor.palette) for i in chosen]
+        tiles = [blend_labels(predictor.show(shown[i][..., None]), slices[i], predictor.palette) for i in chosen]
         _save_picture(montage(tiles), output.overlay(rule, source))
 
 
@@ -210,12 +211,6 @@ def describe_classes(predictor: Predictor) -> str:
     return json.dumps(rows, indent=1) + "\n"
 
 
-def generate_palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Colours for classes whose data set has none: black first, then hues a golden angle apart."""
-    hues = [colorsys.hsv_to_rgb(0.618034 * c % 1, 0.65 + 0.35 * (c % 2), 0.95) for c in range(num_classes - 1)]
-    return [(0, 0, 0), *(tuple(round(255 * v) for v in rgb) for rgb in hues)]
-
-
 def build_predictor(
     path: Path, predict: Sequence[PredictConfig], test: TestConfig | None, device: torch.device
 ) -> Predictor:
@@ -223,26 +218,27 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
-    known, facts = DATASETS.get(data.dataset), VOLUMES.get(data.dataset)
-    num_classes = len(checkpoint.classes)
-    palette, label_map = generate_palette(num_classes), {}
-    if known is not None and list(known.classes) == checkpoint.classes:
-        palette, label_map = known.palette, known.label_map
-    channels = known.channels if known is not None else 1 if data.window else 3
-    model = _load_model(checkpoint, channels, test.weights).to(device).eval()
+    cls = find_dataset(data.dataset)
+    facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
+    facts |= dataset_facts(data, cls)
+    if list(facts["classes"]) != checkpoint.classes:
+        raise InputError(
+            f"{path}: got the classes {checkpoint.classes}, expected those of {data.dataset}: {list(facts['classes'])}"
+        )
+    num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
+    model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
     return Predictor(
         model=model if test.amp == "off" else Autocast(model, test.amp, device),
         inference=build_inference(test),
         normalize=build_normalize(data),
         rules={c.name: build_rule(c, num_classes) for c in predict},
         device=device,
-        classes=tuple(checkpoint.classes),
-        palette=palette,
-        format=mask_format(num_classes, palette, label_map),
-        channels=channels,
-        window=data.window,
-        slice_size=facts.size if facts else None,
-        rescale=facts.rescale if facts else False,
+        classes=facts["classes"],
+        palette=facts["palette"],
+        format=mask_format(num_classes, facts["palette"], facts["label_map"]),
+        channels=facts["channels"],
+        window=facts["window"],
+        volumes=volumes,
     )
 
 

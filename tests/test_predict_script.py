@@ -19,8 +19,9 @@ from exp.data.transforms import Normalize
 from exp.errors import InputError
 from exp.inference import build_inference
 from exp.masks import mask_format
-from exp.own_images import Output, Predictor, generate_palette, list_sources, predict_files, strip_suffix
+from exp.own_images import Output, Predictor, list_sources, predict_files, strip_suffix
 from exp.predict import argmax
+from exp.prepare.facts import VolumeFacts
 from rankseg_rma import rankseg_rma
 
 PALETTE = ((0, 0, 0), (230, 159, 0))
@@ -126,7 +127,7 @@ def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
         (
             good,
             tmp_path / "scan.nii.gz",
-            "scan.nii.gz: got a volume, expected an image: the network was trained on RGB",
+            "scan.nii.gz: got a volume, expected an image: the network was trained on images",
         ),
         (tmp_path / "no.pt", tmp_path / "broken", "no.pt: no such file, expected a checkpoint"),
         (tmp_path / "fake.pt", tmp_path / "broken", "fake.pt: got a file that cannot be read"),
@@ -146,8 +147,7 @@ class Bright(nn.Module):
         return torch.cat([-image, image], dim=1)
 
 
-def volume_predictor(**changes: object) -> Predictor:
-    facts = {"channels": 1, "window": (-100, 300), "slice_size": None, "rescale": False, **changes}
+def volume_predictor(slice_size: tuple[int, int] | None = None) -> Predictor:
     return Predictor(
         model=Bright(),
         inference=build_inference(TestConfig("t", "mIoUI", (8, 8), (6, 6))),
@@ -157,7 +157,9 @@ def volume_predictor(**changes: object) -> Predictor:
         classes=("rest", "tumour"),
         palette=PALETTE,
         format=mask_format(2, PALETTE, {0: 0, 1: 0, 2: 1}),
-        **facts,
+        channels=1,
+        window=(-100, 300),
+        volumes=VolumeFacts("ct", None, slice_size, False, 1, 1, None),
     )
 
 
@@ -191,12 +193,6 @@ def test_an_image_for_a_network_of_volumes_is_refused(tmp_path: Path):
 def test_names_lose_their_suffix_alone():
     names = ["a.nii.gz", "a.b.NII", "street.1.png", "deep/x.jpeg", "bare"]
     assert [strip_suffix(name) for name in names] == ["a", "a.b", "street.1", "deep/x", "bare"]
-
-
-def test_generated_palettes_have_a_colour_a_class():
-    palette = generate_palette(150)
-    assert len(set(palette)) == 150
-    assert palette[0] == (0, 0, 0)
 
 
 def test_help_from_anywhere_needs_nothing_heavy(tmp_path: Path):
