@@ -8,7 +8,7 @@ import pytest
 import volume_trees
 from conftest import write_png
 from PIL import Image
-from trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg, write_voc
+from trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg
 
 from exp.config import DataConfig, load_groups
 from exp.data import build_dataset, build_normalize
@@ -18,7 +18,6 @@ from exp.data.cityscapes import Cityscapes
 from exp.data.pascal_voc import PascalVOC
 from exp.data.slices import Hippocampus, KiTS, LiTS
 from exp.errors import InputError
-from exp.prepare.cases import prepare_cases
 from exp.prepare.facts import fold_of
 from exp.volumes import Case, write_case
 
@@ -253,29 +252,69 @@ def test_lists_with_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path
     assert read_names(tmp_path / "list.txt") == ["a", "b"]
 
 
-def prepared(name: str, write) -> object:
-    def build(data_dir: Path) -> None:
-        write(data_dir)
-        prepare_cases(name, data_dir, 1)
+def link_first(source: Path, target: Path, count: int) -> None:
+    """Symbolic links to the first files of a folder."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir())[:count]:
+        (target / path.name).symlink_to(path)
 
-    return build
+
+def link_ade20k(real_data: Path, data_dir: Path) -> None:
+    for kind in ("images", "annotations"):
+        root, files = (
+            data_dir / "ade" / "ADEChallengeData2016" / kind,
+            sorted((real_data / "ade_sample" / kind).iterdir()),
+        )
+        for split, chosen in (("training", files[:2]), ("validation", files[2:])):
+            (root / split).mkdir(parents=True)
+            for path in chosen:
+                (root / split / path.name).symlink_to(path)
 
 
-TREES = {
+def link_camvid(real_data: Path, data_dir: Path) -> None:
+    for folder in ("train", "trainannot", "val", "valannot"):
+        link_first(real_data / "camvid" / folder, data_dir / "camvid" / folder, 2)
+
+
+def link_hippocampus(real_data: Path, data_dir: Path) -> None:
+    for kind in ("images", "labels"):
+        link_first(real_data / "hippocampus" / kind, data_dir / "hippocampus" / kind, 120)
+
+
+GENERATED = {
     "ade20k": lambda d: write_ade20k(d, {"training": 4, "validation": 2}),
     "camvid": lambda d: write_camvid(d, {"train": 4, "val": 2}),
     "cityscapes": lambda d: write_cityscapes(d, {"train": 4, "val": 2}, (48, 64)),
     "folder": lambda d: write_folder(d, {"train": 4, "val": 2}),
-    "hippocampus": prepared("hippocampus", lambda d: volume_trees.write_hippocampus(d, [1, 80, 160])),
-    "kits": prepared("kits", lambda d: volume_trees.write_kits(d, [0, 42, 209])),
-    "lits": prepared("lits", lambda d: volume_trees.write_lits(d, [0, 26, 130])),
-    "pascal_voc": lambda d: write_voc(d, {"trainaug": 4, "val": 2}),
+    "hippocampus": lambda d: volume_trees.write_hippocampus(d, [1, 80, 160]),
+    "kits": lambda d: volume_trees.write_kits(d, [0, 42, 209]),
+    "lits": lambda d: volume_trees.write_lits(d, [0, 26, 130]),
+    "pascal_voc": volume_trees.write_voc,
 }
+REAL = {"ade20k": link_ade20k, "camvid": link_camvid, "hippocampus": link_hippocampus}
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_a_whole_run_with_the_shipped_yaml(program, tmp_path: Path, name: str):
-    TREES[name](tmp_path / "data")
+@pytest.mark.parametrize("name", GENERATED)
+def test_from_the_owners_files_to_scores(script, program, tmp_path: Path, name: str):
+    GENERATED[name](tmp_path / "data")
+    check_whole_run(script, program, tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_from_real_files_to_scores(script, program, real_data: Path, tmp_path: Path, name: str):
+    REAL[name](real_data, tmp_path / "data")
+    check_whole_run(script, program, tmp_path, name)
+
+
+def check_whole_run(script, program, tmp_path: Path, name: str) -> None:
+    """Prepare, verify, train two iterations and evaluate, with the data YAML as shipped but for sizes."""
+    data_dir = tmp_path / "data"
+    if name != "folder":
+        status, printed, err = script("prepare_data", name, "--data_dir", data_dir, "--workers", 1)
+        assert status == 0, printed + err
+    status, printed, err = script("verify_data", "--data_yaml", name, "--data_dir", data_dir)
+    assert status == 0, printed + err
     window = ["data.test_crop=[64,64]"] if name in ("lits", "kits") else []
     status, printed, err = program(
         "--data_dir",

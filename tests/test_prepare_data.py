@@ -24,7 +24,7 @@ from volume_trees import (
     write_voc,
 )
 
-from exp.errors import InputError, run_and_report
+from exp.errors import InputError
 from exp.prepare import jobs
 from exp.prepare.cases import find_cases
 from exp.prepare.facts import VOLUMES, fold_of
@@ -34,19 +34,9 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys):
-    """A function: flags -> (exit status, stdout, stderr) of the script, run in this process."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import prepare_data
-
-    def run(name: str, data_dir: Path, *flags: object) -> tuple[int, str, str]:
-        argv = ["prepare_data.py", name, "--data_dir", data_dir, "--workers", 1, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        capsys.readouterr()
-        status = run_and_report(prepare_data.main)
-        return status, *capsys.readouterr()
-
-    return run
+def prepare(script):
+    """A function: name, data_dir, flags -> (exit status, stdout, stderr) of the script, on one process."""
+    return lambda name, data_dir, *flags: script("prepare_data", name, "--data_dir", data_dir, "--workers", 1, *flags)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:

@@ -1,40 +1,27 @@
 import gzip
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, write_png
+from conftest import write_png
 from PIL import Image
 from volume_trees import KITS_AFFINE, ct_case, save_nifti, write_kits, write_list
 
-from exp.errors import run_and_report
 from exp.prepare.cases import prepare_cases
 
-SCRIPT = ROOT / "scripts" / "verify_data.py"
 COPIES = 5
 
 
 @pytest.fixture
-def verify(monkeypatch, capsys):
-    """A function: data YAML, data_dir, flags -> (exit status, stdout, stderr) of the script, run in this process."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import verify_data
-
-    def run(name: str, data_dir: Path, *flags: object) -> tuple[int, str, str]:
-        argv = ["verify_data.py", "--data_yaml", name, "--data_dir", data_dir, "--workers", 2, "--show", 99, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        capsys.readouterr()
-        try:
-            status = run_and_report(verify_data.main)
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capsys.readouterr()
-
-    return run
+def verify(script):
+    """A function: data YAML, data_dir, flags -> (exit status, stdout, stderr) of the script, all files shown."""
+    shown = ("--workers", 2, "--show", 99)
+    return lambda name, data_dir, *flags: script(
+        "verify_data", "--data_yaml", name, "--data_dir", data_dir, *shown, *flags
+    )
 
 
 def faults_of(out: str) -> dict[str, set[str]]:
