@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
+from exp import statistics
 from exp.metrics import EvalResult, case_scores, compute_scores, image_scores, pooled_scores
 from exp.statistics import bca_interval, compare_rules, holm, mean_interval, paired_differences, signed_rank
 
@@ -185,6 +186,20 @@ def test_the_interval_of_a_data_set_score_is_that_of_pooling_anew():
     ).confidence_interval
     width = theirs.high - theirs.low
     assert pooled.interval == pytest.approx((theirs.low, theirs.high), abs=0.15 * width)
+
+
+def test_a_data_set_score_that_is_a_mean_has_the_interval_of_the_mean(monkeypatch: pytest.MonkeyPatch):
+    """Two classes, as many foreground pixels in every image: mAccD is the mean of the images' accuracies."""
+    monkeypatch.setattr(statistics, "NUM_POOLED_RESAMPLES", statistics.NUM_RESAMPLES)
+    rng = np.random.default_rng(0)
+    pair = []
+    for rule, scale in (("argmax", 20), ("rma", 90)):
+        right = rng.exponential(scale, size=(30, 2)).clip(1, 1000).astype(int)
+        counts = np.stack([right, 1000 - right[:, ::-1], 1000 - right], 1)
+        pair.append(EvalResult(rule, tuple(map(str, range(30))), ("rest", "tumour"), counts))
+    by_image, pooled = compare_rules(pair, "mAccI")
+    assert pooled.difference == pytest.approx(by_image.difference)
+    assert pooled.interval == pytest.approx(by_image.interval, abs=0.02), "but for how ties are rounded"
 
 
 def test_one_rule_is_compared_with_nothing():
