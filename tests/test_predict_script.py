@@ -206,3 +206,53 @@ def test_help_from_anywhere_needs_nothing_heavy(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--overwrite" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    """A data_dir with four volumes of bright blobs as the hippocampus data set comes, and its prepared slices."""
+    folder, rng = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / "hippocampus" / kind).mkdir(parents=True)
+    affine = np.array([[0, 0, 1.5, 1], [1, 0, 0, 2], [0, 1.2, 0, 3], [0, 0, 0, 1]])  # the second axis is axial
+    for number in (1, 2, 80, 81):
+        label = np.zeros((30, 6, 26), np.uint8)
+        label[6:18, 1:5, 5:14], label[18:24, 1:4, 5:14] = 1, 2
+        image = 300.0 * label + rng.normal(200, 40, label.shape)
+        for kind, values in (("imagesTr", image.astype(np.float32)), ("labelsTr", label)):
+            path = folder / "hippocampus" / kind / f"hippocampus_{number:03d}.nii.gz"
+            nibabel.save(nibabel.Nifti1Image(values, affine), path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "prepare_data.py", "hippocampus", "--data_dir", folder, "--workers", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_volume_gets_the_labels_that_its_evaluation_gave(program, script, volumes: Path, tmp_path: Path):
+    rules = ["--predict_yaml", "argmax", "rankseg_rma"]
+    flags = [*TINY, "data.fold=0", "data.train_samples=null", "data.val_samples=null", "--data_yaml", "hippocampus"]
+    flags += ["--data_dir", volumes, "--output_dir", tmp_path / "runs", "--save_masks", "--save_pred", 1, *rules]
+    status, _, err = program(*flags)
+    assert status == 0, err
+    (run,) = (tmp_path / "runs").iterdir()
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for number in (1, 2):
+        name = f"hippocampus_{number:03d}.nii.gz"
+        (scans / name).symlink_to(volumes / "hippocampus" / "imagesTr" / name)
+    path = run / "checkpoints" / "iter_0000003.pt"
+    status, _, err = script("predict", path, scans, "--output_dir", tmp_path / "out", *rules)
+    assert status == 0, err
+    for rule in rules[1:]:
+        assert sorted(p.name for p in (run / "masks" / rule).iterdir()) == sorted(p.name for p in scans.iterdir())
+        for scan in scans.iterdir():
+            judged, own = (nibabel.load(folder / "masks" / rule / scan.name) for folder in (run, tmp_path / "out"))
+            assert (own.affine == nibabel.load(scan).affine).all()
+            assert (judged.affine == own.affine).all()
+            judged, own = np.asarray(judged.dataobj), np.asarray(own.dataobj)
+            assert (judged[:, 1:5] == own[:, 1:5]).all()
+            assert not judged[:, [0, 5]].any(), "slices without a structure are not in the data set"
+            assert set(np.unique(own)) <= {0, 1, 2}
