@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from exp.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
+from exp.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 from exp.errors import InputError
 from exp.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
-from exp.statistics import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 
 COUNTS = ("tp", "fp", "fn")
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))

@@ -180,8 +180,8 @@ def bench_statistics(rounds: int) -> float:
     """Milliseconds to compare two rules on 2,000 images of 21 classes, and to score both."""
     import numpy as np
 
+    from exp.comparison import compare_rules
     from exp.metrics import EvalResult
-    from exp.statistics import compare_rules
 
     rng = np.random.default_rng(0)
     names, classes = tuple(map(str, range(2000))), tuple(map(str, range(21)))

@@ -48,7 +48,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "predict",
     "metrics",
     "calibration",
-    "statistics",
+    "comparison",
     "evaluate",
     "probability_maps",
     "results",
@@ -90,6 +90,11 @@ def test_every_module_has_its_place():
 def test_imports_go_down_the_list_only(name: str):
     later = {other for other in imported(MODULES[name]) if ORDER.index(other) >= ORDER.index(name)}
     assert not later
+
+
+def test_no_module_hides_one_of_pythons_own():
+    """`python exp/main.py` puts exp/ itself on the path, where `statistics.py` would be found before Python's."""
+    assert not {name.split(".")[0] for name in MODULES} & sys.stdlib_module_names
 
 
 def test_main_is_short():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from exp.calibration import calibration_scores, count_calibration
+from exp.comparison import compare_rules
 from exp.errors import InputError
 from exp.metrics import EvalResult, compute_scores
 from exp.results import (
@@ -17,7 +18,6 @@ from exp.results import (
     save_results,
     shared_context,
 )
-from exp.statistics import compare_rules
 
 
 def result(rule: str = "argmax", seed: int = 0) -> EvalResult:

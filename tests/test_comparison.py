@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from exp import statistics
+from exp import comparison
+from exp.comparison import bca_interval, compare_rules, holm, mean_interval, paired_differences, signed_rank
 from exp.metrics import EvalResult, case_scores, compute_scores, image_scores, pooled_scores
-from exp.statistics import bca_interval, compare_rules, holm, mean_interval, paired_differences, signed_rank
 
 
 def result(rule: str, seed: int, num: int = 40, cases: tuple[str, ...] | None = None) -> EvalResult:
@@ -190,7 +190,7 @@ def test_the_interval_of_a_data_set_score_is_that_of_pooling_anew():
 
 def test_a_data_set_score_that_is_a_mean_has_the_interval_of_the_mean(monkeypatch: pytest.MonkeyPatch):
     """Two classes, as many foreground pixels in every image: mAccD is the mean of the images' accuracies."""
-    monkeypatch.setattr(statistics, "NUM_POOLED_RESAMPLES", statistics.NUM_RESAMPLES)
+    monkeypatch.setattr(comparison, "NUM_POOLED_RESAMPLES", comparison.NUM_RESAMPLES)
     rng = np.random.default_rng(0)
     pair = []
     for rule, scale in (("argmax", 20), ("rma", 90)):
