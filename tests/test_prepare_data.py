@@ -147,6 +147,14 @@ def test_hippocampus_folders_of_both_namings(tmp_path: Path):
     assert len(find_cases("hippocampus", tmp_path)[0]) == 2
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path):
+    write_lits(tmp_path / "elsewhere", [3, 4])
+    (tmp_path / "lits").mkdir()
+    (tmp_path / "lits" / "batches").symlink_to(tmp_path / "elsewhere" / "lits")
+    (tmp_path / "elsewhere" / "lits" / "loop").symlink_to(tmp_path / "lits")
+    assert [case.name for case in find_cases("lits", tmp_path)[0]] == ["volume-3", "volume-4"]
+
+
 def test_two_files_of_one_case_are_refused(prepare, tmp_path: Path):
     write_lits(tmp_path, [3])
     save_nifti(tmp_path / "lits" / "copy" / "volume-3.nii.gz", np.zeros((4, 4, 4), np.int16), LITS_AFFINE)

@@ -1,7 +1,8 @@
 """LiTS, KiTS19 and the decathlon's hippocampus: pairs of volumes -> slices in <data_dir>/<name>/train/<case>/."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ class Scan:
 def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[Path]]:
     """A data set -> its pairs of volumes by number, and the files without a partner, which are left alone.
 
-    What starts with a dot is not looked at (macOS leaves "._" files). InputError for two files of one case.
+    InputError for two files of one case.
     """
     root = data_dir / VOLUMES[name].folder
     if not root.is_dir():
@@ -62,8 +63,7 @@ def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[Path]]:
 
 def _find_lits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """volume-N.nii[.gz] and segmentation-N.nii[.gz] at any depth."""
-    files = _raw_files(root, "*.nii", "*.nii.gz")
-    named = [(re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name), path) for path in files]
+    named = [(re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name), path) for path in _files(root)]
     images = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "volume")
     labels = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "segmentation")
     return images, labels
@@ -71,28 +71,34 @@ def _find_lits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 def _find_kits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """case_NNNNN/imaging.nii.gz and segmentation.nii.gz at any depth."""
-    images = _by_name((path.parent.name, path) for path in _raw_files(root, "case_*/imaging.nii.gz"))
-    labels = _by_name((path.parent.name, path) for path in _raw_files(root, "case_*/segmentation.nii.gz"))
+    files = [path for path in _files(root) if re.fullmatch(r"case_\d+", path.parent.name)]
+    images = _by_name((path.parent.name, path) for path in files if path.name == "imaging.nii.gz")
+    labels = _by_name((path.parent.name, path) for path in files if path.name == "segmentation.nii.gz")
     return images, labels
 
 
 def _find_hippocampus(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """{images,labels}[Tr]/hippocampus_NNN.nii.gz, in the folder itself or in Task04_Hippocampus as unpacked."""
-    pattern = "hippocampus_*.nii.gz"
-    found = []
-    for kind in ("images", "labels"):
-        folders = [root / inner / f"{kind}{end}" for inner in (".", "Task04_Hippocampus") for end in ("", "Tr")]
-        files = [path for folder in folders if folder.is_dir() for path in _raw_files(folder, pattern)]
-        found.append(_by_name((path.name.removesuffix(".nii.gz"), path) for path in files))
-    return found[0], found[1]
+    """{images,labels}[Tr]/hippocampus_NNN.nii.gz at any depth."""
+    files = [path for path in _files(root) if re.fullmatch(r"hippocampus_\d+\.nii\.gz", path.name)]
+    images, labels = (
+        _by_name((p.name.removesuffix(".nii.gz"), p) for p in files if p.parent.name in (kind, f"{kind}Tr"))
+        for kind in ("images", "labels")
+    )
+    return images, labels
 
 
 FINDERS = {"lits": _find_lits, "kits": _find_kits, "hippocampus": _find_hippocampus}
 
 
-def _raw_files(root: Path, *patterns: str) -> list[Path]:
-    paths = [path for pattern in patterns for path in sorted(root.rglob(pattern))]
-    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
+def _files(root: Path) -> Iterator[Path]:
+    """The files below a folder in a fixed order; links to folders are followed, each folder visited once."""
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in visited else sorted(folders)
+        if real not in visited:
+            yield from (Path(folder) / name for name in sorted(names))
+        visited.add(real)
 
 
 def _by_name(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
