@@ -258,10 +258,13 @@ class TestConfig:
     scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
     flip: bool = False  # every scale also mirrored
     temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
+    calibration: bool = True  # count the calibration errors
+    prob_cache_gb: float = 1.0  # a process keeps that many probabilities for the rules that need a second pass
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "stride", "window_batch", "scales")
         _require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
+        _require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
         if self.temperature != "fitted":
             _require_positive(self, "temperature")
         if self.crop_size and self.stride:
@@ -280,7 +283,7 @@ class PredictConfig:
     """A decision rule by name and its options; an option that the rule does not read is refused."""
 
     name: str
-    rule: Literal["argmax", "threshold", "rankseg_rma", "rankseg_package"]
+    rule: Literal["argmax", "threshold", "rankseg_rma", "rankseg_rma_pooled", "rankseg_rma_fixed", "rankseg_package"]
     threshold: float | None = None
     opt_metric: Literal["dice", "iou"] | None = None
     pruning_prob: float | None = None
@@ -288,10 +291,14 @@ class PredictConfig:
     to_nonoverlap_method: Literal["rma_score", "weight_prob", "prob"] | None = None
     contested: Literal["holders", "all"] | None = None
     solver: Literal["BA", "TRNA"] | None = None
+    scope: Literal["case", "dataset"] | None = None  # the pixels that share their thresholds
+    thresholds: str | None = None  # a file that a rule of scope: dataset wrote; with --set, for it is nobody's default
 
     def __post_init__(self) -> None:
         known = RULE_OPTIONS[self.rule]
         for key, value in self.all_options().items():
+            if key == "thresholds" and key in known:
+                continue  # build_rule asks for it
             if key in known:
                 _require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
             else:
@@ -312,6 +319,8 @@ RULE_OPTIONS = {
     "argmax": (),
     "threshold": ("threshold",),
     "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
+    "rankseg_rma_pooled": ("opt_metric", "pruning_prob", "scope"),
+    "rankseg_rma_fixed": ("thresholds",),
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}

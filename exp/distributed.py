@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exp.errors import InputError
 
+STEP_TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(days=30)
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -24,6 +27,7 @@ class Dist:
     rank: int
     world_size: int
     device: torch.device
+    patient: torch_dist.ProcessGroup | None = None  # the processes again, for waits of any length
 
     @property
     def is_main(self) -> bool:
@@ -50,11 +54,11 @@ class Dist:
         return total + self.world_size * (value - value.detach())  # adds 0, and a path for the gradient
 
     def gather(self, item: Any) -> list[Any]:
-        """One picklable object a rank -> all of them in the order of ranks, on every rank."""
+        """One picklable object a rank -> all of them in the order of ranks, on every rank, however late one comes."""
         if self.world_size == 1:
             return [item]
         items = [None] * self.world_size
-        torch_dist.all_gather_object(items, item)
+        torch_dist.all_gather_object(items, item, group=self.patient)
         return items
 
     def synchronize(self) -> None:
@@ -106,8 +110,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def session(device_name: str) -> Iterator[Dist]:
-    """Join the process group that torchrun describes in the environment, leave it at the end; alone: a no-op."""
+def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dist]:
+    """Join the process group that torchrun describes in the environment, leave it at the end; alone: a no-op.
+
+    timeout: of the collectives of a training step, which all processes reach together. gather() and the end, where one
+    process may wait for another's share of the evaluation or for rank 0's pictures, go through a group of their own
+    without such a limit; a process that dies is noticed by the closed connection.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -117,10 +126,11 @@ def session(device_name: str) -> Iterator[Dist]:
     if world_size == 1:
         yield Dist(rank, world_size, device)
         return
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield Dist(rank, world_size, device)
+        yield Dist(rank, world_size, device, patient)
     except InputError as error:
         raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
-    torch_dist.barrier()
+    torch_dist.barrier(group=patient)
     torch_dist.destroy_process_group()

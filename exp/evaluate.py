@@ -3,58 +3,71 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from exp.calibration import count_calibration
 from exp.config import ExperimentConfig
 from exp.data import SegmentationDataset, build_dataset, build_normalize
-from exp.data.loader import build_test_loader
+from exp.data.loader import Batch, build_test_loader
 from exp.distributed import Dist
+from exp.errors import InputError
 from exp.inference import Inference, build_inference
 from exp.metrics import EvalResult, count
 from exp.predict import Rule, build_rule
+from exp.scopes import PooledRule, Pools, Thresholds
 
 
 @dataclass
 class Timing:
-    """Wall seconds by what was done, summed over the images and processes; the device was waited for at each end.
+    """Wall seconds by what was done, summed over images and processes; the device was waited for at each end.
 
-    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "score" (counting), "write" (files of
-    the decisions, where they are asked for).
+    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "pool" (histograms for the rules of a
+    wider scope), "score" (counting), "calibration", "write" (files of the decisions, where they are asked for).
     """
 
     num_images: int = 0
+    num_forwards: int = 0  # more than images where probabilities did not fit the cache between two passes
     steps: dict[str, float] = field(default_factory=dict)
     decisions: dict[str, float] = field(default_factory=dict)  # by rule
 
-    def to_dict(self) -> dict:
-        """Milliseconds an image, for JSON."""
-
-        def per_image(seconds: Mapping[str, float]) -> dict[str, float]:
-            return {name: round(1000 * value / max(1, self.num_images), 4) for name, value in seconds.items()}
-
+    def to_dict(self) -> dict[str, Any]:
+        """Milliseconds an image (the forward pass: milliseconds a pass), for JSON."""
+        steps = {name: _milliseconds(value, self.num_images) for name, value in self.steps.items()}
+        if "forward" in steps:
+            steps["forward"] = _milliseconds(self.steps["forward"], self.num_forwards)
         return {
             "images": self.num_images,
-            "milliseconds_per_image": per_image(self.steps),
-            "decision_milliseconds_per_image": per_image(self.decisions),
+            "forward_passes": self.num_forwards,
+            "milliseconds_per_image": steps,
+            "decision_milliseconds_per_image": {
+                k: _milliseconds(v, self.num_images) for k, v in self.decisions.items()
+            },
         }
+
+
+def _milliseconds(seconds: float, number: int) -> float:
+    return round(1000 * seconds / max(1, number), 4)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What one evaluation found, the same on every rank.
 
-    calibration: the counts of exp/calibration.py per image, (N, ...) in the data set's order; None if not asked for.
+    calibration: the counts of exp/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
+    thresholds: those of each rule of a wider scope, by case (None: of the whole data set); `Evaluator.under` takes
+        them for further images.
     """
 
     results: tuple[EvalResult, ...]
     calibration: np.ndarray | None
     timing: Timing
+    thresholds: Mapping[str, Mapping[str | None, Thresholds]]
 
 
 class Sink(Protocol):
@@ -72,42 +85,90 @@ class Evaluator:
     """The rules by name, and all it takes to judge them on a data set, each image on one process."""
 
     dataset: SegmentationDataset
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Rule | PooledRule]
     inference: Inference
     normalize: Callable[[Tensor], Tensor]
     num_workers: int
     dist: Dist
+    calibration: bool = False
+    cache_bytes: int = 0  # of probabilities, which a process keeps from a first pass for the second
+    thresholds: Mapping[str, Mapping[str | None, Thresholds]] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, sink: Sink | None = None) -> Evaluation:
         """The raw model, the same on every rank and left in eval mode -> a result a rule, on every rank.
 
+        Rules of a wider scope than an image take a first pass over the images, which looks at no label.
         sink: is given every decision of this process, and told when those of all processes are in.
         """
         model.eval()
-        loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        num_classes, rows, timing = len(self.dataset.classes), {}, Timing()
-        batches = tqdm(loader, desc="evaluating", unit="img", disable=not self.dist.is_main, leave=False)
-        for batch in self._timed(batches, timing):
-            with self._clock(timing.steps, "forward"):
-                prob = self.probabilities(model, batch.image)
-            preds = {}
-            for name, rule in self.rules.items():
-                with self._clock(timing.decisions, name):
-                    preds[name] = rule(prob)[0]
-            with self._clock(timing.steps, "score"):
-                label = batch.label[0].to(self.dist.device, non_blocking=True)
-                counts = torch.stack([count(pred, label, num_classes) for pred in preds.values()])
-                rows[batch.indices[0]] = counts.cpu().numpy()
+        timing, cache = Timing(), {}
+        judge, rows = self.under(self._pool(model, timing, cache) if self._pooled() else {}), {}
+        for batch in self._batches("evaluating", timing):
+            index = batch.indices[0]
+            prob = cache.pop(index) if index in cache else self._forward(model, batch.image, timing)
+            preds = judge._timed_decisions(prob, index, timing)
+            rows[index] = self._count(preds, prob, batch.label[0], timing)
+            del prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
                 with self._clock(timing.steps, "write"):
-                    sink(batch.indices[0], preds)
+                    sink(index, preds)
             timing.num_images += 1
         if sink is not None:
             sink.finish()
         parts = self.dist.gather((rows, timing))
         gathered = {index: row for part, _ in parts for index, row in part.items()}
-        table = np.stack([gathered[index] for index in range(len(self.dataset))])
-        return Evaluation(self._results(table), None, add_timings([timing for _, timing in parts]))
+        table = [gathered[index] for index in range(len(self.dataset))]
+        results = self._results(np.stack([counts for counts, _ in table]))
+        calibration = np.stack([counts for _, counts in table]) if self.calibration else None
+        return Evaluation(results, calibration, add_timings([timing for _, timing in parts]), judge.thresholds)
+
+    def _timed_decisions(self, prob: Tensor, index: int, timing: Timing) -> dict[str, Tensor]:
+        """Probabilities of an image -> (H, W) int64 labels a rule."""
+        preds = {}
+        for name, rule in self._bound(self.dataset.samples[index].case).items():
+            with self._clock(timing.decisions, name):
+                preds[name] = rule(prob)[0]
+        return preds
+
+    def _count(
+        self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, timing: Timing
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """An image's decisions, probabilities and label -> (R, 3, C) int64 counts, and those of its calibration."""
+        label = label.to(self.dist.device, non_blocking=True)
+        with self._clock(timing.steps, "score"):
+            counts = (
+                torch.stack([count(pred, label, len(self.dataset.classes)) for pred in preds.values()]).cpu().numpy()
+            )
+        if not self.calibration:
+            return counts, None
+        with self._clock(timing.steps, "calibration"):
+            return counts, count_calibration(prob, label)
+
+    def _pooled(self) -> dict[str, PooledRule]:
+        return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
+
+    def _bound(self, case: str | None) -> dict[str, Rule]:
+        """The rules for an image of `case`, those of a wider scope under their thresholds."""
+        pooled = {name: self.thresholds[name][rule.key(case)[1]].decide for name, rule in self._pooled().items()}
+        return {**self.rules, **pooled}
+
+    def _pool(self, model: nn.Module, timing: Timing, cache: dict[int, Tensor]) -> dict:
+        """The first pass: the thresholds of the pooled rules; `cache` gets the probabilities of as many as fit."""
+        pools, room = Pools(self._pooled()), self.cache_bytes
+        for batch in self._batches("gathering thresholds", timing):
+            prob = self._forward(model, batch.image, timing)
+            with self._clock(timing.steps, "pool"):
+                pools.add(prob, self.dataset.samples[batch.indices[0]].case)
+            if prob.nbytes <= room:
+                cache[batch.indices[0]] = prob
+                room -= prob.nbytes
+            del prob
+        return pools.merge(self.dist.gather(pools)).thresholds()
+
+    def _forward(self, model: nn.Module, image: Tensor, timing: Timing) -> Tensor:
+        timing.num_forwards += 1
+        with self._clock(timing.steps, "forward"):
+            return self.probabilities(model, image)
 
     def _results(self, table: np.ndarray) -> tuple[EvalResult, ...]:
         """(N, R, 3, C) counts -> a result a rule."""
@@ -116,10 +177,11 @@ class Evaluator:
         cases = tuple(sample.case for sample in samples) if samples[0].case is not None else None
         return tuple(EvalResult(rule, names, classes, table[:, i], cases) for i, rule in enumerate(self.rules))
 
-    def _timed(self, batches: Iterator, timing: Timing) -> Iterator:
-        """The batches, the time spent waiting for them noted."""
+    def _batches(self, what: str, timing: Timing) -> Iterator[Batch]:
+        """This process's images one by one, the time spent waiting for them noted."""
+        loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         start = time.perf_counter()
-        for batch in batches:
+        for batch in tqdm(loader, desc=what, unit="img", disable=not self.dist.is_main, leave=False):
             timing.steps["load"] = timing.steps.get("load", 0.0) + time.perf_counter() - start
             yield batch
             start = time.perf_counter()
@@ -139,10 +201,17 @@ class Evaluator:
         for _ in tqdm(loader, desc="reading the validation set", disable=not self.dist.is_main, leave=False):
             pass
 
-    def decide(self, model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-        """(1, channels, H, W) image and a model in eval mode -> (H, W) int64 labels a rule."""
+    def under(self, thresholds: Mapping[str, Mapping[str | None, Thresholds]]) -> "Evaluator":
+        """Decide further images by what an Evaluation found for the rules of a wider scope."""
+        return replace(self, thresholds=thresholds)
+
+    def decide(self, model: nn.Module, image: Tensor, case: str | None = None) -> dict[str, Tensor]:
+        """(1, channels, H, W) image, of `case`, and a model in eval mode -> (H, W) int64 labels a rule.
+
+        Rules of a wider scope need thresholds: see under().
+        """
         prob = self.probabilities(model, image)
-        return {name: rule(prob)[0] for name, rule in self.rules.items()}
+        return {name: rule(prob)[0] for name, rule in self._bound(case).items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""
@@ -154,6 +223,7 @@ def add_timings(timings: list[Timing]) -> Timing:
     total = Timing()
     for timing in timings:
         total.num_images += timing.num_images
+        total.num_forwards += timing.num_forwards
         for name in ("steps", "decisions"):
             sums = getattr(total, name)
             for key, value in getattr(timing, name).items():
@@ -174,6 +244,11 @@ def format_timing(timing: Timing) -> str:
 def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) -> Evaluator:
     """The experiment's validation set under its rules; InputError if the data set is not there."""
     dataset = build_dataset(config.data, data_dir, "val")
+    for rule in config.predict:
+        if rule.scope == "case" and dataset.samples[0].case is None:
+            raise InputError(
+                f"--predict_yaml {rule.name}: got {config.data.name}, whose images are in no cases, expected volumes"
+            )
     return Evaluator(
         dataset=dataset,
         rules={c.name: build_rule(c, len(dataset.classes)) for c in config.predict},
@@ -181,4 +256,6 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
         normalize=build_normalize(config.data),
         num_workers=config.schedule.num_workers,
         dist=dist,
+        calibration=config.test.calibration,
+        cache_bytes=int(config.test.prob_cache_gb * 2**30),
     )

@@ -171,7 +171,8 @@ def predict_panel(evaluator: Evaluator, model: nn.Module, index: int, metric: st
     metric: the per-image score that the rules' captions tell.
     """
     dataset, item = evaluator.dataset, evaluator.dataset[index]
-    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None]).items()}
+    case = dataset.samples[index].case
+    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], case).items()}
     captions = {}
     if metric is not None:
         counts = np.stack([count(pred, item.label, len(dataset.classes)).numpy() for pred in preds.values()])

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from exp.config import PredictConfig
 from exp.errors import InputError
+from exp.scopes import PooledRule, Thresholds, load_thresholds
 from rankseg_rma import rankseg_rma
 
 Rule = Callable[[Tensor], Tensor]
@@ -34,16 +36,23 @@ def rankseg_package(prob: Tensor, *, opt_metric: str, pruning_prob: float, solve
     return package.predict(prob[:, 1:])[:, 0].to(torch.int64)
 
 
-RULES: dict[str, Callable[..., Tensor]] = {
+def rankseg_rma_fixed(prob: Tensor, *, thresholds: Thresholds) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): RankSEG-RMA under thresholds that come from other images (exp/scopes.py)."""
+    return thresholds.decide(prob)
+
+
+RULES: dict[str, Callable[..., Tensor | PooledRule]] = {
     "argmax": argmax,
     "threshold": threshold,
     "rankseg_rma": rankseg_rma,
+    "rankseg_rma_pooled": PooledRule,
+    "rankseg_rma_fixed": rankseg_rma_fixed,
     "rankseg_package": rankseg_package,
 }
 TWO_CLASSES_ONLY = ("threshold", "rankseg_package")
 
 
-def build_rule(config: PredictConfig, num_classes: int) -> Rule:
+def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
     """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more."""
     if config.rule in TWO_CLASSES_ONLY and num_classes != 2:
         raise InputError(
@@ -51,4 +60,14 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule:
         )
     if isinstance(config.unassigned, int) and not 0 <= config.unassigned < num_classes:
         raise InputError(f"predict.unassigned: got {config.unassigned}, expected a label in 0..{num_classes - 1}")
-    return partial(RULES[config.rule], **config.options())
+    if config.rule == "rankseg_rma_pooled":
+        return PooledRule(**config.options())
+    options = config.options()
+    if config.rule == "rankseg_rma_fixed":
+        if config.thresholds is None:
+            raise InputError(
+                f"--predict_yaml {config.name}: got no thresholds, expected --set predict.thresholds=FILE, which an "
+                "evaluation under rankseg_rma_dataset writes (results/<rule>.<split>.thresholds.json)"
+            )
+        options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
+    return partial(RULES[config.rule], **options)

@@ -37,6 +37,7 @@ from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
 from exp.results import report_results, write_atomically
+from exp.scopes import thresholds_json
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 from exp.validation import ScoreHistory, Validation
 
@@ -230,11 +231,21 @@ class Run:
             self.folder / "results" / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n"
         )
         print(format_timing(evaluation.timing))
+        self._save_thresholds(evaluation, contexts)
         if num_pictures:
-            self._save_pictures(model, results, contexts, num_pictures)
+            judge = replace(self, evaluator=self.evaluator.under(evaluation.thresholds))
+            judge._save_pictures(model, results, contexts, num_pictures)
         for index in range(min(num_maps, len(self.evaluator.dataset))):
             self._save_probabilities(model, index)
         print(f"results: {self.folder / 'results'}")
+
+    def _save_thresholds(self, evaluation: Evaluation, contexts: Sequence[dict[str, Any]]) -> None:
+        """Write results/<rule>.<split>.thresholds.json of each rule of scope dataset, for rankseg_rma_fixed."""
+        for result, context in zip(evaluation.results, contexts):
+            if None in evaluation.thresholds.get(result.rule, {}):
+                text = thresholds_json(evaluation.thresholds[result.rule][None], self.classes, context)
+                split = self.config.data.val_split
+                write_atomically(self.folder / "results" / f"{result.rule}.{split}.thresholds.json", text)
 
     def _save_pictures(
         self, model: Segmentor, results: Sequence[EvalResult], contexts: Sequence[dict[str, Any]], num_images: int

@@ -99,7 +99,8 @@ class Validation:
         scores = {result.rule: compute_scores(result.counts, result.cases) for result in evaluation.results}
         values = {f"val/{rule}/{name}": value for rule, row in scores.items() for name, value in row.items()}
         self.logger.scalars(iteration, values)
+        judge = self.evaluator.under(evaluation.thresholds)
         for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
-            self.logger.image(iteration, f"val/{index}", predict_panel(self.evaluator, self.model, index))
+            self.logger.image(iteration, f"val/{index}", predict_panel(judge, self.model, index))
         self.last = iteration, evaluation
         return evaluation

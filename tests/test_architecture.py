@@ -45,6 +45,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "logger",
     "train",
     "inference",
+    "scopes",
     "predict",
     "metrics",
     "calibration",

@@ -92,6 +92,17 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert again["config"]["test"]["crop_size"] == [32, 32]
     assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
 
+    # Thresholds of a data set, then the same from their file, image by image.
+    rules = ("--predict_yaml", "rankseg_rma_dataset")
+    status, printed, err = program(*flags, "--output_dir", out, *rules, "--test-only", "--save_pred", "1")
+    assert status == 0, err
+    thresholds = run / "results" / "rankseg_rma_dataset.val.thresholds.json"
+    rules = ("--predict_yaml", "rankseg_rma_fixed", "--set", f"predict.thresholds={thresholds}")
+    status, printed, err = program(*flags, "--output_dir", out, *rules, "--test-only")
+    assert status == 0, err
+    tables = [(run / "results" / f"rankseg_rma_{name}.csv").read_bytes() for name in ("dataset", "fixed")]
+    assert tables[0] == tables[1]
+
     # Both rules in one pass, from the checkpoint named: the same files, byte for byte.
     apart = {name: (run / "results" / name).read_bytes() for name in names}
     status, printed, err = program(
