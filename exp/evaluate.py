@@ -41,13 +41,12 @@ class Timing:
         steps = {name: _milliseconds(value, self.num_images) for name, value in self.steps.items()}
         if "forward" in steps:
             steps["forward"] = _milliseconds(self.steps["forward"], self.num_forwards)
+        decisions = {name: _milliseconds(value, self.num_images) for name, value in self.decisions.items()}
         return {
             "images": self.num_images,
             "forward_passes": self.num_forwards,
             "milliseconds_per_image": steps,
-            "decision_milliseconds_per_image": {
-                k: _milliseconds(v, self.num_images) for k, v in self.decisions.items()
-            },
+            "decision_milliseconds_per_image": decisions,
         }
 
 
