@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ def check_volumes(raw: RawCase) -> list[Finding]:
 def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
     """The prepared cases of a data set of volumes -> those that are not whole; slices by fold beside the known ones."""
     folder = data_dir / facts.folder / TRAIN
-    findings, folds, cases = [], [0] * NUM_FOLDS, list_cases(folder)
+    findings, folds, cases = [], [0] * NUM_FOLDS, prepared_cases(facts, data_dir)
     for path in cases:
         try:
             is_finished(path)
@@ -170,30 +170,37 @@ def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
     return findings
 
 
+def prepared_cases(facts: VolumeFacts, data_dir: Path) -> list[Path]:
+    """The folders of prepared cases, none before the preparation."""
+    folder = data_dir / facts.folder / TRAIN
+    return list_cases(folder) if folder.is_dir() else []
+
+
 def list_raw(name: str, data_dir: Path) -> tuple[list[RawCase], list[Finding]]:
     """A data set of volumes -> its raw pairs, and which of them and of the prepared cases have no counterpart."""
     cases, alone = find_cases(name, data_dir)
-    prepared = {path.name for path in list_cases(data_dir / VOLUMES[name].folder / TRAIN)}
+    prepared = {path.name for path in prepared_cases(VOLUMES[name], data_dir)}
     findings = [Finding("not prepared", case.image, "has no slices") for case in cases if case.name not in prepared]
     findings += [Finding("not prepared", path, WITHOUT_PARTNER) for path in alone]
     return cases, findings
 
 
 def find_duplicates(dataset: SegmentationDataset) -> list[Finding]:
-    """Names that a split has twice, and images that differ from another in their suffix alone."""
+    """Names that a split has twice, and files that differ from one of its in their suffix alone."""
     counts = Counter(sample.name for sample in dataset.samples)
     findings = [
         Finding("duplicate name", s.image, f"got '{s.name}' {counts[s.name]} times")
         for s in {s.name: s for s in dataset.samples}.values()
         if counts[s.name] > 1
     ]
-    for folder in sorted({path.parent for s in dataset.samples for path in (s.image, s.label)}):
-        stems = defaultdict(list)
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in FORMATS and not path.name.startswith("."):
-                stems[path.stem].append(path)
-        for paths in stems.values():
-            findings += [Finding("duplicate name", path, f"got it beside {paths[0].name}") for path in paths[1:]]
+    images, labels = ({getattr(s, role) for s in dataset.samples} for role in ("image", "label"))
+    for used in (images, labels):
+        by_stem = {path.with_suffix(""): path for path in used}
+        for folder in sorted({path.parent for path in used}):
+            for path in sorted(set(folder.iterdir()) - images - labels):
+                beside = by_stem.get(path.with_suffix(""))
+                if beside and path.suffix.lower() in FORMATS:
+                    findings.append(Finding("duplicate name", path, f"got it beside {beside.name}"))
     return findings
 
 

@@ -126,10 +126,10 @@ def require_same_shape(image: Volume, label: Volume) -> None:
 
 
 def require_same_affine(image: Volume, label: Volume) -> None:
-    """InputError if a voxel is a hundredth of its size or more from where the other volume has it."""
+    """InputError if a voxel is a tenth of its size or more from where the other volume has it."""
     corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape], [1])).reshape(4, -1)
     apart = np.abs((image.affine - label.affine) @ corners)[:3].max()
-    if apart > 0.01 * min(image.spacing):
+    if apart > 0.1 * min(image.spacing):
         raise InputError(
             f"{label.path}: got an affine that puts voxels up to {apart:.3g} mm away from those of {image.path}, "
             "expected the same"

@@ -73,6 +73,9 @@ def check_dataset(config: DataConfig, data_dir: Path, pool: ThreadPoolExecutor) 
         results, _ = run_jobs(check_raw, raw, pool, "volumes", "case")
         collect(results, findings, hashes)
         findings += more + verify.check_prepared(facts, data_dir)
+        if not verify.prepared_cases(facts, data_dir):
+            print(f"{config.name}: got volumes alone, no slices yet (scripts/prepare_data.py makes them)")
+            return findings, hashes
     images = []
     for split, total in zip(("train", "val"), SPLIT_TOTALS.get(config.dataset, (None, None))):
         dataset = open_split(config, data_dir, split)

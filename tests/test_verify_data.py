@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import write_png
 from PIL import Image
+from trees import write_folder
 from volume_trees import KITS_AFFINE, ct_case, save_nifti, write_kits, write_list
 
 from exp.prepare.cases import prepare_cases
@@ -269,6 +270,42 @@ def test_known_slice_counts_are_checked_when_every_case_is_there(verify, tmp_pat
         got, out, _ = verify("kits", tmp_path, "--no_manifest")
         assert got == status
         assert ("count: 1 totals other than the known ones" in out) == bool(status)
+
+
+def test_volumes_before_their_preparation_and_a_part_of_the_folds(verify, tmp_path: Path):
+    write_kits(tmp_path, [100, 101], side=24)
+    status, out, _ = verify("kits", tmp_path, "--no_manifest")
+    assert status == 0
+    assert "no slices yet" in out
+    assert "note: not prepared: 3 " in out
+    prepare_cases("kits", tmp_path, 1)
+    status, out, _ = verify("kits", tmp_path, "--no_manifest")
+    assert status == 0
+    assert "val: 0 images" in out
+
+
+def test_masks_may_lie_beside_their_images(verify, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        write_png(tmp_path / f"{split}.png", np.full((8, 8), 1, np.uint8))
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{split}.jpg")
+        write_list(tmp_path / f"{split}_images.txt", [f"{split}.jpg"])
+        write_list(tmp_path / f"{split}_labels.txt", [f"{split}.png"])
+    lists = ("data.images='{split}_images.txt'", "data.labels='{split}_labels.txt'")
+    status, out, _ = verify("folder", tmp_path, "--set", *lists)
+    assert status == 0, out
+    assert "folder: 4 files checked, no faults" in out
+
+
+def test_every_lonely_file_of_a_folder_is_told(verify, tmp_path: Path):
+    write_folder(tmp_path, {"train": 4, "val": 2})
+    (tmp_path / "train" / "labels" / "photo 0.png").unlink()
+    (tmp_path / "train" / "images" / "photo 2.jpg").unlink()
+    status, out, _ = verify("folder", tmp_path)
+    assert status == 1
+    assert "unpaired: 2 " in out
+    assert "photo 0.png" in out
+    assert "photo 2.jpg" in out
 
 
 def test_manifest_is_sha256sums_and_never_written_again(verify, camvid_dir: Path, tmp_path: Path):

@@ -263,7 +263,7 @@ def test_a_pair_must_share_its_grid(tmp_path: Path):
     with pytest.raises(InputError, match=r"l\.nii: got 4x5x7 voxels, expected 4x5x6 as in .*i\.nii"):
         open_pair(image, save(tmp_path / "l.nii", np.zeros((4, 5, 7), np.uint8)))
     shifted = SUPERIOR_LAST.copy()
-    shifted[0, 3] = 1e-4  # less than a hundredth of a voxel
+    shifted[0, 3] = 0.05  # less than a tenth of a voxel
     open_pair(image, save(tmp_path / "l.nii", np.zeros((4, 5, 6), np.uint8), shifted))
     flipped = SUPERIOR_LAST @ np.diag([-1.0, 1, 1, 1])
     label = save(tmp_path / "l.nii", np.zeros((4, 5, 6), np.uint8), flipped)

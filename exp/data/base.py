@@ -47,7 +47,8 @@ class SegmentationDataset(Dataset):
     data_dir: the folder that holds the data set's own folder; None where nothing is on disk.
     transform: (image, label, draw) -> the same, augmented; `draw` numbers the random choices (see loader.py).
     facts: values of the attributes that `yaml_facts` names, where the YAML gives them.
-    lenient: keep the pairs that there are; what lacks a partner is in `unpaired`, path and reason.
+    lenient: take the pairs that there are, none or twice the same too; what lacks a partner is in `unpaired`, path
+        and reason.
     """
 
     classes: tuple[str, ...]
@@ -77,7 +78,7 @@ class SegmentationDataset(Dataset):
         self.split = split
         self.transform = transform
         self.samples = self._list(lenient)[:max_samples]
-        if not self.samples:
+        if not self.samples and not lenient:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
         names = [sample.name for sample in self.samples]
         if len(set(names)) < len(names) and not lenient:
