@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from exp.precision import Autocast
 from exp.predict import Rule, build_rule
 from exp.prepare.facts import VolumeFacts
 from exp.results import write_atomically
+from exp.scopes import PooledRule, Pools, Thresholds, bind_rules
 from exp.strict_yaml import build_dataclass
 from exp.volumes import Volume, open_volume, resize_image, resize_labels
 from exp.volumes import read_image as read_slices
@@ -53,13 +54,13 @@ class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
     channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
-    slices it was trained on were made; None: it was trained on images.
+    slices it was trained on were made; None: it was trained on images. thresholds: of the rules of a wider scope.
     """
 
     model: nn.Module
     inference: Inference
     normalize: Callable[[Tensor], Tensor]
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Rule | PooledRule]
     device: torch.device
     classes: tuple[str, ...]
     palette: Palette
@@ -67,12 +68,21 @@ class Predictor:
     channels: int
     window: tuple[float, float] | None
     volumes: VolumeFacts | None
+    thresholds: Mapping[str, Mapping[str | None, Thresholds]] = field(default_factory=dict)
 
-    def decide(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """(H, W, channels) uint8 or int16 -> (H, W) labels a rule."""
+    @property
+    def pooled(self) -> dict[str, PooledRule]:
+        return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
+
+    def probabilities(self, image: np.ndarray) -> Tensor:
+        """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32."""
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
-        prob = self.inference(self.model, self.normalize(pixels.to(self.device)))
-        return {name: rule(prob)[0].cpu().numpy() for name, rule in self.rules.items()}
+        return self.inference(self.model, self.normalize(pixels.to(self.device)))
+
+    def decide(self, image: np.ndarray, source: Source) -> dict[str, np.ndarray]:
+        """(H, W, channels) pixels of a source -> (H, W) labels a rule."""
+        prob, rules = self.probabilities(image), bind_rules(self.rules, self.thresholds, source.name)
+        return {name: rule(prob)[0].cpu().numpy() for name, rule in rules.items()}
 
     def read(self, source: Source) -> np.ndarray | Volume:
         """A source -> its pixels, or the grid of its volume; InputError for what this network cannot take."""
@@ -88,13 +98,33 @@ class Predictor:
         """(H, W, channels) image -> (H, W, 3) uint8 for pictures."""
         return image if self.channels == 3 else show_values(image[..., 0], self.window)
 
-    def decide_slices(self, volume: Volume) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """A volume -> slice by slice its (H, W) values, clipped to the window, and (H, W) uint8 labels a rule."""
+    def slices(self, volume: Volume) -> Iterator[np.ndarray]:
+        """A volume -> its slices in order, (H, W) int16 values clipped to the window."""
         low, high = (round(bound) for bound in self.window)
         for values in read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale):
-            shown = values.clip(low, high)
-            preds = self.decide(resize_image(shown, self.volumes.size or shown.shape)[..., None])
-            yield shown, {name: resize_labels(pred.astype(np.uint8), shown.shape) for name, pred in preds.items()}
+            yield values.clip(low, high)
+
+    def resize(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) values of a slice -> (H', W', 1), as the network sees it."""
+        return resize_image(values, self.volumes.size or values.shape)[..., None]
+
+    def images(self, source: Source) -> Iterator[np.ndarray]:
+        """What the network sees of a source, (H, W, channels) each."""
+        pixels = self.read(source)
+        if isinstance(pixels, Volume):
+            yield from (self.resize(values) for values in self.slices(pixels))
+        else:
+            yield pixels
+
+    def gather_thresholds(self, sources: Sequence[Source]) -> "Predictor":
+        """With the thresholds of the rules of a wider scope: of each volume, or of all sources together."""
+        if not self.pooled:
+            return self
+        pools = Pools(self.pooled)
+        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False):
+            for image in self.images(source):
+                pools.add(self.probabilities(image), source.name)
+        return replace(self, thresholds=pools.thresholds())
 
 
 def list_sources(path: Path, output: Path) -> list[Source]:
@@ -157,12 +187,13 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], output: Outpu
         predictor.read(source)  # a damaged file should not wait for its turn
     output.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(output.classes, describe_classes(predictor))
+    predictor = predictor.gather_thresholds(sources)
     for source in tqdm(sources, desc="predicting", unit="file", leave=False):
         pixels = predictor.read(source)
         if isinstance(pixels, Volume):
             _predict_volume(predictor, source, pixels, output)
             continue
-        for rule, label in predictor.decide(pixels).items():
+        for rule, label in predictor.decide(pixels, source).items():
             predictor.format.save_png(predictor.format.encode(label), output.mask(rule, source))
             picture = blend_labels(predictor.show(pixels), label, predictor.palette)
             _save_picture(picture, output.overlay(rule, source))
@@ -171,10 +202,10 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], output: Outpu
 def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output: Output) -> None:
     """One volume -> a label volume on its grid a rule, and overlays of slices from all over the foreground."""
     shown, labels = [], {rule: [] for rule in predictor.rules}
-    for values, preds in predictor.decide_slices(volume):
+    for values in predictor.slices(volume):
         shown.append(values)
-        for rule, label in preds.items():
-            labels[rule].append(label)
+        for rule, label in predictor.decide(predictor.resize(values), source).items():
+            labels[rule].append(resize_labels(label.astype(np.uint8), values.shape))
     found = [i for i in range(volume.num_slices) if any(labels[rule][i].any() for rule in labels)]
     found = found or list(range(volume.num_slices))
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), MONTAGE**2)).round().astype(int)]
@@ -226,6 +257,9 @@ def build_predictor(
             f"{path}: got the classes {checkpoint.classes}, expected those of {data.dataset}: {list(facts['classes'])}"
         )
     num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
+    for config in predict:
+        if config.scope == "case" and volumes is None:
+            raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
     model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
     return Predictor(
         model=model if test.amp == "off" else Autocast(model, test.amp, device),

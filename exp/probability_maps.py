@@ -23,6 +23,7 @@ from exp.data.base import IGNORE_INDEX, label_table, require_folder
 from exp.errors import InputError
 from exp.metrics import EvalResult, count
 from exp.predict import Rule
+from exp.scopes import PooledRule, Pools, Thresholds, bind_rules
 from exp.volumes import open_volume, read_labels
 
 MAP_SUFFIXES = (".npy", ".npz")
@@ -248,25 +249,63 @@ class Judged:
     calibration: np.ndarray
 
 
-def judge(files: Sequence[MapFile], reader: MapReader, rules: Mapping[str, Rule], classes: Sequence[str]) -> Judged:
-    """Every unit of every map under every rule, in the order of the files; volumes are cases."""
-    names, cases, counts, calibration = [], [], [], []
-    for file in tqdm(files, desc="judging", unit="map", leave=False):
-        for unit in reader.units(file):
-            if len(unit.prob) != len(classes):
-                raise InputError(f"{file.prob}: got {len(unit.prob)} classes, expected {len(classes)}")
-            if cases and (unit.case is None) != (cases[0] is None):
-                raise InputError(f"{file.prob}: got images and volumes together, expected the one or the other")
-            prob, label = to_tensor(unit.prob)[None], torch.from_numpy(unit.label)
-            counts.append(np.stack([count(rule(prob)[0], label, len(classes)).numpy() for rule in rules.values()]))
-            calibration.append(count_calibration(prob, label))
-            names.append(unit.name)
-            cases.append(unit.case)
-    table, grouped = np.stack(counts), None if cases[0] is None else tuple(cases)
-    results = (EvalResult(rule, tuple(names), tuple(classes), table[:, i], grouped) for i, rule in enumerate(rules))
+def judge(
+    files: Sequence[MapFile], reader: MapReader, rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
+) -> Judged:
+    """Every unit of every map under every rule, in the order of the files; volumes are cases.
+
+    Rules of a wider scope than a unit have all maps read once more before, for their thresholds.
+    """
+    pools = Pools({name: rule for name, rule in rules.items() if isinstance(rule, PooledRule)})
+    if pools.rules:
+        for file in tqdm(files, desc="gathering thresholds", unit="map", leave=False):
+            for unit in reader.units(file):
+                pools.add(to_tensor(unit.prob, file, len(classes)), _case_for(pools.rules, unit))
+    thresholds = pools.thresholds()
+    rows = [
+        row
+        for file in tqdm(files, desc="judging", unit="map", leave=False)
+        for row in _judge_file(file, reader, rules, thresholds, len(classes))
+    ]
+    names, cases, counts, calibration = zip(*rows)
+    if len({case is None for case in cases}) > 1:
+        raise InputError(f"{files[0].prob.parent}: got images and volumes together, expected the one or the other")
+    table, grouped = np.stack(counts), None if cases[0] is None else cases
+    results = (EvalResult(rule, names, tuple(classes), table[:, i], grouped) for i, rule in enumerate(rules))
     return Judged(tuple(results), np.stack(calibration))
 
 
-def to_tensor(prob: np.ndarray) -> Tensor:
-    """Probabilities -> a tensor of its own, float64 as it is and the others in float32."""
-    return torch.from_numpy(np.array(prob, np.float64 if prob.dtype == np.float64 else np.float32))
+def _judge_file(
+    file: MapFile,
+    reader: MapReader,
+    rules: Mapping[str, Rule | PooledRule],
+    thresholds: Mapping[str, Mapping[str | None, Thresholds]],
+    num_classes: int,
+) -> list[tuple[str, str | None, np.ndarray, np.ndarray]]:
+    """One map -> per unit its name, its case, (R, 3, C) counts and the counts of its calibration."""
+    rows = []
+    for unit in reader.units(file):
+        prob, label = (
+            to_tensor(unit.prob, file, num_classes),
+            torch.from_numpy(unit.label.reshape(-1, unit.label.shape[-1])),
+        )
+        bound = bind_rules(rules, thresholds, unit.case)
+        counts = np.stack([count(rule(prob)[0], label, num_classes).numpy() for rule in bound.values()])
+        rows.append((unit.name, unit.case, counts, count_calibration(prob, label)))
+    return rows
+
+
+def _case_for(rules: Mapping[str, PooledRule], unit: Unit) -> str | None:
+    """The unit's case; InputError for an image where a rule's thresholds are those of a case."""
+    for name, rule in rules.items():
+        if rule.scope == "case" and unit.case is None:
+            raise InputError(f"--predict_yaml {name}: got the image {unit.name}, which is in no case, expected volumes")
+    return unit.case
+
+
+def to_tensor(prob: np.ndarray, file: MapFile, num_classes: int) -> Tensor:
+    """(C, ..., W) probabilities -> (1, C, pixels / W, W), which is all one to a rule; float64 stays, else float32."""
+    if len(prob) != num_classes:
+        raise InputError(f"{file.prob}: got {len(prob)} classes, expected {num_classes}")
+    dtype = np.float64 if prob.dtype == np.float64 else np.float32
+    return torch.from_numpy(np.require(prob, dtype, "W")).reshape(1, num_classes, -1, prob.shape[-1])

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import nibabel
@@ -108,7 +109,24 @@ def test_images_and_volumes_are_not_mixed(script, tmp_path: Path, images: dict):
     np.save(tmp_path / "labels" / "volume.npy", rng.integers(0, 4, (2, 3, 4)))
     status, _, err = judge(script, tmp_path)
     assert status == 2
-    assert "volume.npy: got images and volumes together" in err
+    assert f"{tmp_path / 'maps'}: got images and volumes together" in err
+
+
+def test_one_map_is_in_memory_at_a_time(script, tmp_path: Path, volumes: dict, monkeypatch):
+    from exp import probability_maps
+
+    read, living = probability_maps.MapReader.read_map, []
+
+    def watched(reader, path: Path) -> np.ndarray:
+        assert not any(reference() is not None for reference in living)
+        prob = read(reader, path)
+        living.append(weakref.ref(prob))
+        return prob
+
+    monkeypatch.setattr(probability_maps.MapReader, "read_map", watched)
+    for unit in ("slice", "case"):
+        assert judge(script, tmp_path, "--unit", unit)[0] == 0
+    assert len(living) == 2 * 3, "the first map is read once more, for the number of classes"
 
 
 def test_the_programs_own_maps_score_as_the_program_scored_them(program, script, tmp_path: Path):
