@@ -19,7 +19,7 @@ from exp.distributed import Dist
 from exp.errors import InputError
 from exp.inference import Inference, build_inference
 from exp.metrics import EvalResult, count
-from exp.predict import Rule, build_rule
+from exp.predict import Rule, bind_rules, build_rule
 from exp.scopes import PooledRule, Pools, Thresholds
 
 
@@ -124,7 +124,7 @@ class Evaluator:
     def _timed_decisions(self, prob: Tensor, index: int, timing: Timing) -> dict[str, Tensor]:
         """Probabilities of an image -> (H, W) int64 labels a rule."""
         preds = {}
-        for name, rule in self._bound(self.dataset.samples[index].case).items():
+        for name, rule in bind_rules(self.rules, self.thresholds, self.dataset.samples[index].case).items():
             with self._clock(timing.decisions, name):
                 preds[name] = rule(prob)[0]
         return preds
@@ -145,11 +145,6 @@ class Evaluator:
 
     def _pooled(self) -> dict[str, PooledRule]:
         return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
-
-    def _bound(self, case: str | None) -> dict[str, Rule]:
-        """The rules for an image of `case`, those of a wider scope under their thresholds."""
-        pooled = {name: self.thresholds[name][rule.key(case)[1]].decide for name, rule in self._pooled().items()}
-        return {**self.rules, **pooled}
 
     def _pool(self, model: nn.Module, timing: Timing, cache: dict[int, Tensor]) -> dict:
         """The first pass: the thresholds of the pooled rules; `cache` gets the probabilities of as many as fit."""
@@ -210,7 +205,7 @@ class Evaluator:
         Rules of a wider scope need thresholds: see under().
         """
         prob = self.probabilities(model, image)
-        return {name: rule(prob)[0] for name, rule in self._bound(case).items()}
+        return {name: rule(prob)[0] for name, rule in bind_rules(self.rules, self.thresholds, case).items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""

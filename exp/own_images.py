@@ -24,10 +24,10 @@ from exp.models import build_model
 from exp.output_folders import whole_file
 from exp.pictures import Palette, blend_labels, tile_size
 from exp.precision import Autocast
-from exp.predict import Rule, build_rule
+from exp.predict import Rule, bind_rules, build_rule
 from exp.prepare.facts import VolumeFacts
 from exp.results import write_atomically
-from exp.scopes import PooledRule, Pools, Thresholds, bind_rules
+from exp.scopes import PooledRule, Pools, Thresholds
 from exp.strict_yaml import build_dataclass
 from exp.volumes import Volume, open_volume, resize_image, resize_labels
 from exp.volumes import read_image as read_slices

@@ -1,6 +1,6 @@
 """The decision rules by name. All have one signature: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -71,3 +71,13 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
             )
         options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
     return partial(RULES[config.rule], **options)
+
+
+def bind_rules(
+    rules: Mapping[str, Rule | PooledRule], thresholds: Mapping[str, Mapping[str | None, Thresholds]], case: str | None
+) -> dict[str, Rule]:
+    """The rules for an image of `case`, those of a wider scope under their thresholds (by rule, then by case)."""
+    return {
+        name: thresholds[name][rule.key(case)[1]].decide if isinstance(rule, PooledRule) else rule
+        for name, rule in rules.items()
+    }

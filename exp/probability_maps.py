@@ -22,8 +22,8 @@ from exp.data import decode
 from exp.data.base import IGNORE_INDEX, label_table, require_folder
 from exp.errors import InputError
 from exp.metrics import EvalResult, count
-from exp.predict import Rule
-from exp.scopes import PooledRule, Pools, Thresholds, bind_rules
+from exp.predict import Rule, bind_rules
+from exp.scopes import PooledRule, Pools, Thresholds
 from exp.volumes import open_volume, read_labels
 
 MAP_SUFFIXES = (".npy", ".npz")

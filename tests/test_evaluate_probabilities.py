@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, TINY_RUN, write_png
 
 from exp.data.shapes import Shapes
@@ -383,3 +384,26 @@ def test_no_network_is_needed():
         "assert not networks, networks"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_rules_of_a_wider_scope_pool_all_maps_or_a_case(script, tmp_path: Path, volumes: dict):
+    from exp.scopes import empty_pool, pool_of, solve
+
+    rules = ["rankseg_rma_case", "rankseg_rma_dataset"]
+    assert judge(script, tmp_path, "--predict_yaml", *rules)[0] == 0
+    pools = {name: pool_of(torch.from_numpy(prob).flatten(1)[None, :, None]) for name, (prob, _) in volumes.items()}
+    everything = empty_pool(3)
+    for pool in pools.values():
+        everything.add(pool)
+    for rule in rules:
+        for row in read_rows(tmp_path / "out" / "results" / f"{rule}.csv"):
+            prob, label = volumes[row["case"]]
+            z, pool = int(row["image"].partition("/")[2]), pools[row["case"]] if rule == rules[0] else everything
+            pred = solve(pool, "dice", 0.1).decide(torch.from_numpy(prob[:, z])[None])[0].numpy()
+            check_counts(row, pred, label[z], 3)
+
+
+def test_a_case_needs_volumes(script, tmp_path: Path, images: dict):
+    status, _, err = judge(script, tmp_path, "--predict_yaml", "rankseg_rma_case")
+    assert status == 2
+    assert "--predict_yaml rankseg_rma_case: got the image image_0, which is in no case, expected volumes" in err

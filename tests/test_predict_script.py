@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -22,6 +23,7 @@ from exp.masks import mask_format
 from exp.own_images import Output, Predictor, list_sources, predict_files, strip_suffix
 from exp.predict import argmax
 from exp.prepare.facts import VolumeFacts
+from exp.scopes import PooledRule, pool_of, solve
 from rankseg_rma import rankseg_rma
 
 PALETTE = ((0, 0, 0), (230, 159, 0))
@@ -256,3 +258,47 @@ def test_a_volume_gets_the_labels_that_its_evaluation_gave(program, script, volu
             assert (judged[:, 1:5] == own[:, 1:5]).all()
             assert not judged[:, [0, 5]].any(), "slices without a structure are not in the data set"
             assert set(np.unique(own)) <= {0, 1, 2}
+
+
+def test_rules_of_a_wider_scope(program, script, trained: Path, volumes: Path, tmp_path: Path):
+    """The images of a folder are a data set; a volume is a case, and a data set where it stands alone."""
+    good = checkpoint(trained)
+    rules = ["--predict_yaml", "rankseg_rma_dataset"]
+    flags = [*TINY, "--output_dir", tmp_path / "runs", "--test-only", "--model_checkpoint", good, *rules]
+    status, _, err = program(*flags, "--save_masks", "--save_pred", 1)
+    assert status == 0, err
+    status, _, err = script("predict", good, trained / "images", "--output_dir", tmp_path / "out", *rules)
+    assert status == 0, err
+    masks = sorted((tmp_path / "runs" / TINY_RUN / "masks" / rules[1]).iterdir())
+    assert len(masks) == 3
+    for path in masks:
+        with Image.open(path) as judged, Image.open(tmp_path / "out" / "masks" / rules[1] / path.name) as own:
+            assert (np.asarray(judged) == np.asarray(own)).all()
+    status, _, err = script("predict", good, trained / "images", "--predict_yaml", "rankseg_rma_case")
+    assert status == 2
+    assert "--predict_yaml rankseg_rma_case: got a network of images, expected one of volumes" in err
+
+    thresholds = tmp_path / "runs" / TINY_RUN / "results" / "rankseg_rma_dataset.val.thresholds.json"
+    fixed = ["--predict_yaml", "rankseg_rma_fixed", "--set", f"predict.thresholds={thresholds}"]
+    status, _, err = script("predict", good, trained / "images", "--output_dir", tmp_path / "out", *fixed)
+    assert status == 0, err
+    for path in masks:
+        with Image.open(path) as judged, Image.open(tmp_path / "out" / "masks" / fixed[1] / path.name) as own:
+            assert (np.asarray(judged) == np.asarray(own)).all()
+
+
+def test_a_volume_is_a_case(tmp_path: Path):
+    values = np.random.default_rng(0).integers(-100, 300, (8, 9, 4)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "scan.nii")
+    sources = list_sources(tmp_path / "scan.nii", tmp_path / "out")
+    pooled = {scope: PooledRule(scope, "dice", 0.1) for scope in ("case", "dataset")}
+    predictor = replace(volume_predictor(), rules={**pooled, "rankseg_rma": rankseg_rma})
+    predict_files(predictor, sources, Output(tmp_path / "out"))
+    masks = {
+        rule: np.asarray(nibabel.load(tmp_path / "out" / "masks" / rule / "scan.nii.gz").dataobj)
+        for rule in predictor.rules
+    }
+    assert (masks["case"] == masks["dataset"]).all()
+    prob = torch.cat([predictor.probabilities(v[..., None]) for v in np.moveaxis(values, 2, 0)], dim=2)
+    expected = solve(pool_of(prob), "dice", 0.1).decide(prob)[0].reshape(4, 8, 9).permute(1, 2, 0)
+    assert (masks["case"] == 2 * expected.numpy()).all()
