@@ -31,7 +31,7 @@ from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
 from exp.inference import build_inference
 from exp.logger import NullLogger, build_logger
 from exp.masks import MaskWriter
-from exp.models import Segmentor, build_model
+from exp.models import POOLING_DECODERS, Segmentor, build_model
 from exp.output_folders import claim_folder
 from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.precision import Autocast
@@ -40,8 +40,6 @@ from exp.results import report_results, write_atomically
 from exp.scopes import thresholds_json
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 from exp.validation import ScoreHistory, Validation
-
-POOLING_DECODERS = ("deeplabv3plus", "upernet")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "data.loader",
     "tensor_files",
     "models.weights",
+    "models.decoders",
     "models.segmentor",
     "models",
     "losses",

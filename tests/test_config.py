@@ -132,7 +132,7 @@ def test_resolved_config_is_yaml_that_loads_again():
         ("schedule.batch_size=010", ["got '010' (str)"]),
         ("model.decoder=fcn", ["got 'fcn' (str)", "deeplabv3plus"]),
         ("model.output_stride=16", ["32 with decoder unet"]),
-        ("model.decoder_channels=64", ["a list, one width a block"]),
+        ("model.decoder_channels=64", ["a list of 5 whole numbers"]),
         ("predict.opt_metric=f1", ["predict.opt_metric=f1", "dice, iou"]),
         ("predict.name=x", ["unknown key 'name'"]),
         ("model.name=x", ["unknown key 'name'"]),

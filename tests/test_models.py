@@ -1,18 +1,25 @@
+import inspect
+import typing
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from exp.config import CONFIG_DIR, GROUPS, ModelConfig
+from exp.config import CONFIG_DIR, DECODERS, GROUPS, ModelConfig
 from exp.errors import InputError
-from exp.models import Segmentor, build_model
+from exp.models import POOLING_DECODERS, Segmentor, build_model
+from exp.models.decoders import BUILDERS
 from exp.models.segmentor import encoder_name
 from exp.strict_yaml import build_dataclass, load_mapping
 
-MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
-LARGE = ("segformer_mit_b4", "upernet_convnext_base.fb_in22k_ft_in1k_384")
+YAMLS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+LARGE = ("resnet101d", "mit_b3", "mit_b4", "mit_b5", "convnext_base", "swin_large", "unet_resnet50d")
+MODELS = [pytest.param(n, marks=pytest.mark.slow) if any(part in n for part in LARGE) else n for n in YAMLS]
+NUM_CLASSES = 21
 
 
 def shipped(name: str, **changes: object) -> ModelConfig:
@@ -26,17 +33,189 @@ def tiny(**changes: object) -> ModelConfig:
     return shipped("unet_mobilenetv3_small_100", decoder_channels=[8, 8, 8, 8, 8], **changes)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_builds_trains_a_step_and_predicts(name: str):
-    model = build_model(shipped(name), num_classes=5)
-    image = torch.randn(2, 3, 64, 64)
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> Segmentor:
+    """Each shipped network in turn, with random weights; `name` is its YAML."""
+    torch.manual_seed(0)
+    network = build_model(shipped(request.param), NUM_CLASSES)
+    network.name = request.param
+    return network
+
+
+def check_training_and_prediction(model: Segmentor, monkeypatch, in_channels: int = 3) -> None:
+    """One step on two images of 64 x 64, then an image of another size; every resizing has align_corners=False."""
+    resizings, resize = [], F.interpolate
+
+    def watch(*args: object, **kwargs: object) -> torch.Tensor:
+        resizings.append(inspect.signature(resize).bind(*args, **kwargs).arguments.get("align_corners"))
+        return resize(*args, **kwargs)
+
+    monkeypatch.setattr(F, "interpolate", watch)
+    image = torch.randn(2, in_channels, 64, 64)
+    label = torch.randint(0, model.num_classes, (2, 64, 64))
     logits, auxiliary = model.train()(image)
-    assert logits.shape == auxiliary.shape == (2, 5, 64, 64)
-    (logits.square().mean() + auxiliary.square().mean()).backward()
+    assert logits.shape == auxiliary.shape == (2, model.num_classes, 64, 64)
+    (F.cross_entropy(logits, label) + F.cross_entropy(auxiliary, label)).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None]
     assert without == [], "DDP needs a gradient for every parameter"
+    before = model.head[-1].weight.detach().clone()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    model.zero_grad(set_to_none=True)
+    assert not torch.equal(model.head[-1].weight, before)
     with torch.inference_mode():
-        assert model.eval()(image).shape == (2, 5, 64, 64)
+        logits = model.eval()(image[:1, :, :45, :61])
+    assert logits.shape == (1, model.num_classes, 45, 61)
+    assert logits.isfinite().all()
+    assert resizings
+    assert True not in resizings
+
+
+def test_every_model_trains_a_step_and_predicts(model: Segmentor, monkeypatch):
+    check_training_and_prediction(model, monkeypatch)
+
+
+def modules(model: nn.Module, kind: type) -> list:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def test_every_model_is_built_as_in_the_paper(model: Segmentor):
+    """Output stride 8 of DeepLab and PSPNet, 32 of the others; widths 512, or 128 on a small encoder; and so on."""
+    decoder, _, encoder = model.name.partition("_")
+    if encoder == "mobilenetv3_small_100":
+        pytest.skip("the quick start's network is not the paper's")
+    small = encoder in ("resnet18d", "mobilenetv2_100")
+    width = 128 if small else 512
+    with torch.inference_mode():
+        strides = [64 // f.shape[-1] for f in model.eval().encoder(torch.randn(1, 3, 64, 64)) if f.shape[1]]
+    last = 8 if decoder.startswith(("deeplab", "pspnet")) else 32
+    assert strides == [s for s in (min(2**i, last) for i in range(6)) if s != 2 or 2 in strides]
+    assert strides[-2:] == ([8, 8] if last == 8 else [16, 32])
+    body = model.decoder
+    if decoder == "unet":
+        base = 16 if small else 64
+        assert [block.conv2[0].out_channels for block in body.blocks] == [base * k for k in (16, 8, 4, 2, 1)]
+        assert {block.interpolation_mode for block in body.blocks} == {"bilinear"}
+        width = base
+    elif decoder.startswith("deeplab"):
+        aspp = body.aspp[0] if decoder == "deeplabv3plus" else body.aspp
+        rates = [max(c.dilation[0] for c in modules(branch, nn.Conv2d)) for branch in aspp.convs]
+        assert rates == [1, 12, 24, 36, 1]
+        assert aspp.project[0].out_channels == width
+        if decoder == "deeplabv3plus":
+            low = 12 if small else 48
+            assert (body.block1[0].out_channels, body.block2[0][0].in_channels) == (low, low + width)
+    elif decoder in ("pspnet", "upernet"):
+        bins = [pool.output_size for pool in modules(body.psp, nn.AdaptiveAvgPool2d)]
+        assert [b[0] if isinstance(b, tuple) else b for b in bins] == [1, 2, 3, 6]
+    else:
+        assert [mlp.linear.out_features for mlp in body.mlp_stage] == [width] * 4
+    assert model.head[-1].in_channels == width
+
+
+def test_heads_of_every_model(model: Segmentor):
+    """Dropout 0.1 before the classifiers and nowhere in the decoder; the auxiliary head on the last map but one."""
+    kinds = [type(layer) for layer in model.aux_head]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d, nn.Conv2d]
+    assert [type(layer) for layer in model.head] == [nn.Dropout2d, nn.Conv2d]
+    assert model.head[0].p == model.aux_head[3].p == 0.1
+    assert not any(m.p for m in modules(model.decoder, nn.modules.dropout._DropoutNd))
+    conv, classifier = model.aux_head[0], model.aux_head[-1]
+    assert (conv.kernel_size, conv.in_channels) == ((3, 3), model.encoder.out_channels[-2])
+    small = any(part in model.name for part in ("resnet18d", "mobilenet"))
+    assert conv.out_channels == classifier.in_channels == (64 if small else 256)
+    assert classifier.kernel_size == model.head[-1].kernel_size == (1, 1)
+    assert model.num_classes == NUM_CLASSES
+
+
+def test_header_of_every_yaml(model: Segmentor):
+    """The command and the parameters are true."""
+    text = (CONFIG_DIR / "model" / f"{model.name}.yaml").read_text()
+    assert f"main.py --model_yaml {model.name} " in text
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert f"{millions:.1f} M parameters with {NUM_CLASSES} classes" in " ".join(text.replace("#", "").split())
+
+
+COMBINATIONS = {
+    "deeplabv3": {"encoder": "mobilenetv2_100", "output_stride": 16, "atrous_rates": [6, 12, 18]},
+    "deeplabv3plus": {
+        "encoder": "regnetz_b16",
+        "output_stride": 16,
+        "atrous_rates": [6, 12, 18],
+        "low_level_channels": 8,
+    },
+    "dpt": {"encoder": "vit_tiny_patch16_224", "output_stride": 16},
+    "fpn": {"encoder": "mit_b0"},
+    "linknet": {"encoder": "convnext_atto", "decoder_channels": None},
+    "manet": {"encoder": "efficientnet_b0", "decoder_channels": [32, 16, 16, 8, 8]},
+    "pan": {"encoder": "mobilenetv2_100", "output_stride": 16},
+    "pspnet": {"encoder": "resnet18"},
+    "segformer": {"encoder": "convnext_atto"},
+    "unet": {"encoder": "swin_tiny_patch4_window7_224", "decoder_channels": [32, 16, 16, 8, 8]},
+    "unetplusplus": {"encoder": "mobilenetv2_100", "decoder_channels": [32, 16, 16, 8, 8]},
+    "upernet": {"encoder": "swin_tiny_patch4_window7_224"},
+}
+
+
+def combined(decoder: str, **changes: object) -> ModelConfig:
+    """A YAML's keys for a decoder that need not be shipped."""
+    keys = {"name": "x", "decoder": decoder, "decoder_channels": 64, "aux_channels": 16, "pretrained": False}
+    return build_dataclass(ModelConfig, keys | COMBINATIONS[decoder] | changes, Path("x.yaml"), {})
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_of_the_library_on_some_encoder(decoder: str, monkeypatch):
+    """Also on one grey channel; and of one image alone the decoders that normalise over a pixel train not."""
+    model = build_model(combined(decoder), 3, in_channels=1)
+    check_training_and_prediction(model, monkeypatch, in_channels=1)
+    outcome = pytest.raises(ValueError, match="more than 1 value") if decoder in POOLING_DECODERS else nullcontext()
+    with outcome:
+        model.train()(torch.randn(1, 1, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "changes", "message"),
+    [
+        (
+            "unet",
+            {"atrous_rates": [1, 2, 3]},
+            "key 'atrous_rates': got (1, 2, 3), expected no such key with",
+        ),
+        ("deeplabv3", {"low_level_channels": 48}, "'low_level_channels': got 48, expected no such key with decoder"),
+        ("deeplabv3plus", {"low_level_channels": None}, "key 'low_level_channels': got None, expected a value"),
+        ("deeplabv3plus", {"output_stride": 32}, "key 'output_stride': got 32, expected 8 or 16 with decoder"),
+        ("segformer", {"output_stride": 8}, "key 'output_stride': got 8, expected 32 with decoder segformer"),
+        ("linknet", {"decoder_channels": 64}, "key 'decoder_channels': got 64, expected no such key with decoder"),
+        ("manet", {"decoder_channels": 64}, "key 'decoder_channels': got 64, expected a list of 5 whole numbers"),
+        ("manet", {"decoder_channels": [8, 8]}, "key 'decoder_channels': got (8, 8), expected a list of 5"),
+        ("fpn", {"decoder_channels": [64]}, "key 'decoder_channels': got (64,), expected one whole number"),
+    ],
+)
+def test_keys_that_a_decoder_does_not_read_are_refused(decoder: str, changes: dict, message: str):
+    with pytest.raises(InputError) as error:
+        combined(decoder, **changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "changes", "message"),
+    [
+        ("dpt", {"encoder": "resnet18d"}, "model.encoder: got resnet18d, expected a ViT of timm with decoder dpt"),
+        ("dpt", {"encoder": "mit_b0"}, "model.encoder: got mit_b0, expected a ViT"),
+        ("dpt", {"output_stride": 8}, "model.output_stride: got 8, expected vit_tiny_patch16_224's 16"),
+        ("unetplusplus", {"encoder": "mit_b0"}, "which the libraries cannot combine with decoder unetplusplus"),
+        ("fpn", {"decoder_channels": 48}, "which the libraries cannot combine with decoder fpn"),
+        ("pspnet", {"encoder": "mit_b0", "output_stride": 8, "decoder_channels": 0}, "decoder_channels"),
+    ],
+)
+def test_what_cannot_be_combined_is_said_at_once(decoder: str, changes: dict, message: str):
+    with pytest.raises(InputError) as error:
+        build_model(combined(decoder, **changes), 2)
+    assert message in str(error.value)
+
+
+def test_the_tables_of_decoders_agree():
+    named = typing.get_args(typing.get_type_hints(ModelConfig)["decoder"])
+    assert list(named) == list(DECODERS) == list(BUILDERS) == list(COMBINATIONS)
 
 
 @pytest.mark.parametrize("decoder", ["deeplabv3plus", "unet"])
@@ -44,17 +223,6 @@ def test_any_image_size(decoder: str):
     config = tiny() if decoder == "unet" else shipped("deeplabv3plus_mobilenetv2_100")
     with torch.inference_mode():
         assert build_model(config, 3).eval()(torch.randn(1, 3, 45, 71)).shape == (1, 3, 45, 71)
-
-
-def test_architecture_of_the_heads():
-    model = build_model(shipped("deeplabv3plus_mobilenetv2_100"), 11)
-    kinds = [type(layer) for layer in model.aux_head]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d, nn.Conv2d]
-    assert model.aux_head[0].kernel_size == (3, 3)
-    assert model.aux_head[0].in_channels == model.encoder.out_channels[-2]
-    assert model.aux_head[-1].kernel_size == (1, 1)
-    assert model.num_classes == 11
-    assert not any(m.align_corners for m in model.modules() if isinstance(m, nn.Upsample))
 
 
 @pytest.mark.parametrize("stride", [8, 16])

@@ -1,9 +1,7 @@
 """Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
 
 import difflib
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -12,14 +10,15 @@ from torch import Tensor, nn
 
 from exp.config import ModelConfig
 from exp.errors import InputError
+from exp.models.decoders import build_decoder, decoder_width
 from exp.models.weights import cache_alone_without_network, load_encoder_weights
 
 
 class Segmentor(nn.Module):
     """(B, channels, H, W) normalised images -> (B, C, H, W) logits; in training also the auxiliary head's logits.
 
-    H and W are arbitrary: the input is padded with zeros (the mean colour) to a multiple of `stride`, and the
-    logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
+    H and W are arbitrary: the input is padded with zeros (the mean colour) to a multiple of `multiple`, and
+    the logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
     """
 
     def __init__(
@@ -31,10 +30,10 @@ class Segmentor(nn.Module):
         num_classes: int,
         dropout: float,
         aux_channels: int,
-        stride: int,
+        multiple: int,
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.stride = encoder, decoder, stride
+        self.encoder, self.decoder, self.multiple = encoder, decoder, multiple
         self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(decoder_width, num_classes, kernel_size=1))
         self.aux_head = nn.Sequential(
             nn.Conv2d(encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
@@ -46,13 +45,14 @@ class Segmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         height, width = image.shape[-2:]
-        image = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
-        features = self.encoder(image)
+        image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
+        outputs = self.encoder(image)
+        features, *tokens = outputs if isinstance(outputs, tuple) else (outputs,)  # a ViT also gives its class tokens
 
         def resize(logits: Tensor) -> Tensor:
             return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)[..., :height, :width]
 
-        logits = resize(self.head(self.decoder(features)))
+        logits = resize(self.head(self.decoder(features, *tokens)))
         return (logits, resize(self.aux_head(features[-2]))) if self.training else logits
 
     @property
@@ -60,40 +60,10 @@ class Segmentor(nn.Module):
         return self.head[-1].out_channels
 
 
-def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> smp.DeepLabV3Plus:
-    return smp.DeepLabV3Plus(
-        **encoder,
-        encoder_output_stride=config.output_stride,
-        decoder_channels=config.decoder_channels,
-        decoder_atrous_rates=config.atrous_rates,
-        decoder_aspp_dropout=0.0,  # the dropout stands before the classifier, as in the paper
-    )
-
-
-def _segformer(config: ModelConfig, encoder: dict[str, Any]) -> smp.Segformer:
-    return smp.Segformer(**encoder, decoder_segmentation_channels=config.decoder_channels)
-
-
-def _unet(config: ModelConfig, encoder: dict[str, Any]) -> smp.Unet:
-    if len(config.decoder_channels) != 5:
-        raise InputError(f"model.decoder_channels: got {len(config.decoder_channels)} widths, expected 5 with unet")
-    return smp.Unet(
-        **encoder,
-        decoder_channels=config.decoder_channels,
-        decoder_interpolation="bilinear",
-    )
-
-
-def _upernet(config: ModelConfig, encoder: dict[str, Any]) -> smp.UPerNet:
-    return smp.UPerNet(**encoder, decoder_channels=config.decoder_channels)
-
-
-DECODERS: dict[str, Callable[[ModelConfig, dict[str, Any]], nn.Module]] = {
-    "deeplabv3plus": _deeplabv3plus,
-    "segformer": _segformer,
-    "unet": _unet,
-    "upernet": _upernet,
-}
+def input_multiple(config: ModelConfig) -> int:
+    """To a multiple of how many pixels images are padded: the coarsest stride of the encoder and of the decoder."""
+    coarsest = {"pan": 8 * config.output_stride, "dpt": 32}
+    return coarsest.get(config.decoder, config.output_stride)
 
 
 def encoder_name(name: str) -> str:
@@ -111,26 +81,16 @@ def encoder_name(name: str) -> str:
 
 
 def build_network(config: ModelConfig, num_classes: int, in_channels: int, from_hub: bool) -> Segmentor:
-    """The network with random weights, or (from_hub) with the encoder's published ones.
-
-    The libraries fit published weights for RGB to other channels: one grey channel gets the sum over the three, so
-    that it gives what the three equal channels would.
-    """
-    name = encoder_name(config.encoder)
-    weights = ("imagenet" if not name.startswith("tu-") else True) if from_hub else None
-    encoder = {"encoder_name": name, "encoder_weights": weights, "in_channels": in_channels}
-    net = DECODERS[config.decoder](config, encoder)  # its own head, of one class, is not used
-    for module in net.decoder.modules():
-        if isinstance(module, nn.Upsample):
-            module.align_corners = False if module.mode == "bilinear" else None
+    """The network with random weights, or (from_hub) with the encoder's published ones."""
+    net = build_decoder(config, encoder_name(config.encoder), from_hub, in_channels)
     return Segmentor(
         net.encoder,
         net.decoder,
-        decoder_width=net.segmentation_head[0].in_channels,
+        decoder_width=decoder_width(net),
         num_classes=num_classes,
         dropout=config.dropout,
         aux_channels=config.aux_channels,
-        stride=config.output_stride,
+        multiple=input_multiple(config),
     )
 
 
