@@ -11,7 +11,7 @@ faults, 1 with them, 2 if the data set or a flag cannot be read at all.
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from exp.data.base import SegmentationDataset
 from exp.errors import InputError, run_and_report
 from exp.prepare.cases import RawCase
 from exp.prepare.facts import SPLIT_TOTALS, VOLUMES
-from exp.prepare.jobs import run_jobs, staged
+from exp.prepare.jobs import run_jobs, staged, thread_pool
 from exp.verify import Finding
 
 Checked = tuple[list[Finding], dict[Path, str]]  # findings, and SHA-256 by file
@@ -50,12 +50,11 @@ def main() -> None:
     config = load_groups({"data": [args.data_yaml]}, args.overrides)["data"]
     if not find_dataset(config.dataset).on_disk:
         raise InputError(f"--data_yaml {args.data_yaml}: got a data set made on the fly, expected one on disk")
-    with ThreadPoolExecutor(args.workers) as pool:
+    with thread_pool(args.workers) as pool:
         findings, hashes = check_dataset(config, args.data_dir, pool)
-    faulty = any(finding.kind in verify.FAULTS for finding in findings)
     if not args.no_manifest:
         manifest = args.manifest or args.data_dir / f"{config.name}.sha256"
-        findings += check_manifest(manifest, hashes, args.data_dir, write=not faulty)
+        findings += check_manifest(manifest, hashes, args.data_dir, reason_against(config, args.data_dir, findings))
     if findings:
         print(verify.format_report(findings, args.show))
     faults = sum(finding.kind in verify.FAULTS for finding in findings)
@@ -64,7 +63,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def check_dataset(config: DataConfig, data_dir: Path, pool: ThreadPoolExecutor) -> Checked:
+def check_dataset(config: DataConfig, data_dir: Path, pool: Executor) -> Checked:
     """Both splits and, where there are any, the volumes behind them."""
     facts = VOLUMES.get(config.dataset)
     findings, hashes = [], {}
@@ -110,13 +109,22 @@ def collect(results: list[tuple[object, Checked]], findings: list[Finding], hash
         hashes.update(hashed)
 
 
-def check_manifest(path: Path, hashes: dict[Path, str], data_dir: Path, *, write: bool) -> list[Finding]:
-    """Compare the files with the manifest; where there is none, write it, if the data set has no faults."""
+def reason_against(config: DataConfig, data_dir: Path, findings: list[Finding]) -> str | None:
+    """Why these files should not be written down as sound, if so."""
+    if any(finding.kind in verify.FAULTS for finding in findings):
+        return "the data set has faults"
+    if config.dataset in VOLUMES and not verify.prepared_cases(VOLUMES[config.dataset], data_dir):
+        return "the data set is not prepared yet"
+    return None
+
+
+def check_manifest(path: Path, hashes: dict[Path, str], data_dir: Path, reason: str | None) -> list[Finding]:
+    """Compare the files with the manifest; where there is none, write it, unless there is a reason against it."""
     if path.exists():
         print(f"{path}: compared")
         return verify.compare_manifest(verify.read_manifest(path), hashes, data_dir)
-    if not write:
-        print(f"{path}: not written, the data set has faults")
+    if reason:
+        print(f"{path}: not written, {reason}")
     elif not os.access(path.parent, os.W_OK):
         print(f"{path}: not written, the folder cannot be written to (--manifest names another file)")
     else:

@@ -238,6 +238,28 @@ def test_interrupted_it_goes_on(tmp_path: Path, kind: signal.Signals):
     check_unchanged(before, tmp_path)
 
 
+def test_ctrl_c_drops_what_waits():
+    ran = []
+
+    def work(job: int) -> None:
+        ran.append(job)
+        time.sleep(0.01)
+
+    def first_alone() -> None:
+        with jobs.thread_pool(2) as pool:
+            for _ in jobs._submit(pool, work, range(1000)):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first_alone()
+    assert len(ran) < 100
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path):
+    with pytest.raises(InputError, match="got a worker process that was killed"), jobs.worker_pool(2) as pool:
+        jobs.run_jobs(os._exit, [1, 1], pool, "", "")
+
+
 def test_voc_and_sbd(prepare, tmp_path: Path):
     labels = write_voc(tmp_path)
     before = snapshot(tmp_path)

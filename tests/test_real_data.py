@@ -34,3 +34,24 @@ def test_camvid_reaches_its_known_scores(program, real_data: Path, tmp_path: Pat
     assert argmax["metrics"]["mIoUI"] >= 53
     assert rma["metrics"]["mIoUI"] > argmax["metrics"]["mIoUI"]
     assert argmax["images"]["evaluated"] == 101
+
+
+@pytest.mark.long
+def test_hippocampus_from_volumes_to_a_dice_of_80(program, script, real_data: Path, tmp_path: Path):
+    """About five minutes of training on two cores: mean of both structures' Dice over fold 0 with argmax."""
+    data_dir = tmp_path / "data"
+    (data_dir / "hippocampus").mkdir(parents=True)
+    for kind in ("images", "labels"):
+        (data_dir / "hippocampus" / kind).symlink_to(real_data / "hippocampus" / kind)
+    assert script("prepare_data", "hippocampus", "--data_dir", data_dir)[0] == 0
+    status, printed, _ = script("verify_data", "--data_yaml", "hippocampus", "--data_dir", data_dir)
+    assert status == 0, printed
+    flags = ["--data_dir", data_dir, "--output_dir", tmp_path / "out", "--data_yaml", "hippocampus"]
+    flags += ["--model_yaml", "unet_resnet18d", "--schedule_yaml", "600_iters", "--test_yaml", "test_dice"]
+    settings = ["model.pretrained=false", "schedule.batch_size=16", "schedule.num_workers=1"]
+    status, _, err = program(*flags, "--predict_yaml", "argmax", "rankseg_rma", "--set", *settings)
+    assert status == 0, err
+    (run,) = (tmp_path / "out").iterdir()
+    for rule in ("argmax", "rankseg_rma"):
+        dice = json.loads((run / "results" / f"{rule}.json").read_text())["per_class"]
+        assert (dice["anterior"]["DiceD"] + dice["posterior"]["DiceD"]) / 2 >= 80, rule

@@ -274,8 +274,9 @@ def test_known_slice_counts_are_checked_when_every_case_is_there(verify, tmp_pat
 
 def test_volumes_before_their_preparation_and_a_part_of_the_folds(verify, tmp_path: Path):
     write_kits(tmp_path, [100, 101], side=24)
-    status, out, _ = verify("kits", tmp_path, "--no_manifest")
+    status, out, _ = verify("kits", tmp_path)
     assert status == 0
+    assert "kits.sha256: not written, the data set is not prepared yet" in out
     assert "no slices yet" in out
     assert "note: not prepared: 3 " in out
     prepare_cases("kits", tmp_path, 1)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,16 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         raise InputError(
             "got a worker process that was killed (out of memory?), expected it to end well; try fewer workers"
         ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for run_jobs, for work that mostly decodes; at the end, also after Ctrl-C, waiting jobs are dropped."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
