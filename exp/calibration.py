@@ -32,7 +32,9 @@ def count_calibration(prob: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> 
     counts = torch.zeros(num_classes + 1, 3, num_bins, dtype=torch.float64, device=prob.device)
     size = max(1, PIECE_ELEMENTS // num_classes)
     for start in range(0, len(label), size):
-        piece = prob[:, start : start + size].contiguous()  # sums along strides lose digits
+        piece = prob[:, start : start + size]
+        if piece.stride(1) != 1:
+            piece = piece.contiguous()  # sums along strides lose digits
         _count_piece(piece if piece.dtype == torch.float64 else piece.float(), label[start : start + size], counts)
     return counts.cpu().numpy()
 

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -122,20 +121,23 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def peak_memory(name: str, shape: tuple[int, int, int]) -> float:
     """One way in a fresh process -> MB by which its resident set grew beyond predictions and labels."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory goes back to the system at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_grow, (name, shape))
 
 
 def _grow(name: str, shape: tuple[int, int, int]) -> float:
     import torch
+    from benchmark_rules import resident
 
     torch.set_num_threads(1)
     small = make_image(shape[0], 8, 8)
     WAYS[name](*small, shape[0])  # libraries are loaded
     pred, label = make_image(*shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    before = resident("VmRSS")
     WAYS[name](pred, label, shape[0])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident("VmHWM") - before) / 2**20
 
 
 def bench_counts(shape: tuple[int, int, int], rounds: int) -> dict[str, dict[str, float]]:
