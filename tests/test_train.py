@@ -1,13 +1,15 @@
 """The parts of a training step: precision, clipping, averaged weights, rates; the figures that a run logs."""
 
 import copy
+import shutil
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from exp.config import LossConfig, OptimConfig
+from exp.cli import DEFAULT_YAMLS
+from exp.config import LossConfig, OptimConfig, load_experiment
 from exp.data.loader import Batch
 from exp.distributed import Dist
 from exp.errors import InputError
@@ -15,7 +17,7 @@ from exp.logger import Meter, NullLogger
 from exp.losses import build_criterion
 from exp.optim import build_ema, build_optimizer, build_scheduler
 from exp.precision import Autocast, autocast
-from exp.train import Intervals, TrainStep, train
+from exp.train import Intervals, TrainStep, build_step, train
 
 CPU = torch.device("cpu")
 
@@ -241,3 +243,31 @@ def test_the_meter_tells_waiting_from_working():
     assert row["train/remaining_seconds"] == pytest.approx(10 * row["train/step_seconds"])
     assert 0.05 < row["train/peak_memory_gib"] < 100
     assert meter.steps == 0
+
+
+def test_the_compiled_model_shares_the_raw_models_weights():
+    config = load_experiment(
+        {group: [name] if isinstance(name, str) else name for group, name in DEFAULT_YAMLS.items()},
+        ["schedule.compile=true", "optim.ema_decay=0.9", "optim.clip_norm=2"],
+        0,
+    )
+    net = Net()
+    step = build_step(config, net, lambda image: image, 10, Dist(0, 1, CPU))
+    assert isinstance(step.model, torch._dynamo.OptimizedModule)
+    assert step.raw_model is net
+    assert next(step.model.parameters()) is next(net.parameters())
+    assert step.ema.module.state_dict().keys() == net.state_dict().keys()  # no wrapper's prefix is saved
+    assert (step.clip_norm, step.amp, step.accumulation) == (2, "off", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_a_compiled_step_is_the_eager_one_but_for_rounding():
+    eager, compiled = build(), build()
+    compiled.model = torch.compile(compiled.raw_model)
+    for i in range(3):
+        torch.testing.assert_close(compiled(batch(i)), eager(batch(i)), rtol=1e-4, atol=1e-5)
+    weights = eager.raw_model.state_dict()
+    for name, value in compiled.raw_model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-3)
