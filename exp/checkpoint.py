@@ -173,6 +173,9 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """InputError with what differs if a run under `config` is not the continuation of the checkpoint's."""
     names = (*TRAINING_GROUPS, "seed")
     differences = _differences({n: checkpoint.config[n] for n in names}, {n: config[n] for n in names})
+    before, after = (c["schedule"].get("val_iters") for c in (checkpoint.config, config))
+    if config["schedule"].get("early_stop") is not None and before != after:  # validations decide what comes
+        differences.append(f"schedule.val_iters {before} -> {after}")
     if differences:
         raise InputError(
             f"{checkpoint.path}: got a run trained with other settings (checkpoint -> flags: "

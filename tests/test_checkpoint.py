@@ -135,6 +135,14 @@ def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
         check_resumable(loaded, other)
 
 
+def test_validations_are_free_unless_they_decide_when_to_stop(tmp_path: Path):
+    loaded = load_checkpoint(save(tmp_path, 1))
+    check_resumable(loaded, {**CONFIG, "schedule": {**CONFIG["schedule"], "val_iters": 5}})
+    stopping = {**CONFIG["schedule"], "early_stop": 2, "val_iters": 5}
+    with pytest.raises(InputError, match=r"schedule\.early_stop None -> 2; schedule\.val_iters None -> 5"):
+        check_resumable(loaded, {**CONFIG, "schedule": stopping})
+
+
 def test_flipped_bits_and_cut_files_are_noticed(tmp_path: Path):
     path = save(tmp_path, 1)
     data = path.read_bytes()
