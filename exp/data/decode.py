@@ -1,10 +1,11 @@
 """Image files -> arrays; what cannot be read to its end is an InputError that names the file."""
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from exp.errors import InputError
 
@@ -19,16 +20,13 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray:
     Whole PNGs and JPEGs are decoded by OpenCV, twice as fast as Pillow on JPEGs. All else goes through Pillow, which
     never takes a truncated file for a whole one as some versions of OpenCV do.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {_reason(error)}") from None
+    data = _read_bytes(path)
     if data.startswith(PNG[0]) and data[PNG_BIT_DEPTH : PNG_BIT_DEPTH + 1] == b"\x10":
         raise InputError(f"{path}: got 16 bits a channel, expected 8")
     colour = channels == 3
     pixels = _decode_whole(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE)
     if pixels is None:
-        return np.atleast_3d(_decode_pillow(path, "RGB" if colour else "L"))
+        return np.atleast_3d(_decode_pillow(data, path, "RGB" if colour else "L"))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if colour else pixels[..., None]
 
 
@@ -37,7 +35,20 @@ def read_label(path: Path) -> np.ndarray:
 
     Through Pillow: OpenCV turns the indices of a palette PNG into colours.
     """
-    return _decode_pillow(path)
+    return _decode_pillow(_read_bytes(path), path)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """A file's content; InputError if there is none, or a PNG without its end, which Pillow lets pass."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if data.startswith(PNG[0]) and not data.endswith(PNG[1]) and PNG[1] not in data:
+        raise _unreadable(path, "the file is truncated")
+    return data
 
 
 def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
@@ -50,16 +61,16 @@ def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
         return None
 
 
-def _decode_pillow(path: Path, mode: str | None = None) -> np.ndarray:
+def _decode_pillow(data: bytes, path: Path, mode: str | None = None) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return np.array(image if mode is None else image.convert(mode))
+    except UnidentifiedImageError:
+        raise _unreadable(path, "of no known kind") from None
     # Pillow raises each of these on damaged files
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: {_reason(error)}") from None
+        raise _unreadable(path, error) from None
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return f"got a file that cannot be read ({error}), expected a PNG or JPEG image"
+def _unreadable(path: Path, reason: object) -> InputError:
+    return InputError(f"{path}: got a file that cannot be read ({reason}), expected a PNG or JPEG image")

@@ -33,12 +33,17 @@ class RandomCrop:
         flip = rng.random() < self.flip_prob
         across = Span.draw(rng, label.shape[1], scale, self.crop_size[1])
         down = Span.draw(rng, label.shape[0], scale, self.crop_size[0])
-        crop = np.full((*self.crop_size, image.shape[2]), self.fill, image.dtype)
-        crop[: down.size, : across.size] = _warp(image, down, across, flip)
-        crop_label = np.full(self.crop_size, IGNORE_INDEX, np.uint8)
         rows, columns = down.nearest(), across.nearest()[:: -1 if flip else 1]
-        crop_label[: down.size, : across.size] = label.take(rows, axis=0).take(columns, axis=1)
-        return crop, crop_label
+        label = label.take(rows, axis=0).take(columns, axis=1)
+        return self._pad(_warp(image, down, across, flip), self.fill), self._pad(label, (IGNORE_INDEX,))
+
+    def _pad(self, values: np.ndarray, fill: tuple[int, ...]) -> np.ndarray:
+        """(h, w[, channels]) -> the same in the size of the crop, filled at the right and below."""
+        below, right = (crop - side for crop, side in zip(self.crop_size, values.shape))
+        if below == right == 0:
+            return values
+        padded = cv2.copyMakeBorder(values, 0, below, 0, right, cv2.BORDER_CONSTANT, value=fill)
+        return padded.reshape(*self.crop_size, *values.shape[2:])  # OpenCV drops a single channel's axis
 
 
 @dataclass(frozen=True)
