@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from exp.output_folders import claim_folder, whole_file
 from exp.volumes import CASE_FILE, Case, Volume, assemble_labels, read_case, save_labels
 
 IGNORE_COLOUR = (255, 255, 255)
+COMPRESSION = 3  # zlib's: 6, Pillow's default, takes 3.6 times as long for three quarters of the size (CamVid)
 STAGED = ".slices"  # masks of slices wait there for the rest of their case
 
 
@@ -41,7 +43,7 @@ class MaskFormat:
         picture = Image.fromarray(values, "L")
         picture.putpalette(self.colours.tobytes())  # which makes it a palette image
         with whole_file(path) as temporary:
-            picture.save(temporary, format="PNG")
+            picture.save(temporary, format="PNG", compress_level=COMPRESSION)
 
 
 def mask_format(num_classes: int, palette: Sequence[tuple[int, int, int]], label_map: Mapping[int, int]) -> MaskFormat:
@@ -89,7 +91,7 @@ class MaskWriter:
         sample = self.samples[index]
         case = self._case(sample)
         for rule in self.rules:
-            values = self.format.encode(preds[rule].cpu().numpy())
+            values = self.format.encode(preds[rule].to(torch.uint8).cpu().numpy())
             if case is None:
                 self.format.save_png(values, self.folder / rule / f"{sample.name}.png")
             else:

@@ -249,6 +249,8 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
+    if test.temperature == "fitted":
+        raise InputError("test.temperature: got fitted, expected the number in <run>/results/temperature.json")
     cls = find_dataset(data.dataset)
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data, cls)

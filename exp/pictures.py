@@ -20,6 +20,8 @@ GAP, LINE, SWATCH = 6, 18, 12  # pixels: between tiles, height of a line of text
 SMALLEST, LARGEST = 320, 640  # sides of a tile: smaller images are enlarged, larger ones made smaller
 COLUMNS = 5  # tiles side by side; more rules go below
 
+LegendEntry = tuple[tuple[int, int, int] | None, str]  # no colour: text alone
+
 
 def colour_labels(label: np.ndarray, palette: Palette) -> np.ndarray:
     """(H, W) labels in 0..C-1 or 255 -> (H, W, 3) uint8."""
@@ -77,17 +79,23 @@ def draw_panel(
         columns.append(tiles)
     size = tile_size(*image.shape[:2])
     panel = _paste_columns(columns, size, title)
+    entries = _legend_entries(label, preds, palette, classes)
+    _draw_legend(panel, (size[0] + GAP, 2 * LINE + size[1] + GAP), size, entries)
+    return np.asarray(panel)
+
+
+def _legend_entries(
+    label: np.ndarray, preds: Mapping[str, np.ndarray], palette: Palette, classes: Sequence[str] | None
+) -> list[LegendEntry]:
+    """What the colours mean: of the differences, where there are several rules, and of the classes that are there."""
     present = np.unique(np.concatenate([label.ravel(), *(pred.ravel() for pred in preds.values())]))
     entries = [(palette[c], classes[c] if classes else str(c)) for c in present if c != IGNORE_INDEX]
     entries += [(IGNORE_COLOUR, "ignored")] if IGNORE_INDEX in present else []
-    if len(names) > 1:
-        base = names[0]
-        entries = [(BETTER, f"right, {base} wrong"), (WORSE, f"wrong, {base} right")] + [
-            (BOTH_WRONG, "both wrong, and different"),
-            *entries,
-        ]
-    _draw_legend(panel, (size[0] + GAP, 2 * LINE + size[1] + GAP), size, entries)
-    return np.asarray(panel)
+    if len(preds) == 1:
+        return entries
+    base = next(iter(preds))
+    differences = [(BETTER, f"right, {base} wrong"), (WORSE, f"wrong, {base} right"), (BOTH_WRONG, "both wrong")]
+    return [*differences, (None, ""), *entries]
 
 
 def tile_size(height: int, width: int) -> tuple[int, int]:
@@ -118,19 +126,20 @@ def _paste_columns(columns: list[list[tuple[str, np.ndarray]]], size: tuple[int,
 
 
 def _draw_legend(
-    panel: Image.Image, corner: tuple[int, int], size: tuple[int, int], entries: list[tuple[tuple[int, int, int], str]]
+    panel: Image.Image, corner: tuple[int, int], size: tuple[int, int], entries: list[LegendEntry]
 ) -> None:
     """Coloured squares with their meaning from `corner` (left, top) on, in columns that fill the tile's size."""
     rows = max(1, (size[1] + LINE) // LINE)
     width = max(110, min(size[0], size[0] // max(1, -(-len(entries) // rows))))
     fits = rows * max(1, size[0] // width)
     if len(entries) > fits:
-        entries = [*entries[: fits - 1], ((255, 255, 255), f"and {len(entries) - fits + 1} more")]
+        entries = [*entries[: fits - 1], (None, f"and {len(entries) - fits + 1} more")]
     draw = ImageDraw.Draw(panel)
     for i, (colour, text) in enumerate(entries):
         left, top = corner[0] + i // rows * width, corner[1] + i % rows * LINE
         square = (left + 2, top + 3, left + 2 + SWATCH, top + 3 + SWATCH)
-        draw.rectangle(square, fill=tuple(colour), outline=FRAME)
+        if colour is not None:
+            draw.rectangle(square, fill=tuple(colour), outline=FRAME)
         _write(panel, (left + SWATCH + 6, top), width - SWATCH - 8, text)
 
 
