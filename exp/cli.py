@@ -24,6 +24,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
             "resumes from the run's own newest checkpoint)"
         )
+    if args.fit_temperature and not args.test_only:
+        raise InputError(f"--fit_temperature {args.fit_temperature}: expected together with --test-only")
     for name in ("save_pred", "save_prob", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
@@ -88,6 +90,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="with --test-only: evaluate this checkpoint, or 'best' (of the run's validations), not the newest",
+    )
+    parser.add_argument(
+        "--fit_temperature",
+        choices=("train", "val-part"),
+        help="with --test-only: fit the temperature of the logits on the training images, or on every other image "
+        "(case) of the evaluation's, and store it for test.temperature=fitted",
     )
     parser.add_argument(
         "--save_pred",

@@ -32,10 +32,11 @@ class Inference:
     window_batch: int
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
-    temperature: float = 1.0
+    temperature: float | None = 1.0  # None: not fitted yet
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+        assert self.temperature is not None
         total = None
         for logits in self.logits(model, image):
             prob = softmax_(logits, self.temperature)
@@ -109,7 +110,6 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def build_inference(config: TestConfig) -> Inference:
-    """A resolved YAML -> the way from an image to probabilities."""
-    return Inference(
-        config.crop_size, config.stride, config.window_batch, config.scales, config.flip, config.temperature
-    )
+    """A resolved YAML -> the way from an image to probabilities, without the temperature where that is to be fitted."""
+    temperature = None if config.temperature == "fitted" else config.temperature
+    return Inference(config.crop_size, config.stride, config.window_batch, config.scales, config.flip, temperature)

@@ -30,6 +30,9 @@ def main() -> None:
         run = Run(config, args.output_dir / config.run_name, evaluator, dist, args.save_masks)
         if args.test_only:
             run, model, training = run.load(args.model_checkpoint)
+            if args.fit_temperature:
+                run.fit_temperature(model, training, args.fit_temperature, args.data_dir)
+            run = run.with_temperature(model)
             evaluation = run.evaluate(model, training)
         else:
             model, training, evaluation = run.train(args.data_dir)

@@ -38,6 +38,7 @@ from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
 from exp.results import report_results, write_atomically
 from exp.scopes import thresholds_json
+from exp.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 from exp.validation import ScoreHistory, Validation
 
@@ -85,6 +86,46 @@ class Run:
         model = self._model_of(checkpoint, config.test.weights)
         return run, self._judged(model), self._describe_training(checkpoint.iteration, checkpoint.config)
 
+    def fit_temperature(self, model: nn.Module, training: dict[str, Any], part: str, data_dir: str | None) -> None:
+        """Fit on the "train" images, or on "val-part", and write results/temperature.json; rank 0 prints a line."""
+        data, judge = self.config.data, self.evaluator
+        fit_on, check_on = judge.dataset, judge.dataset
+        if part == "train":
+            plain = replace(data, val_split=data.train_split, val_samples=data.train_samples)  # not augmented
+            fit_on = build_dataset(plain, data_dir, "val")
+            fit_indices, check_indices = spread(range(len(fit_on))), spread(range(len(check_on)))
+        else:
+            fit_indices, check_indices = split_half(check_on)
+        fitted, held_out = (
+            draw_pixels(model, dataset, indices, judge.inference, judge.normalize, self.config.seed, self.dist)
+            for dataset, indices in ((fit_on, fit_indices), (check_on, check_indices))
+        )
+        content = describe_fit(fit(fitted), fitted, held_out)
+        if self.dist.is_main:
+            origin = {"part": part, "weights_checksum": weights_checksum(model), "training": training}
+            config = self.config.to_dict()
+            origin |= {"config": {"data": config["data"], "test": config["test"]}, **describe_code()}
+            self.temperature_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.temperature_file, json.dumps({**content, **origin}, indent=2) + "\n")
+            before, after = (content["held_out"][when]["ECED"] for when in ("before", "after"))
+            print(
+                f"temperature {content['temperature']:.4f} fitted on {part}; ECED of other images "
+                f"{before:.2f} -> {after:.2f} ({self.temperature_file})"
+            )
+        self.dist.gather(None)  # the file is there before another process reads it
+
+    @property
+    def temperature_file(self) -> Path:
+        return self.folder / "results" / "temperature.json"
+
+    def with_temperature(self, model: nn.Module) -> "Run":
+        """The run under the fitted temperature, if the test YAML asks for that."""
+        if self.config.test.temperature != "fitted":
+            return self
+        temperature = load_temperature(self.temperature_file, weights_checksum(model))
+        config = replace(self.config, test=replace(self.config.test, temperature=temperature))
+        return replace(self, config=config, evaluator=replace(self.evaluator, inference=build_inference(config.test)))
+
     def evaluate(self, model: nn.Module, training: dict[str, Any]) -> Evaluation:
         """The model, how it was trained -> its evaluation, which writes masks if the run is to save them."""
         return self.evaluator(model, self._mask_writer(model, training))
@@ -110,6 +151,8 @@ class Run:
         Returns the model that was judged, how it was trained and its evaluation.
         """
         config, dist = self.config, self.dist
+        if config.test.temperature == "fitted":
+            raise InputError("test.temperature: got fitted, expected a number in training: it is for --test-only")
         dataset = build_dataset(config.data, data_dir, "train", config.seed)
         end = count_iterations(config.schedule, len(dataset))
         checkpoint, history = self._resume()

@@ -50,6 +50,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "predict",
     "metrics",
     "calibration",
+    "temperature",
     "comparison",
     "evaluate",
     "probability_maps",
