@@ -377,6 +377,7 @@ def test_help_from_anywhere_needs_nothing_heavy(tmp_path: Path):
     assert "--label_axes" in done.stdout
 
 
+@pytest.mark.slow
 def test_no_network_is_needed():
     code = (
         "import sys, exp.probability_maps, exp.results, exp.provenance\n"

@@ -1,5 +1,6 @@
 """scripts/predict.py: from a checkpoint alone to masks and overlays of images and volumes."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT, TINY, TINY_RUN, write_png
 from PIL import Image
 from torch import nn
 
+import exp.main
 from exp.config import TestConfig
 from exp.data.shapes import Shapes
 from exp.data.transforms import Normalize
@@ -34,8 +36,9 @@ def trained(tmp_path_factory) -> Path:
     """A folder with a run, its probability maps of three images, and these images as PNGs in images/."""
     folder = tmp_path_factory.mktemp("trained")
     flags = [*TINY, "--output_dir", str(folder), "--save_prob", "3", "--predict_yaml", "argmax"]
-    done = subprocess.run([sys.executable, ROOT / "exp" / "main.py", *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main.py", *flags])
+        exp.main.main()
     shapes = Shapes(None, "val", max_samples=3)
     for i, sample in enumerate(shapes.samples):
         write_png(folder / "images" / f"{sample.name}.png", np.ascontiguousarray(shapes[i].image.permute(1, 2, 0)))
@@ -224,12 +227,10 @@ def volumes(tmp_path_factory) -> Path:
         for kind, values in (("imagesTr", image.astype(np.float32)), ("labelsTr", label)):
             path = folder / "hippocampus" / kind / f"hippocampus_{number:03d}.nii.gz"
             nibabel.save(nibabel.Nifti1Image(values, affine), path)
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "prepare_data.py", "hippocampus", "--data_dir", folder, "--workers", "1"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        patch.setattr(sys, "argv", ["prepare_data.py", "hippocampus", "--data_dir", str(folder), "--workers", "1"])
+        importlib.import_module("prepare_data").main()
     return folder
 
 
