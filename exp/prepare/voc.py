@@ -14,8 +14,17 @@ from exp.errors import InputError
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
 
 # What scipy raises on files that are damaged or of another kind.
-UNREADABLE = (MatReadError, OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError)
-UNREADABLE += (zlib.error, struct.error)
+UNREADABLE = (
+    MatReadError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    NotImplementedError,
+    zlib.error,
+    struct.error,
+)
 BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
 NUM_CLASSES = 21
 
