@@ -264,7 +264,8 @@ def test_the_compiled_model_shares_the_raw_models_weights():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 def test_a_compiled_step_is_the_eager_one_but_for_rounding():
-    eager, compiled = build(), build()
+    sgd = {"optimizer": "sgd", "momentum": 0.9}  # Adam would blow up the rounding of gradients that are 0
+    eager, compiled = build(sgd), build(sgd)
     compiled.model = torch.compile(compiled.raw_model)
     for i in range(3):
         torch.testing.assert_close(compiled(batch(i)), eager(batch(i)), rtol=1e-4, atol=1e-5)
