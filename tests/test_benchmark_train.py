@@ -1,9 +1,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_it_compares_the_loops_and_prints_a_ratio():
     """The default run takes minutes; here one block of each, which must at least train the same way."""
     flags = ["--rounds", "1", "--batch_size", "1"]

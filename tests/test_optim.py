@@ -2,9 +2,11 @@ import pytest
 import torch
 from test_models import tiny
 
-from exp.config import OptimConfig
+from exp.config import CONFIG_DIR, OptimConfig, ScheduleConfig
+from exp.data.loader import count_iterations
 from exp.models import build_model
 from exp.optim import WarmupPoly, build_optimizer, build_scheduler
+from exp.strict_yaml import build_dataclass, load_mapping
 
 
 def config(**changes: object) -> OptimConfig:
@@ -60,3 +62,38 @@ def test_learning_rate_against_its_closed_form(iteration: int, expected: float):
 def test_short_schedules_have_no_warmup():
     factor = WarmupPoly(0.01, 0, 3, 1.0)
     assert [factor(i) for i in range(4)] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "lr", "power"),
+    [("adamw_lr6e-5", 1e-6, 6e-5, 1.0), ("adamw_lr6e-4", 1e-5, 6e-4, 1.0), ("sgd_lr1e-2", 1e-4, 1e-2, 0.9)],
+)
+def test_the_shipped_recipes_over_40000_iterations(name: str, start: float, lr: float, power: float):
+    """Warm-up over the first 400; the encoder's rate at ten points, decoder and heads ten times as high."""
+    expected = {0: start, 100: (3 * start + lr) / 4, 200: (start + lr) / 2, 300: (start + 3 * lr) / 4, 400: lr}
+    expected |= {400 + round(39600 * t): lr * (1 - t) ** power for t in (0.1, 0.5, 0.75, 0.9, 1.0)}
+    path = CONFIG_DIR / "optim" / f"{name}.yaml"
+    recipe = build_dataclass(OptimConfig, {"name": name, **load_mapping(path)}, path, {})
+    optimizer = build_optimizer(recipe, build_model(tiny(), 3))
+    scheduler = build_scheduler(recipe, optimizer, 40_000)
+    assert len(expected) == 10
+    for iteration, rate in expected.items():
+        factors = [factor(iteration) for factor in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        assert rates == pytest.approx([rate, rate, 10 * rate, 10 * rate], rel=1e-9, abs=1e-18), iteration
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "iterations"),
+    [
+        ("40k_iters", 10_582, 40_000),
+        ("80k_iters", 2_975, 80_000),
+        ("160k_iters", 20_210, 160_000),
+        ("60_epochs", 5_870, 60 * 733),
+        ("150_epochs", 367, 150 * 45),
+    ],
+)
+def test_the_shipped_schedules_lengths(name: str, images: int, iterations: int):
+    path = CONFIG_DIR / "schedule" / f"{name}.yaml"
+    schedule = build_dataclass(ScheduleConfig, {"name": name, **load_mapping(path)}, path, {})
+    assert count_iterations(schedule, images) == iterations
