@@ -155,10 +155,11 @@ def sum_overlap(prob: Tensor, label: Tensor) -> Tensor:
     label = label.flatten(1).long()
     kept = (label != IGNORE_INDEX).to(prob.dtype)
     label = torch.where(label != IGNORE_INDEX, label, 0)
-    nothing = prob.new_zeros(len(prob), num_classes)
     hit = prob.gather(1, label[:, None])[:, 0] * kept
-    predicted = (prob @ kept[..., None])[..., 0]  # without a masked copy of prob
-    return torch.stack([nothing.scatter_add(1, label, hit), predicted, nothing.scatter_add(1, label, kept)])
+    predicted = (prob * kept[:, None]).sum(2)
+    nothing = torch.zeros(len(prob), num_classes, dtype=torch.float64, device=prob.device)  # adds up one by one
+    tp, true = (nothing.scatter_add(1, label, values.double()).to(prob.dtype) for values in (hit, kept))
+    return torch.stack([tp, predicted, true])
 
 
 class WithCrossEntropy(nn.Module):
