@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exp.checkpoint import Checkpoint, load_checkpoint, load_weights
+from exp.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
 from exp.config import DataConfig, ModelConfig, PredictConfig, TestConfig
 from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
@@ -29,6 +29,7 @@ from exp.prepare.facts import VolumeFacts
 from exp.results import write_atomically
 from exp.scopes import PooledRule, Pools, Thresholds
 from exp.strict_yaml import build_dataclass
+from exp.temperature import load_temperature
 from exp.volumes import Volume, open_volume, resize_image, resize_labels
 from exp.volumes import read_image as read_slices
 
@@ -249,8 +250,6 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
-    if test.temperature == "fitted":
-        raise InputError("test.temperature: got fitted, expected the number in <run>/results/temperature.json")
     cls = find_dataset(data.dataset)
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data, cls)
@@ -263,6 +262,9 @@ def build_predictor(
         if config.scope == "case" and volumes is None:
             raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
     model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
+    if test.temperature == "fitted":
+        fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
+        test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
     return Predictor(
         model=model if test.amp == "off" else Autocast(model, test.amp, device),
         inference=build_inference(test),

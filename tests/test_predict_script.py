@@ -114,6 +114,26 @@ def test_another_window(script, trained: Path, tmp_path: Path):
     assert "expected at most the window" in err
 
 
+def test_the_temperature_that_was_fitted(program, script, trained: Path, tmp_path: Path):
+    image, out = trained / "images" / "shapes_val_0000.png", ["--output_dir", tmp_path / "out"]
+    fitted = ["--test_yaml", "test_iou", "--set", "test.temperature=fitted"]
+    status, _, err = script("predict", checkpoint(trained), image, *out, *fitted)
+    assert status == 2
+    assert f"{trained / TINY_RUN / 'results' / 'temperature.json'}: no such file" in err
+    flags = [*TINY, "test.temperature=1.7", "--output_dir", tmp_path / "runs", "--test-only", "--save_masks"]
+    status, _, err = program(*flags, "--model_checkpoint", checkpoint(trained), "--predict_yaml", "rankseg_rma")
+    assert status == 0, err
+    masks = tmp_path / "runs" / TINY_RUN / "masks"
+    checksum = json.loads((masks / "rankseg_rma.json").read_text())["weights_checksum"]
+    record = trained / TINY_RUN / "results" / "temperature.json"
+    record.write_text(json.dumps({"temperature": 1.7, "weights_checksum": checksum}))
+    status, _, err = script("predict", checkpoint(trained), image, *out, *fitted)
+    record.unlink()
+    assert status == 0, err
+    own = tmp_path / "out" / "masks" / "rankseg_rma" / image.name
+    assert own.read_bytes() == (masks / "rankseg_rma" / image.name).read_bytes()
+
+
 def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
