@@ -129,8 +129,15 @@ def build_step(
 
 
 def seed_everything(seed: int, iteration: int, rank: int) -> None:
-    """Make dropout a function of (seed, iteration, rank): a resumed run draws what the uninterrupted one drew."""
-    torch.manual_seed((seed * 1_000_003 + iteration) * 4_099 + rank)
+    """Make dropout a function of (seed, iteration, rank): a resumed run draws what the uninterrupted one drew.
+
+    Not by torch.manual_seed, which, without CUDA, queues every call with its stack for the day that CUDA comes: 0.2 ms
+    and some memory a step.
+    """
+    value = (seed * 1_000_003 + iteration) * 4_099 + rank
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 def train(

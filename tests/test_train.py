@@ -17,7 +17,7 @@ from exp.logger import Meter, NullLogger
 from exp.losses import build_criterion
 from exp.optim import build_ema, build_optimizer, build_scheduler
 from exp.precision import Autocast, autocast
-from exp.train import Intervals, TrainStep, build_step, train
+from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 
 CPU = torch.device("cpu")
 
@@ -272,3 +272,16 @@ def test_a_compiled_step_is_the_eager_one_but_for_rounding():
     weights = eager.raw_model.state_dict()
     for name, value in compiled.raw_model.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-3)
+
+
+def test_random_choices_are_a_function_of_seed_iteration_and_rank():
+    def draw(*key: int) -> list[float]:
+        seed_everything(*key)
+        return torch.rand(3).tolist()
+
+    draws = [draw(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0))]
+    assert draws[0] == draws[-1]
+    assert len({tuple(numbers) for numbers in draws}) == 4
+    queued = len(torch.cuda._queued_calls)
+    draw(0, 5, 0)
+    assert len(torch.cuda._queued_calls) == queued, "a step must not leave anything behind"
