@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.cli import parse_args, requested_yamls
+from exp.cli import check_paths, parse_args, requested_yamls
 from exp.config import dump_config, load_experiment
 from exp.errors import run_and_report
 
@@ -19,6 +19,7 @@ def main() -> None:
     if args.print_config:
         print(dump_config(config), end="")
         return
+    check_paths(args, args.output_dir / config.run_name)
     # Waiting threads sleep: spinning ones make a step several times as slow where loader workers share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from exp import distributed  # PyTorch and all that stands on it come in only now

@@ -125,3 +125,25 @@ def test_one_file_knows_ranks():
         if name != "distributed":
             assert '"RANK"' not in path.read_text(), name
             assert "torch.distributed" not in path.read_text(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--data_dir", "/nowhere/at/all"], "no such folder"),
+        (["--test-only", "--model_checkpoint", "/nowhere/x.pt"], "no such file"),
+        (["--test-only", "--model_checkpoint", "best", "--output_dir", "/nowhere"], "got no checkpoint best.pt"),
+        (["--test-only", "--output_dir", "/nowhere"], "got no checkpoint, expected one"),
+    ],
+)
+def test_paths_that_are_not_there_are_reported_before_anything_heavy_is_imported(flags: list[str], part: str):
+    code = (
+        f"import sys; sys.argv = ['main.py', *{flags!r}]\n"
+        "from exp.main import main\n"
+        "from exp.errors import run_and_report\n"
+        "assert run_and_report(main) == 2\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert part in done.stderr
