@@ -49,7 +49,7 @@ def test_hippocampus_from_volumes_to_a_dice_of_80(program, script, real_data: Pa
     flags = ["--data_dir", data_dir, "--output_dir", tmp_path / "out", "--data_yaml", "hippocampus"]
     flags += ["--model_yaml", "unet_resnet18d", "--schedule_yaml", "600_iters", "--test_yaml", "test_dice"]
     settings = ["model.pretrained=false", "model.decoder_channels=[128,64,32,16,16]"]
-    settings += ["schedule.train_iters=250", "schedule.batch_size=16", "schedule.num_workers=1"]
+    settings += ["schedule.train_iters=400", "schedule.batch_size=16", "schedule.num_workers=1"]
     status, _, err = program(*flags, "--predict_yaml", "argmax", "rankseg_rma", "--set", *settings)
     assert status == 0, err
     (run,) = (tmp_path / "out").iterdir()
