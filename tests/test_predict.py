@@ -84,3 +84,17 @@ def test_a_label_for_unassigned_pixels_must_be_a_class(label: int):
     config = compose(f"predict.unassigned={label}", predict=["rankseg_rma"]).predict[0]
     with pytest.raises(InputError, match=rf"predict\.unassigned: got {label}, expected a label in 0\.\.4"):
         build_rule(config, 5)
+
+
+def test_the_rule_leaves_the_number_of_threads_as_it_was():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values = torch.randn(1, 5, 600, 700).softmax(1)
+        assert torch.equal(rule("rankseg_rma", 5)(values), rankseg_rma(values))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="finite"):
+            rule("rankseg_rma", 5)(values * torch.nan)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
