@@ -367,7 +367,7 @@ RULE_OPTIONS = {
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
-RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature")  # of files in results/ that are no rule's
+RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
     "model": ModelConfig,
     "data": DataConfig,

@@ -24,6 +24,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from exp import distributed  # PyTorch and all that stands on it come in only now
     from exp.evaluate import build_evaluator
+    from exp.report import Report
     from exp.run import Run
 
     with distributed.session(args.device) as dist:
@@ -38,7 +39,8 @@ def main() -> None:
         else:
             model, training, evaluation = run.train(args.data_dir)
         if dist.is_main:
-            run.report(model, training, evaluation, num_pictures=args.save_pred, num_maps=args.save_prob)
+            report = Report(run.config, run.folder, run.evaluator, model, training)
+            report.save(evaluation, num_pictures=args.save_pred, num_maps=args.save_prob)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""One run in its folder: train (or go on training), load what was trained, judge it."""
+"""One run in its folder: train (or go on training), load what was trained, evaluate it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,17 +26,14 @@ from exp.data import build_dataset
 from exp.data.loader import Loader, build_train_loader, count_iterations
 from exp.distributed import Dist
 from exp.errors import InputError
-from exp.evaluate import EvalResult, Evaluation, Evaluator, format_timing
+from exp.evaluate import Evaluation, Evaluator
 from exp.inference import build_inference
 from exp.logger import NullLogger, build_logger
 from exp.masks import MaskWriter
 from exp.models import POOLING_DECODERS, Segmentor, build_model
-from exp.output_folders import claim_folder
-from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
-from exp.results import report_results, write_atomically
-from exp.scopes import thresholds_json
+from exp.results import write_atomically
 from exp.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 from exp.validation import ScoreHistory, Validation
@@ -252,61 +248,6 @@ class Run:
             dist=self.dist,
             sink=sink,
         )
-
-    def report(
-        self,
-        model: Segmentor,
-        training: dict[str, Any],
-        evaluation: Evaluation,
-        *,
-        num_pictures: int,
-        num_maps: int,
-    ) -> None:
-        """Write results, pictures and probability maps to the run folder and print the table; rank 0 alone."""
-        results, code, config = evaluation.results, describe_code(), self.config.to_dict()
-        judged = {group: config[group] for group in ("data", "test")}
-        contexts = [{"training": training, **code, "config": {**judged, "predict": rule}} for rule in config["predict"]]
-        metric, calibration = self.config.test.metric, evaluation.calibration
-        print(report_results(results, self.folder / "results", contexts, metric=metric, calibration=calibration))
-        write_atomically(
-            self.folder / "results" / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n"
-        )
-        print(format_timing(evaluation.timing))
-        self._save_thresholds(evaluation, contexts)
-        if num_pictures:
-            judge = replace(self, evaluator=self.evaluator.under(evaluation.thresholds))
-            judge._save_pictures(model, results, contexts, num_pictures)
-        for index in range(min(num_maps, len(self.evaluator.dataset))):
-            self._save_probabilities(model, index)
-        print(f"results: {self.folder / 'results'}")
-
-    def _save_thresholds(self, evaluation: Evaluation, contexts: Sequence[dict[str, Any]]) -> None:
-        """Write results/<rule>.<split>.thresholds.json of each rule of scope dataset, for rankseg_rma_fixed."""
-        for result, context in zip(evaluation.results, contexts):
-            if None in evaluation.thresholds.get(result.rule, {}):
-                text = thresholds_json(evaluation.thresholds[result.rule][None], self.classes, context)
-                split = self.config.data.val_split
-                write_atomically(self.folder / "results" / f"{result.rule}.{split}.thresholds.json", text)
-
-    def _save_pictures(
-        self, model: Segmentor, results: Sequence[EvalResult], contexts: Sequence[dict[str, Any]], num_images: int
-    ) -> None:
-        """Write <run>/pictures/{gain,loss,random}/<place>_<image>.png; pictures of another evaluation go to older/."""
-        metric, dataset = self.config.test.metric, self.evaluator.dataset
-        folder = claim_folder(self.folder / "pictures", {"metric": metric, "images": num_images, "rules": contexts})
-        for kind, indices in choose_pictures(results, metric, num_images, self.config.seed).items():
-            for place, index in enumerate(indices):
-                panel = predict_panel(self.evaluator, model, index, metric)
-                save_panel(panel, folder / kind, f"{place:02d}_{dataset.samples[index].name}")
-        print(f"pictures: {folder}")
-
-    def _save_probabilities(self, model: Segmentor, index: int) -> None:
-        """Write <run>/probabilities/<image>.npy, (C, H, W) float32."""
-        dataset = self.evaluator.dataset
-        prob = self.evaluator.probabilities(model, dataset[index].image[None])[0]
-        folder = self.folder / "probabilities"
-        folder.mkdir(exist_ok=True)
-        np.save(folder / f"{dataset.samples[index].name.replace('/', '_')}.npy", prob.cpu().numpy())
 
     def _check_start(self, start: int) -> None:
         """InputError if the processes see different checkpoints, or are given batches that batch norm cannot take."""

@@ -61,6 +61,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "own_images",
     "provenance",
     "validation",
+    "report",
     "run",
     "main",
 ]
