@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # data flows one way: a module imports from those before it
     "errors",
+    "lists",
     "strict_yaml",
     "config",
     "cli",

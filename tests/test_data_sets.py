@@ -13,11 +13,12 @@ from trees import write_ade20k, write_camvid, write_cityscapes, write_folder, wr
 from exp.config import DataConfig, load_groups
 from exp.data import build_dataset, build_normalize
 from exp.data.ade20k import ADE20K
-from exp.data.base import Sample, read_names
+from exp.data.base import Sample
 from exp.data.cityscapes import Cityscapes
 from exp.data.pascal_voc import PascalVOC
 from exp.data.slices import Hippocampus, KiTS, LiTS
 from exp.errors import InputError
+from exp.lists import read_names
 from exp.prepare.facts import fold_of
 from exp.volumes import Case, write_case
 

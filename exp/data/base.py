@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from exp.config import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.errors import InputError
+from exp.lists import describe_numbers
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class SegmentationDataset(Dataset):
             raise InputError(f"{path}: got {values.dtype} values, expected 8-bit class indices")
         wrong = cv2.LUT(values, (self._label_table < 0).astype(np.uint8))  # ten times as fast as numpy's bincount
         if cv2.countNonZero(wrong):
-            known = describe_values(np.flatnonzero(self._label_table >= 0))
+            known = describe_numbers(np.flatnonzero(self._label_table >= 0))
             raise InputError(f"{path}: got label value {values[wrong > 0].min()}, expected {known}")
         return cv2.LUT(values, self._label_table.astype(np.uint8)) if self.label_map else values
 
@@ -161,12 +162,6 @@ def label_table(num_classes: int, label_map: dict[int, int]) -> np.ndarray:
     return table
 
 
-def describe_values(values: np.ndarray) -> str:
-    """Sorted whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
-    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return " or ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def require_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder (DATA.md shows the expected tree)")
@@ -181,26 +176,6 @@ class UnpairedError(InputError):
         self.unpaired, self.samples = unpaired, samples
 
 
-def read_names(path: Path, *, spaces: bool = False) -> list[str]:
-    """A list file -> the names or relative paths in it, one a line; InputError for a line that is anything else.
-
-    spaces: names may hold spaces.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected one image name a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected one image name a line") from None
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if not spaces and len(name.split()) > 1:
-            raise InputError(f"{path}: got the line '{name}', expected one image name and nothing else")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path}: got '{name}', which leads out of the data folder, expected a name inside it")
-    return names
-
-
 def pair_samples(names: list[str], image: Callable[[str], Path], label: Callable[[str], Path]) -> list[Sample]:
     """Names -> samples, each with an image and a label on disk; UnpairedError if there are any that lack one."""
     samples, unpaired = [], []
@@ -209,7 +184,7 @@ def pair_samples(names: list[str], image: Callable[[str], Path], label: Callable
         missing = []
         for path, other in ((sample.image, sample.label), (sample.label, sample.image)):
             if path.parent not in present:
-                present[path.parent] = {p.name for p in require_folder(path.parent).iterdir()}
+                present[path.parent] = {p.name for p in path.parent.iterdir()} if path.parent.is_dir() else set()
             if path.name not in present[path.parent]:
                 missing.append((path, f"no such file, expected the partner of {other}"))
         samples += [] if missing else [sample]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from exp.data.base import Sample, SegmentationDataset, pair_samples, read_names, require_folder
+from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
 from exp.errors import InputError
+from exp.lists import read_names
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -1,6 +1,7 @@
 """PASCAL VOC 2012 with the labels of SBD, in the VOCdevkit layout."""
 
-from exp.data.base import Sample, SegmentationDataset, pair_samples, read_names, require_folder
+from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
+from exp.lists import read_names
 
 
 class PascalVOC(SegmentationDataset):
@@ -62,5 +63,6 @@ class PascalVOC(SegmentationDataset):
         root = require_folder(self.root / "VOCdevkit" / "VOC2012")
         names_file = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
         names = read_names(names_file)
-        labels = root / ("SegmentationClassTrainAug" if self.split == "trainaug" else "SegmentationClass")
-        return pair_samples(names, lambda n: root / "JPEGImages" / f"{n}.jpg", lambda n: labels / f"{n}.png")
+        kind = "SegmentationClassTrainAug" if self.split == "trainaug" else "SegmentationClass"
+        images, labels = require_folder(root / "JPEGImages"), require_folder(root / kind)
+        return pair_samples(names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png")

@@ -11,6 +11,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from exp.errors import InputError
+from exp.lists import read_names
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
 
 # What scipy raises on files that are damaged or of another kind.
@@ -49,7 +50,7 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
     names = trainaug_names(voc / "ImageSets" / "Segmentation", sbd)
     names_file = voc / "ImageSets" / "Segmentation" / "trainaug.txt"
     labels = voc / "SegmentationClassTrainAug"
-    if names_file.exists() and sorted(_read_names(names_file)) != names:
+    if names_file.exists() and sorted(read_names(names_file)) != names:
         raise InputError(
             f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC; move it away to have "
             "it written"
@@ -78,14 +79,8 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
 
 def trainaug_names(lists: Path, sbd: Path) -> list[str]:
     """VOC's lists and SBD's folder -> the names of trainaug, sorted."""
-    train = [*_read_names(sbd / "train.txt"), *_read_names(sbd / "val.txt"), *_read_names(lists / "train.txt")]
-    return sorted(set(train) - set(_read_names(lists / "val.txt")))
-
-
-def _read_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected one image name a line")
-    return path.read_text(encoding="utf-8").split()
+    train = [*read_names(sbd / "train.txt"), *read_names(sbd / "val.txt"), *read_names(lists / "train.txt")]
+    return sorted(set(train) - set(read_names(lists / "val.txt")))
 
 
 def write_label(job: LabelJob) -> None:

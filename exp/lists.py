@@ -1,0 +1,34 @@
+"""Lists of images in files, and whole numbers in words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from exp.errors import InputError
+
+
+def read_names(path: Path, *, spaces: bool = False) -> list[str]:
+    """A list file -> the names or relative paths in it, one a line; InputError for a line that is anything else.
+
+    spaces: names may hold spaces.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected one image name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected one image name a line") from None
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if not spaces and len(name.split()) > 1:
+            raise InputError(f"{path}: got the line '{name}', expected one image name and nothing else")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{path}: got '{name}', which leads out of the data folder, expected a name inside it")
+    return names
+
+
+def describe_numbers(numbers: Sequence[int], separator: str = " or ") -> str:
+    """Ascending whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
+    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return separator.join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
