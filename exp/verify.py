@@ -12,7 +12,7 @@ from PIL import Image
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.errors import InputError
-from exp.prepare.cases import TRAIN, WITHOUT_PARTNER, RawCase, find_cases, is_finished
+from exp.prepare.cases import TRAIN, RawCase, find_cases, is_finished
 from exp.prepare.facts import NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
 from exp.volumes import (
     case_number,
@@ -165,7 +165,9 @@ def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
             folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(read_case(path).slices)
         except InputError as error:
             findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
-    if facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
+    if len(cases) > facts.total_cases:
+        findings.append(Finding("count", folder, f"got {len(cases)} cases, expected {facts.total_cases} at most"))
+    elif facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
         findings.append(Finding("count", folder, f"got {folds} slices by fold, expected {list(facts.fold_slices)}"))
     return findings
 
@@ -181,7 +183,7 @@ def list_raw(name: str, data_dir: Path) -> tuple[list[RawCase], list[Finding]]:
     cases, alone = find_cases(name, data_dir)
     prepared = {path.name for path in prepared_cases(VOLUMES[name], data_dir)}
     findings = [Finding("not prepared", case.image, "has no slices") for case in cases if case.name not in prepared]
-    findings += [Finding("not prepared", path, WITHOUT_PARTNER) for path in alone]
+    findings += [Finding("not prepared" if v.is_test else "unpaired", v.path, v.text) for v in alone]
     return cases, findings
 
 
@@ -235,7 +237,11 @@ def hash_file(path: Path) -> str:
 def read_manifest(path: Path) -> dict[str, str]:
     """A manifest as sha256sum writes it -> hash by the file's path below data_dir."""
     manifest = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected a manifest") from None
+    for number, line in enumerate(lines, 1):
         digest, space, name = line.partition("  ")
         if not (space and len(digest) == 64):
             raise InputError(f"{path}: got a line {number} that is no '<sha256>  <path>', expected a manifest")

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.errors import InputError, run_and_report
-from exp.prepare.cases import TRAIN, count_slices, prepare_cases
+from exp.prepare.cases import TRAIN, count_slices, missing_cases, prepare_cases
 from exp.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, fold_of
 from exp.prepare.trees import check_tree
 from exp.prepare.voc import prepare_voc
@@ -63,6 +63,8 @@ def print_cases(name: str, data_dir: Path) -> None:
         folds[fold_of(case_number(case), facts.cases_per_fold)] += count
     known = f"; known: {sum(facts.fold_slices)}, {describe(facts.fold_slices)}" if facts.fold_slices else ""
     print(f"{data_dir / facts.folder / TRAIN}: {len(counts)} of {facts.total_cases} cases are ready")
+    if missing := missing_cases(facts, counts):
+        print(f"without slices: the cases {missing}")
     print(f"slices: {sum(folds)}, {describe(folds)}{known}")
 
 
@@ -76,7 +78,8 @@ def print_images(name: str, data_dir: Path) -> None:
     from exp.data import build_dataset
 
     config = load_groups({"data": [name]}, [])["data"]
-    for split, total in zip(("train", "val"), SPLIT_TOTALS[name]):
+    for split, name_of_split in (("train", config.train_split), ("val", config.val_split)):
+        total = SPLIT_TOTALS[name][name_of_split]
         print(f"{name}: {len(build_dataset(config, str(data_dir), split))} of {total} images to {split}")
 
 

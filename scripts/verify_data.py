@@ -22,7 +22,7 @@ from exp.config import DataConfig, load_groups
 from exp.data import dataset_facts, find_dataset
 from exp.data.base import SegmentationDataset
 from exp.errors import InputError, run_and_report
-from exp.prepare.cases import RawCase
+from exp.prepare.cases import RawCase, missing_cases
 from exp.prepare.facts import SPLIT_TOTALS, VOLUMES
 from exp.prepare.jobs import run_jobs, staged, thread_pool
 from exp.verify import Finding
@@ -72,16 +72,23 @@ def check_dataset(config: DataConfig, data_dir: Path, pool: Executor) -> Checked
         results, _ = run_jobs(check_raw, raw, pool, "volumes", "case")
         collect(results, findings, hashes)
         findings += more + verify.check_prepared(facts, data_dir)
-        if not verify.prepared_cases(facts, data_dir):
+        prepared = [path.name for path in verify.prepared_cases(facts, data_dir)]
+        missing = missing_cases(facts, prepared)
+        print(f"{len(prepared)} of {facts.total_cases} known cases have slices{f'; not {missing}' if missing else ''}")
+        if not prepared:
             print(f"{config.name}: got volumes alone, no slices yet (scripts/prepare_data.py makes them)")
             return findings, hashes
     images = []
-    for split, total in zip(("train", "val"), SPLIT_TOTALS.get(config.dataset, (None, None))):
+    for split in ("train", "val"):
         dataset = open_split(config, data_dir, split)
+        total = SPLIT_TOTALS.get(config.dataset, {}).get(dataset.split)
         results, _ = run_jobs(partial(check_index, dataset), range(len(dataset)), pool, split, "image")
         collect(results, findings, hashes)
         findings += verify.find_duplicates(dataset)
         findings += [Finding("unpaired", path, text) for path, text in dataset.unpaired]
+        if total and len(dataset) > total:
+            text = f"got {len(dataset)} images in split '{dataset.split}', expected {total} at most"
+            findings.append(Finding("count", dataset.root, text))
         images += [sample.image for sample in dataset.samples]
         print(f"{split}: {len(dataset)}{f' of {total} known' if total else ''} images")
     return findings + verify.find_identical(images, hashes), hashes
@@ -121,8 +128,9 @@ def reason_against(config: DataConfig, data_dir: Path, findings: list[Finding]) 
 def check_manifest(path: Path, hashes: dict[Path, str], data_dir: Path, reason: str | None) -> list[Finding]:
     """Compare the files with the manifest; where there is none, write it, unless there is a reason against it."""
     if path.exists():
+        findings = verify.compare_manifest(verify.read_manifest(path), hashes, data_dir)
         print(f"{path}: compared")
-        return verify.compare_manifest(verify.read_manifest(path), hashes, data_dir)
+        return findings
     if reason:
         print(f"{path}: not written, {reason}")
     elif not os.access(path.parent, os.W_OK):

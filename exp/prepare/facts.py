@@ -18,6 +18,7 @@ class VolumeFacts:
     """How the slices of a data set of volumes are made.
 
     label: slices that hold this value are kept (None: any but 0). size: (H, W) of the slices, None: the source's.
+    numbers: those of the cases with labels, where they are without gaps; what lies beyond is the owner's for testing.
     fold_slices: known number of slices in each validation fold, where it is known.
     """
 
@@ -26,6 +27,7 @@ class VolumeFacts:
     size: tuple[int, int] | None
     rescale: bool
     total_cases: int
+    numbers: range | None
     cases_per_fold: int
     fold_slices: tuple[int, ...] | None
 
@@ -34,16 +36,16 @@ SLICE_SIZE = (512, 512)  # the paper's; nearly every CT matrix
 
 # fold_slices: the slices with tumour that the paper's code base lists per fold
 VOLUMES = {
-    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, 26, (1320, 889, 459, 2278, 2244)),
-    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, 42, (952, 1255, 1418, 1471, 616)),
-    "hippocampus": VolumeFacts("hippocampus", None, None, True, 260, 79, None),
+    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, range(131), 26, (1320, 889, 459, 2278, 2244)),
+    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, range(210), 42, (952, 1255, 1418, 1471, 616)),
+    "hippocampus": VolumeFacts("hippocampus", None, None, True, 260, None, 79, None),
 }
 
-SPLIT_TOTALS = {  # training and validation images
-    "pascal_voc": (10582, 1449),
-    "cityscapes": (2975, 500),
-    "ade20k": (20210, 2000),
-    "camvid": (367, 101),
+SPLIT_TOTALS = {  # images by split
+    "pascal_voc": {"trainaug": 10582, "train": 1464, "val": 1449},
+    "cityscapes": {"train": 2975, "val": 500},
+    "ade20k": {"training": 20210, "validation": 2000},
+    "camvid": {"train": 367, "val": 101, "test": 233},
 }
 
 ARCHIVES = {
@@ -74,7 +76,7 @@ ARCHIVES = {
             tuple(f"camvid/{split}" for split in ("train", "trainannot", "val", "valannot")),
         ),
     ),
-    "lits": (Archive("Training_Batch1.zip and Training_Batch2.zip", ("lits",)),),
+    "lits": (Archive("Training_Batch1.zip", ("lits",)), Archive("Training_Batch2.zip", ("lits",))),
     "kits": (Archive("the repository github.com/neheller/kits19 with its starter_code.get_imaging", ("kits",)),),
     "hippocampus": (Archive("Task04_Hippocampus.tar", ("hippocampus",)),),
 }

@@ -5,6 +5,8 @@ from pathlib import Path
 from exp.errors import InputError
 from exp.prepare.facts import ARCHIVES
 
+PACKED = (".zip", ".tar", ".tgz")  # what an unpacked tree does not consist of
+
 
 def check_tree(name: str, data_dir: Path) -> None:
     """InputError that tells every missing or empty folder of a data set, and the archive it comes from."""
@@ -18,11 +20,14 @@ def check_tree(name: str, data_dir: Path) -> None:
             hint = f", which lies packed at {packed}" if packed else ""
             missing.append(f"{', '.join(folders)} (from {archive.name}{hint})")
     if missing:
-        raise InputError(f"{data_dir}: got no files in {'; '.join(missing)}. DATA.md shows the expected tree")
+        raise InputError(f"{data_dir}: got nothing unpacked in {'; '.join(missing)}. DATA.md shows the expected tree")
 
 
 def _holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    """Whether a folder has anything unpacked in it."""
+    if not folder.is_dir():
+        return False
+    return any(not path.name.startswith(".") and path.suffix not in PACKED for path in folder.iterdir())
 
 
 def _find_packed(data_dir: Path, folder: str, archive: str) -> Path | None:
