@@ -335,6 +335,11 @@ class Run:
         )
         if self.dist.world_size > 1 and self.dist.device.type == "cpu":
             text += "\nbatch norm stays local to each process: PyTorch has no SyncBN for the CPU"
+        if self.config.loss.dataset_weight and self.config.schedule.accumulation > 1:
+            text += (
+                "\nthe loss over the data set is taken over each micro-batch: schedule.accumulation="
+                f"{self.config.schedule.accumulation} is not the loss of the whole batch"
+            )
         return text
 
     def _describe_training(self, iteration: int, config: dict[str, Any]) -> dict[str, Any]:
