@@ -34,7 +34,7 @@ class Dist:
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """A tensor -> its mean over the processes (a new tensor, on every rank)."""
+        """A tensor -> its mean over the processes, on every rank (of one process: the tensor itself)."""
         if self.world_size == 1:
             return value
         total = value.detach().clone()

@@ -178,7 +178,7 @@ class WithCrossEntropy(nn.Module):
 
 
 class WithAuxiliary(nn.Module):
-    """(main logits, auxiliary logits), hard labels -> (1 - weight) x main loss + weight x auxiliary loss.
+    """(main logits, auxiliary logits), labels -> (1 - weight) x main loss + weight x auxiliary loss.
 
     Computed in float32 (logits of float64: in float64), whatever the precision around it.
     """

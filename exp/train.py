@@ -71,8 +71,6 @@ class TrainStep:
     def _backward(self, image: Tensor, label: Tensor, counted: Tensor) -> Tensor:
         with autocast(self.amp, self.dist.device):
             outputs = self.model(self.normalize(image))
-        if self.amp != "off":
-            outputs = tuple(logits.float() for logits in outputs)
         loss = self.criterion(outputs, label, counted)
         self.scaler.scale(loss).backward()
         return loss.detach()
