@@ -13,7 +13,7 @@ from PIL import Image
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.errors import InputError
 from exp.prepare.cases import TRAIN, RawCase, find_cases, is_finished
-from exp.prepare.facts import NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
+from exp.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
 from exp.volumes import (
     case_number,
     list_cases,
@@ -48,7 +48,6 @@ NOTES = {  # worth a look, but found in sound data too
     "not in the manifest": "files that came after it",
 }
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # those that Pillow names so
-MAX_LABEL = 2  # in the label volumes of LiTS, KiTS19 and the hippocampus
 
 
 @dataclass(frozen=True)

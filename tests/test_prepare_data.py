@@ -348,6 +348,17 @@ def test_an_archive_in_the_folder_of_its_content_is_found(prepare, tmp_path: Pat
     assert f"(from Training_Batch2.zip, which lies packed at {packed})" in prepare("lits", tmp_path)[2]
 
 
+def test_labels_of_another_data_set_are_refused(prepare, tmp_path: Path):
+    write_kits(tmp_path, [0, 1])
+    _, label = ct_case(1)
+    label[3, :2] = 3
+    save_nifti(tmp_path / "kits" / "case_00001" / "segmentation.nii.gz", label, KITS_AFFINE)
+    status, out, _ = prepare("kits", tmp_path)
+    assert status == 2
+    assert "case_00001/segmentation.nii.gz: got label value 3, expected 0..2" in out
+    assert [path.name for path in list_cases(tmp_path / "kits" / "train")] == ["case_00000"]
+
+
 def test_cases_that_are_not_there_are_named(prepare, tmp_path: Path):
     write_kits(tmp_path, [0, 2, 3, 209])
     (tmp_path / "kits" / "case_00002" / "imaging.nii.gz").unlink()
@@ -394,17 +405,18 @@ def test_real_ct_goes_through_the_slice_code(prepare, real_data: Path, tmp_path:
     folder = tmp_path / "kits" / "case_00003"
     folder.mkdir(parents=True)
     (folder / "imaging.nii.gz").symlink_to(real_data / "ct_sample" / "example_ct_sm.nii.gz")
-    (folder / "segmentation.nii.gz").symlink_to(real_data / "ct_sample" / "example_seg.nii.gz")
+    organs = nib.load(real_data / "ct_sample" / "example_seg.nii.gz")
+    classes = np.clip(organs.get_fdata(), 0, 2).astype(np.uint8)  # KiTS19 has no more than two
+    save_nifti(folder / "segmentation.nii.gz", classes, organs.affine)
     assert prepare("kits", tmp_path)[0] == 0
     case = read_case(tmp_path / "kits" / "train" / "case_00003")
     hu = nib.load(folder / "imaging.nii.gz").get_fdata()
-    organs = nib.load(folder / "segmentation.nii.gz").get_fdata()
     assert case.resized
     assert case.axis == 2
     for index in case.slices[::5]:
         image, label = read_slice(tmp_path / "kits" / "train" / "case_00003" / f"{index:04d}.npz")
         rows, columns = (np.floor((np.arange(n) + 0.5) * 512 / n).astype(int) for n in hu.shape[:2])
-        np.testing.assert_array_equal(label[np.ix_(rows, columns)], organs[..., index])
+        np.testing.assert_array_equal(label[np.ix_(rows, columns)], classes[..., index])
         near = np.abs(image[np.ix_(rows, columns)] - hu[..., index])
         assert np.median(near) < 15  # linear between neighbours half a voxel away at most
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exp.errors import InputError
 from exp.lists import describe_numbers
-from exp.prepare.facts import VOLUMES, VolumeFacts
+from exp.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
 from exp.volumes import (
     CASE_FILE,
@@ -179,9 +179,12 @@ def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> Scan:
 
 
 def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[RawCase, tuple[int, ...]]) -> None:
-    """Write <root>/train/<case>/ with these slices of a raw case."""
+    """Write <root>/train/<case>/ with these slices of a raw case; InputError for labels that are no class."""
     raw, slices = job
     image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
+    labels = read_labels(label, slices)
+    if (highest := labels.max(initial=0)) > MAX_LABEL:
+        raise InputError(f"{raw.label}: got label value {highest}, expected 0..{MAX_LABEL}")
     size = facts.size or image.slice_shape
     case = Case(
         image=str(raw.image.relative_to(root)),
@@ -197,7 +200,7 @@ def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[
     )
     with staged(root / TRAIN / raw.name) as folder:
         folder.mkdir()
-        write_case(folder, case, read_image(image, slices, rescale=facts.rescale), read_labels(label, slices))
+        write_case(folder, case, read_image(image, slices, rescale=facts.rescale), labels)
 
 
 def missing_cases(facts: VolumeFacts, names: Iterable[str]) -> str:

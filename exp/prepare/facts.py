@@ -32,6 +32,7 @@ class VolumeFacts:
     fold_slices: tuple[int, ...] | None
 
 
+MAX_LABEL = 2  # in the label volumes of LiTS, KiTS19 and the hippocampus
 SLICE_SIZE = (512, 512)  # the paper's; nearly every CT matrix
 
 # fold_slices: the slices with tumour that the paper's code base lists per fold
