@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config import TestConfig
+from exp.errors import InputError
 
 CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small
 
@@ -24,7 +25,7 @@ class Inference:
     is computed in float32, and the probabilities of the views are averaged, as mmsegmentation does.
 
     One view at scale 1 keeps one map of the image's size, which logits and probabilities share. Several views keep a
-    second one, and a resized view a third.
+    second one, and a resized view a third. InputError where they are no numbers: a network in half precision overflows.
     """
 
     crop_size: tuple[int, int]
@@ -41,6 +42,11 @@ class Inference:
         for logits in self.logits(model, image):
             prob = softmax_(logits, self.temperature)
             total = prob if total is None else total.add_(prob)
+        if not total.sum().isfinite():  # a rule would decide for class 0 there, and nobody would know
+            raise InputError(
+                "test.amp: got an image whose logits are no numbers, expected finite ones (fp16 overflows where bf16 "
+                "and off do not; if it is off already, the weights are broken)"
+            )
         return total.div_(self.num_views) if self.num_views > 1 else total
 
     @property

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from exp.config import TestConfig
+from exp.errors import InputError
 from exp.inference import Inference, build_inference, resize, softmax_, starts
 
 
@@ -134,6 +135,14 @@ def test_half_precision_logits_are_averaged_in_single():
     prob = Inference((8, 8), (3, 3), 2)(lambda x: Position()(x).bfloat16(), image)
     assert prob.dtype == torch.float32
     torch.testing.assert_close(prob, Position()(image).bfloat16().float().softmax(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(value: float):
+    image = torch.zeros(1, 3, 8, 8)
+    image[0, 1, 5, 6] = value
+    with pytest.raises(InputError, match=r"test\.amp: got an image whose logits are no numbers"):
+        Inference((8, 8), (6, 6), 3)(Position(), image)
 
 
 def test_resizing_to_the_same_size_is_the_identity():
