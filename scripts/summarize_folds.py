@@ -3,7 +3,8 @@
     python scripts/summarize_folds.py OUTPUT/*fold*  --output folds.json
 
 RUN is the folder of a run (<output_dir>/<model>.<data>....) whose results/<rule>.json exp/main.py wrote. The runs must
-be judged alike: the same data set, test and predict settings, each on another fold.
+be judged alike: the same data set, test and predict settings, each on another fold. What a fold fits for itself may
+differ: a temperature (--fit_temperature) and the thresholds file of rankseg_rma_fixed.
 """
 
 import argparse
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.errors import InputError, run_and_report
 
-FOLD = ("data", "fold")  # where folds may differ
+OWN = ("data.fold", "predict.thresholds")  # where folds may differ
+TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +51,7 @@ def load_run(run: Path) -> dict[str, dict[str, Any]]:
 
 def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
     """One rule's results by run; InputError if two of them were judged differently, or on the same fold."""
-    (first, base), *others = [(run, settings(content)) for run, content in contents.items()]
+    (first, base), *others = [(run, settings(run, content)) for run, content in contents.items()]
     for run, other in others:
         if other != base:
             keys = [key for key in {**base, **other} if base.get(key) != other.get(key)]
@@ -62,10 +64,20 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
         folds[fold] = run
 
 
-def settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A result -> how it was judged, without the fold, key by key."""
+def settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's result -> how it was judged, without what is the fold's own, key by key."""
     config = content.get("config", {})
-    return {f"{group}.{key}": v for group in config for key, v in config[group].items() if (group, key) != FOLD}
+    found = {f"{group}.{key}": v for group in config for key, v in config[group].items()}
+    found = {key: value for key, value in found.items() if key not in OWN}
+    if TEMPERATURE in found and found[TEMPERATURE] == fitted_temperature(run):
+        found[TEMPERATURE] = "fitted"
+    return found
+
+
+def fitted_temperature(run: Path) -> float | None:
+    """The temperature that was fitted for the run's network; None if none was."""
+    path = run / "results" / "temperature.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("temperature") if path.is_file() else None
 
 
 def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -58,3 +58,19 @@ def test_folds_that_cannot_be_averaged(script, tmp_path: Path):
         status, _, err = script("summarize_folds", *args)
         assert status == 2
         assert message in err
+
+
+def test_what_a_fold_fits_for_itself_may_differ(script, tmp_path: Path):
+    runs = [save_fold(tmp_path / f"fold{k}", k, temperature=temperature) for k, temperature in enumerate((0.9, 1.3))]
+    status, _, err = script("summarize_folds", *runs)
+    assert status == 2
+    assert "got another test.temperature" in err, "a number that the user chose is the same in every fold"
+    for run, temperature in zip(runs, (0.9, 1.3)):
+        (run / "results" / "temperature.json").write_text(json.dumps({"temperature": temperature}))
+        result = run / "results" / "rma.json"
+        content = json.loads(result.read_text())
+        content["config"]["predict"]["thresholds"] = f"{run}/train.thresholds.json"
+        result.write_text(json.dumps(content))
+    status, printed, err = script("summarize_folds", *runs)
+    assert status == 0, err
+    assert "rma" in printed
