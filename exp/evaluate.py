@@ -229,8 +229,9 @@ def format_timing(timing: Timing) -> str:
     """Timing -> the lines that a run prints."""
     values = timing.to_dict()
     steps, decisions = values["milliseconds_per_image"], values["decision_milliseconds_per_image"]
-    width = max(map(len, ("forward pass", *decisions)))
-    rows = {"forward pass": steps["forward"], **decisions}
+    pooling = {"gathering thresholds": steps["pool"]} if "pool" in steps else {}
+    rows = {"forward pass": steps["forward"], **pooling, **decisions}
+    width = max(map(len, rows))
     lines = ["milliseconds an image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
     return "\n".join(lines)
 

@@ -6,7 +6,8 @@
 
 The input is an image, a NIfTI volume, or a folder of them with all its subfolders. Images have any size: a window
 slides over them, and they are taken as the file stores them (an EXIF orientation is not applied). A volume is cut into
-axial slices, which are windowed and resized as in training. Below --output_dir:
+axial slices, which are windowed and resized as in training. Thresholds of a case or data set are those of all slices
+that are given, where an evaluation has the slices of its data set alone. Below --output_dir:
 
     masks/<rule>/<name>.png        labels as a palette PNG, in the values of the data set's own label files
     masks/<rule>/<name>.nii.gz     labels of a volume on its own grid
@@ -31,6 +32,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    for text in args.overrides:
+        if text.startswith("test.") and not args.test_yaml:
+            raise InputError(
+                f"--set {text}: expected together with --test_yaml NAME (without it, the checkpoint's run says how "
+                "images become probabilities)"
+            )
     return args
 
 

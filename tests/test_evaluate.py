@@ -95,6 +95,8 @@ def test_decisions_are_timed_beside_the_forward_pass(camvid_dir: Path):
     assert both.num_images == 6
     assert both.to_dict() == {**timing.to_dict(), "images": 6, "forward_passes": 6}
     assert format_timing(timing).splitlines()[2].startswith("slow ")
+    timing.steps["pool"] = 0.03  # the price of rules of a wider scope besides their decision
+    assert format_timing(timing).splitlines()[2].split() == ["gathering", "thresholds", "10.00"]
 
 
 def test_each_rule_is_judged_as_if_it_were_alone(camvid_dir: Path):

@@ -117,6 +117,9 @@ def test_another_window(script, trained: Path, tmp_path: Path):
 def test_the_temperature_that_was_fitted(program, script, trained: Path, tmp_path: Path):
     image, out = trained / "images" / "shapes_val_0000.png", ["--output_dir", tmp_path / "out"]
     fitted = ["--test_yaml", "test_iou", "--set", "test.temperature=fitted"]
+    status, _, err = script("predict", checkpoint(trained), image, *out, *fitted[2:])
+    assert status == 2
+    assert "--set test.temperature=fitted: expected together with --test_yaml" in err
     status, _, err = script("predict", checkpoint(trained), image, *out, *fitted)
     assert status == 2
     assert f"{trained / TINY_RUN / 'results' / 'temperature.json'}: no such file" in err
