@@ -115,7 +115,8 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
 
     timeout: of the collectives of a training step, which all processes reach together. gather() and the end, where one
     process may wait for another's share of the evaluation or for rank 0's pictures, go through a group of their own
-    without such a limit; a process that dies is noticed by the closed connection.
+    without such a limit; a process that dies is noticed by the closed connection. InputError where the environment
+    names several processes and not how they meet.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
@@ -126,6 +127,12 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
     if world_size == 1:
         yield Dist(rank, world_size, device)
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE: got {world_size} in the environment without {', '.join(missing)}, expected all that torchrun "
+            "sets: start with torchrun, or unset it"
+        )
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
     try:

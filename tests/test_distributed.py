@@ -210,6 +210,15 @@ def test_alone_everything_is_a_no_op():
         assert dist.wrap(model) is model
 
 
+def test_several_processes_that_cannot_meet_are_refused(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "got 2 in the environment without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(InputError, match=message), distributed.session("cpu"):
+        pass
+
+
 @pytest.mark.parametrize("encoder", ["mobilenetv3_small_100", "resnet18d"])
 def test_accelerators_get_sync_batch_norm(monkeypatch, encoder: str):
     """What would be wrapped on a GPU computes the same, activations inside norm layers included; it is not run here."""
