@@ -175,7 +175,7 @@ class Evaluator:
         """This process's images one by one, the time spent waiting for them noted."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         start = time.perf_counter()
-        for batch in tqdm(loader, desc=what, unit="img", disable=not self.dist.is_main, leave=False):
+        for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
             timing.steps["load"] = timing.steps.get("load", 0.0) + time.perf_counter() - start
             yield batch
             start = time.perf_counter()
@@ -192,7 +192,7 @@ class Evaluator:
     def read_all(self) -> None:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        for _ in tqdm(loader, desc="reading the validation set", disable=not self.dist.is_main, leave=False):
+        for _ in tqdm(loader, desc="reading the validation set", disable=self.dist.hides_bars, leave=False):
             pass
 
     def under(self, thresholds: Mapping[str, Mapping[str | None, Thresholds]]) -> "Evaluator":

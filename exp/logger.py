@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -93,10 +94,14 @@ class NullLogger:
 
 
 class RunLogger(NullLogger):
-    """Rank 0's logger: <run>/log.jsonl is appended to, <run>/tensorboard holds the events."""
+    """Rank 0's logger: <run>/log.jsonl is appended to, <run>/tensorboard holds the events.
+
+    A progress bar where stderr is a terminal; elsewhere, such as in a file, a line every logging step.
+    """
 
     def __init__(self, run_dir: Path, start: int, total: int) -> None:
-        self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0)
+        self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0, disable=None)
+        self._total = total
         self._run_dir, self._purge_step = run_dir, start + 1 if start else None
         self._log = run_dir / "log.jsonl"
 
@@ -118,10 +123,14 @@ class RunLogger(NullLogger):
             row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             file.write(json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}) + "\n")
         if "train/loss" in values:
-            self._bar.set_postfix_str(
+            text = (
                 f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
                 f"{values['train/data_wait_share']:.0%}, {values['train/peak_memory_gib']:.1f} GiB"
             )
+            self._bar.set_postfix_str(text)
+            if self._bar.disable:
+                left = timedelta(seconds=round(values["train/remaining_seconds"]))
+                print(f"iteration {iteration} of {self._total}: {text}, {left} left", file=sys.stderr, flush=True)
 
     def image(self, iteration: int, name: str, image: np.ndarray) -> None:
         """(H, W, 3) uint8 -> TensorBoard."""

@@ -40,6 +40,8 @@ def main() -> None:
             model, training, evaluation = run.train(args.data_dir)
         if dist.is_main:
             report = Report(run.config, run.folder, run.evaluator, model, training)
+            if args.save_masks:
+                print(f"masks: {run.folder / 'masks'}")
             report.save(evaluation, num_pictures=args.save_pred, num_maps=args.save_prob)
 
 

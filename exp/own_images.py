@@ -122,7 +122,7 @@ class Predictor:
         if not self.pooled:
             return self
         pools = Pools(self.pooled)
-        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False):
+        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
             for image in self.images(source):
                 pools.add(self.probabilities(image), source.name)
         return replace(self, thresholds=pools.thresholds())
@@ -184,12 +184,12 @@ class Output:
 
 def predict_files(predictor: Predictor, sources: Sequence[Source], output: Output) -> None:
     """Write masks and overlays of every source, and classes.json; all sources are looked at before the first."""
-    for source in tqdm(sources, desc="reading", leave=False):
+    for source in tqdm(sources, desc="reading", leave=False, disable=None):
         predictor.read(source)  # a damaged file should not wait for its turn
     output.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(output.classes, describe_classes(predictor))
     predictor = predictor.gather_thresholds(sources)
-    for source in tqdm(sources, desc="predicting", unit="file", leave=False):
+    for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
         pixels = predictor.read(source)
         if isinstance(pixels, Volume):
             _predict_volume(predictor, source, pixels, output)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from exp.calibration import count_calibration
 from exp.data import decode
-from exp.data.base import IGNORE_INDEX, label_table, require_folder
+from exp.data.base import IGNORE_INDEX, label_table
 from exp.errors import InputError
 from exp.metrics import EvalResult, count
 from exp.predict import Rule, bind_rules
@@ -175,7 +175,9 @@ def pair_files(prob_dir: Path, label_dir: Path) -> list[MapFile]:
 def list_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """The folder's files of these suffixes by name; hidden and other files are left out."""
     found: dict[str, Path] = {}
-    for path in sorted(require_folder(folder).iterdir()):
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected one of maps or of label files")
+    for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(tuple(suffixes)):
             continue
         name = stem(path, suffixes)
@@ -260,13 +262,13 @@ def judge(
     """
     pools = Pools({name: rule for name, rule in rules.items() if isinstance(rule, PooledRule)})
     if pools.rules:
-        for file in tqdm(files, desc="gathering thresholds", unit="map", leave=False):
+        for file in tqdm(files, desc="gathering thresholds", unit="map", leave=False, disable=None):
             for unit in reader.units(file):
                 pools.add(to_tensor(unit.prob, file, len(classes)), _case_for(pools.rules, unit))
     thresholds = pools.thresholds()
     rows = [
         row
-        for file in tqdm(files, desc="judging", unit="map", leave=False)
+        for file in tqdm(files, desc="judging", unit="map", leave=False, disable=None)
         for row in _judge_file(file, reader, rules, thresholds, len(classes))
     ]
     names, cases, counts, calibration = zip(*rows)

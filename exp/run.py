@@ -106,7 +106,7 @@ class Run:
             before, after = (content["held_out"][when]["ECED"] for when in ("before", "after"))
             print(
                 f"temperature {content['temperature']:.4f} fitted on {part}; ECED of other images "
-                f"{before:.2f} -> {after:.2f} ({self.temperature_file})"
+                f"{before:.2f} -> {after:.2f} ({self.temperature_file}); from now on test.temperature=fitted uses it"
             )
         self.dist.gather(None)  # the file is there before another process reads it
 

@@ -47,7 +47,7 @@ def draw_pixels(
     """Pixels that are not ignored, PIXELS of each image at most, drawn by (seed, index): any processes, one draw."""
     model.eval()
     drawn = {}
-    for index in tqdm(indices[dist.rank :: dist.world_size], "drawing pixels", disable=not dist.is_main, leave=False):
+    for index in tqdm(indices[dist.rank :: dist.world_size], "drawing pixels", disable=dist.hides_bars, leave=False):
         item = dataset[index]
         label = item.label.flatten()
         places = (label != IGNORE_INDEX).nonzero()[:, 0]

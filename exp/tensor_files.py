@@ -43,5 +43,5 @@ def load_tensor_file(path: Path, expected: str) -> Any:
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}") from None

@@ -5,9 +5,9 @@
 
 Generated JPEGs of 512x512 pixels with 21-class labels go through exp.evaluate as in a test-only run, by a
 deeplabv3plus_resnet18d with random weights. Such a network has no opinion, and a rule would have nothing to do: logits
-that follow the image's colours are put in the place of its own (the time of that counts as forward pass), so sharp that
-about nine classes of ten are pruned, as on the maps of networks trained on VOC; the share is printed. The images are
-judged under argmax and rankseg_rma, then under one rule more.
+that follow the image's colours, sharp as a trained network's, are put in the place of its own (the time of that counts
+as forward pass); the share of classes that RankSEG-RMA prunes is printed (about nine of ten on real maps of VOC). The
+images are judged under argmax and rankseg_rma, then under one rule more.
 """
 
 from __future__ import annotations

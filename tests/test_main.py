@@ -28,6 +28,8 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     status, printed, err = program(*flags, "--output_dir", out, "--predict_yaml", "argmax")
     assert status == 0, err
     assert "mIoUI" in printed
+    assert "iteration 3 of 3: loss" in err  # no terminal, no bar
+    assert "\r" not in err
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -417,8 +419,7 @@ def torchrun(flags: list, cwd: Path = ROOT / "exp") -> subprocess.CompletedProce
 def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     """torchrun from exp/, then test-only as one process from the top level, as a user types them."""
     common = ["--data_dir", str(voc_dir), "--output_dir", str(tmp_path / "out"), *PAPER_FLAGS]
-    small = "data.test_crop=[24,24]"  # TRNA takes seconds on a whole image of an untrained network
-    trained = torchrun([*common, "--predict_yaml", "argmax", *small])
+    trained = torchrun([*common, "--predict_yaml", "argmax", *SMALL])
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "out" / "upernet_convnext_base.fb_in22k_ft_in1k_384.pascal_voc.ce.40k_iters.adamw_lr6e-5"
     assert (run / "results" / "argmax.json").exists()
@@ -426,7 +427,7 @@ def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     before = checkpoint_bytes(run)
     tested = subprocess.run(
         [sys.executable, ROOT / "exp" / "main.py", *common, "--predict_yaml", "argmax", "rankseg_rma", "--test-only"]
-        + small,
+        + SMALL,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -442,7 +443,7 @@ def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     # Interrupted after the first step, the two processes go on to the same weights.
     whole = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
     (run / "checkpoints" / "iter_0000002.pt").unlink()
-    resumed = torchrun([*common, "--predict_yaml", "argmax", *small])
+    resumed = torchrun([*common, "--predict_yaml", "argmax", *SMALL])
     assert resumed.returncode == 0, resumed.stderr
     assert "iterations 1 to 2" in resumed.stdout
     again = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")

@@ -164,23 +164,25 @@ def test_two_files_of_one_case_are_refused(prepare, tmp_path: Path):
 
 
 def test_what_lies_in_the_way_is_refused_and_kept(prepare, tmp_path: Path):
-    write_lits(tmp_path, [3])
+    write_lits(tmp_path, [3, 4])
     own = tmp_path / "lits" / "train" / "volume-3" / "mine.txt"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    status, _, err = prepare("lits", tmp_path)
+    status, out, err = prepare("lits", tmp_path)
     assert status == 2
-    assert "volume-3: got something else under a case's name" in err
+    assert "volume-3: got something else under a case's name" in out
+    assert "got 1 cases that could not be prepared" in err
     assert own.read_text() == "mine"
+    assert (tmp_path / "lits" / "train" / "volume-4" / "case.json").is_file()
 
 
 def test_a_case_that_lost_a_slice_is_told(prepare, tmp_path: Path):
     write_lits(tmp_path, [3])
     assert prepare("lits", tmp_path)[0] == 0
     (tmp_path / "lits" / "train" / "volume-3" / "0002.npz").unlink()
-    status, _, err = prepare("lits", tmp_path)
+    status, out, _ = prepare("lits", tmp_path)
     assert status == 2
-    assert "0002.npz: got no whole slice, expected one; remove" in err
+    assert "0002.npz: got no whole slice, expected one; remove" in out
 
 
 def test_a_full_disk_is_told_before_anything_is_written(prepare, tmp_path: Path, monkeypatch):
@@ -231,11 +233,20 @@ def test_interrupted_it_goes_on(tmp_path: Path, kind: signal.Signals):
     assert "Traceback" not in err
     for folder in train.glob("case_*"):
         assert len(list_slices(folder)) == len(read_case(folder).slices) == 2
-    time.sleep(0.3)  # workers of a killed process end by themselves
+    while group_lives(process.pid) and time.monotonic() < deadline:  # workers of a killed process end by themselves
+        time.sleep(0.05)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(list_cases(train)) == 12
     check_unchanged(before, tmp_path)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_ctrl_c_drops_what_waits():

@@ -73,4 +73,4 @@ def _decode_pillow(data: bytes, path: Path, mode: str | None = None) -> np.ndarr
 
 
 def _unreadable(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: got a file that cannot be read ({reason}), expected a PNG or JPEG image")
+    return InputError(f"{path}: got a file that cannot be read ({reason}), expected an image, such as PNG or JPEG")

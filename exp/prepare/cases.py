@@ -141,16 +141,16 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
         remove_stale(folder)
     if not cases and not (folder.is_dir() and list_cases(folder)):
         raise InputError(f"{root}: got no pair of image and label volume (DATA.md shows the expected tree)")
-    finished = [case for case in cases if is_finished(folder / case.name)]
-    waiting = [case for case in cases if case not in finished]
-    print(f"{root}: {len(cases)} cases, {len(finished)} of them prepared before")
+    states, broken = run_jobs(lambda case: is_finished(folder / case.name), cases, None, "recognising", "case")
+    waiting = [case for case, finished in states if not finished]
+    print(f"{root}: {len(cases)} cases, {len(states) - len(waiting)} of them prepared before")
     with worker_pool(workers if waiting else 1) as pool:
         scans, faults = run_jobs(partial(scan_case, facts, check_affine), waiting, pool, "looking", "case")
         require_space(folder, sum(scan.num_bytes for _, scan in scans))
         folder.mkdir(exist_ok=True)
         write = partial(prepare_case, facts, check_affine, root)
         _, more = run_jobs(write, [(raw, scan.slices) for raw, scan in scans], pool, "writing", "case")
-    report_faults(faults + more, "cases")
+    report_faults(broken + faults + more, "cases")
 
 
 def is_finished(folder: Path) -> bool:
