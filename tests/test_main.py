@@ -419,7 +419,8 @@ def torchrun(flags: list, cwd: Path = ROOT / "exp") -> subprocess.CompletedProce
 def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     """torchrun from exp/, then test-only as one process from the top level, as a user types them."""
     common = ["--data_dir", str(voc_dir), "--output_dir", str(tmp_path / "out"), *PAPER_FLAGS]
-    trained = torchrun([*common, "--predict_yaml", "argmax", *SMALL])
+    small = [*SMALL, "schedule.save_iters=1", "schedule.keep_checkpoints=9"]
+    trained = torchrun([*common, "--predict_yaml", "argmax", *small])
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "out" / "upernet_convnext_base.fb_in22k_ft_in1k_384.pascal_voc.ce.40k_iters.adamw_lr6e-5"
     assert (run / "results" / "argmax.json").exists()
@@ -427,7 +428,7 @@ def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     before = checkpoint_bytes(run)
     tested = subprocess.run(
         [sys.executable, ROOT / "exp" / "main.py", *common, "--predict_yaml", "argmax", "rankseg_rma", "--test-only"]
-        + SMALL,
+        + small,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -443,7 +444,7 @@ def test_the_readmes_commands_on_two_processes(voc_dir: Path, tmp_path: Path):
     # Interrupted after the first step, the two processes go on to the same weights.
     whole = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
     (run / "checkpoints" / "iter_0000002.pt").unlink()
-    resumed = torchrun([*common, "--predict_yaml", "argmax", *SMALL])
+    resumed = torchrun([*common, "--predict_yaml", "argmax", *small])
     assert resumed.returncode == 0, resumed.stderr
     assert "iterations 1 to 2" in resumed.stdout
     again = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")
