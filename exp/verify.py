@@ -45,6 +45,7 @@ NOTES = {  # worth a look, but found in sound data too
     "only background": "labels of nothing but background",
     "identical images": "images with the same content as another",
     "not prepared": "volumes without slices",
+    "other affine": "label volumes whose grid lies elsewhere than their image's, which was to be ignored",
     "not in the manifest": "files that came after it",
 }
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # those that Pillow names so
@@ -124,8 +125,11 @@ def _check_slice(dataset: SegmentationDataset, path: Path) -> list[Finding]:
     return findings
 
 
-def check_volumes(raw: RawCase) -> list[Finding]:
-    """A pair of volumes as distributed -> what is wrong with it; every voxel is read."""
+def check_volumes(raw: RawCase, *, check_affine: bool = True) -> list[Finding]:
+    """A pair of volumes as distributed -> what is wrong with it; every voxel is read.
+
+    Without check_affine, affines that differ are a note.
+    """
     findings, volumes, ranges = [], {}, {}
     for path in (raw.image, raw.label):
         try:
@@ -134,7 +138,10 @@ def check_volumes(raw: RawCase) -> list[Finding]:
         except InputError as error:
             findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
     if len(volumes) == 2:
-        for kind, require in (("size", require_same_shape), ("affine", require_same_affine)):
+        for kind, require in (
+            ("size", require_same_shape),
+            ("affine" if check_affine else "other affine", require_same_affine),
+        ):
             try:
                 require(volumes[raw.image], volumes[raw.label])
             except InputError as error:

@@ -37,6 +37,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", dest="overrides")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="in place of <data_dir>/<YAML's name>.sha256")
+    parser.add_argument(
+        "--ignore_affine",
+        action="store_true",
+        help="volumes: pairs of other affines are a note, as prepare_data.py's flag",
+    )
     parser.add_argument("--no_manifest", action="store_true", help="neither read nor write a manifest")
     parser.add_argument("--show", type=int, default=10, metavar="N", help="files shown of each kind (default: 10)")
     args = parser.parse_args()
@@ -51,7 +56,7 @@ def main() -> None:
     if not find_dataset(config.dataset).on_disk:
         raise InputError(f"--data_yaml {args.data_yaml}: got a data set made on the fly, expected one on disk")
     with thread_pool(args.workers) as pool:
-        findings, hashes = check_dataset(config, args.data_dir, pool)
+        findings, hashes = check_dataset(config, args.data_dir, pool, check_affine=not args.ignore_affine)
     if not args.no_manifest:
         manifest = args.manifest or args.data_dir / f"{config.name}.sha256"
         findings += check_manifest(manifest, hashes, args.data_dir, reason_against(config, args.data_dir, findings))
@@ -63,13 +68,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def check_dataset(config: DataConfig, data_dir: Path, pool: Executor) -> Checked:
+def check_dataset(config: DataConfig, data_dir: Path, pool: Executor, *, check_affine: bool) -> Checked:
     """Both splits and, where there are any, the volumes behind them."""
     facts = VOLUMES.get(config.dataset)
     findings, hashes = [], {}
     if facts:
         raw, more = verify.list_raw(config.dataset, data_dir)
-        results, _ = run_jobs(check_raw, raw, pool, "volumes", "case")
+        results, _ = run_jobs(partial(check_raw, check_affine), raw, pool, "volumes", "case")
         collect(results, findings, hashes)
         findings += more + verify.check_prepared(facts, data_dir)
         prepared = [path.name for path in verify.prepared_cases(facts, data_dir)]
@@ -100,8 +105,8 @@ def open_split(config: DataConfig, data_dir: Path, split: str) -> SegmentationDa
     return cls(data_dir, name, facts=dataset_facts(config, cls), lenient=True)
 
 
-def check_raw(raw: RawCase) -> Checked:
-    return verify.check_volumes(raw), verify.hash_files([raw.image, raw.label])
+def check_raw(check_affine: bool, raw: RawCase) -> Checked:
+    return verify.check_volumes(raw, check_affine=check_affine), verify.hash_files([raw.image, raw.label])
 
 
 def check_index(dataset: SegmentationDataset, index: int) -> Checked:

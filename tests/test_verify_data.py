@@ -418,3 +418,17 @@ def test_real_camvid_has_no_faults(verify, real_data: Path, tmp_path: Path):
     assert status == 0
     assert "train: 12 of 367 known images" in out
     assert "camvid: 48 files checked, no faults" in out
+
+
+def test_affines_that_are_to_be_ignored_are_a_note(verify, tmp_path: Path):
+    write_kits(tmp_path, [0, 1])
+    case = tmp_path / "kits" / "case_00001"
+    mismatched_affine(case / "imaging.nii.gz", case / "segmentation.nii.gz", 0)
+    prepare_cases("kits", tmp_path, 1, check_affine=False)
+    status, out, _ = verify("kits", tmp_path, "--no_manifest")
+    assert status == 1
+    assert "affine" in out
+    status, out, err = verify("kits", tmp_path, "--ignore_affine")
+    assert status == 0, out + err
+    assert "which was to be ignored" in out
+    assert (tmp_path / "kits.sha256").is_file()
