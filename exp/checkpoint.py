@@ -10,18 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from exp.config import FREE_KEYS, TRAINING_GROUPS
 from exp.errors import InputError
 from exp.tensor_files import load_tensor_file
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
-# What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
-FREE_KEYS = {
-    "model": ("pretrained",),
-    "schedule": ("num_workers", "log_iters", "save_iters", "val_iters", "keep_checkpoints"),
-    "data": ("val_split", "val_samples"),
-}
 BEST = "best.pt"
-TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """YAML files and --set overrides -> one frozen ExperimentConfig. Nothing heavy is imported here."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -366,6 +368,13 @@ RULE_OPTIONS = {
     "rankseg_rma_fixed": ("thresholds",),
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
 }
+TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
+# What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
+FREE_KEYS = {
+    "model": ("pretrained",),
+    "schedule": ("num_workers", "log_iters", "save_iters", "val_iters", "keep_checkpoints"),
+    "data": ("val_split", "val_samples"),
+}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
@@ -419,6 +428,21 @@ def _plain(value: Any) -> Any:
 def dump_config(config: ExperimentConfig) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+def training_digest(config: Mapping[str, Any]) -> str:
+    """A config's plain dict -> 64 hexadecimal digits (SHA-256) that tell which weights come out of it.
+
+    YAML names and the keys of FREE_KEYS do not count; of model.pretrained only whether there are pretrained weights,
+    not where they were read from.
+    """
+    kept = {
+        group: {k: v for k, v in config[group].items() if k not in ("name", *FREE_KEYS.get(group, ()))}
+        for group in TRAINING_GROUPS
+    }
+    kept["model"]["pretrained"] = bool(config["model"]["pretrained"])
+    text = json.dumps({**kept, "seed": config["seed"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:

@@ -11,7 +11,6 @@ from torch import nn
 
 from exp.checkpoint import (
     BEST,
-    TRAINING_GROUPS,
     Checkpoint,
     check_resumable,
     find_checkpoint,
@@ -21,7 +20,7 @@ from exp.checkpoint import (
     save_checkpoint,
     weights_checksum,
 )
-from exp.config import ExperimentConfig
+from exp.config import TRAINING_GROUPS, ExperimentConfig
 from exp.data import build_dataset
 from exp.data.loader import Loader, build_train_loader, count_iterations
 from exp.distributed import Dist

@@ -1,11 +1,12 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from exp.cli import DEFAULT_YAMLS
-from exp.config import CONFIG_DIR, GROUPS, dump_config, find_yaml, load_experiment
+from exp.config import CONFIG_DIR, GROUPS, dump_config, find_yaml, load_experiment, training_digest
 from exp.errors import InputError
 from exp.strict_yaml import build_dataclass, load_mapping, parse_value
 
@@ -213,3 +214,14 @@ def test_all_keys_of_shipped_yamls_are_read():
         mapping = load_mapping(path)
         built = build_dataclass(GROUPS[group], {"name": name, **mapping}, path, {})
         assert mapping.keys() <= {f.name for f in dataclasses.fields(built)}
+
+
+def test_the_digest_tells_what_is_trained_and_nothing_else():
+    pretrained = "model.pretrained=true"
+    base = training_digest(compose(pretrained).to_dict())
+    assert re.fullmatch(r"[0-9a-f]{64}", base)
+    for same in ("model.pretrained=/w.pt", "schedule.num_workers=1", "data.val_samples=3", "test.flip=true"):
+        assert training_digest(compose(pretrained, same).to_dict()) == base
+    for other in ("model.pretrained=false", "optim.lr=1e-3", "data.crop_size=[32,32]", "schedule.batch_size=2"):
+        assert training_digest(compose(pretrained, other).to_dict()) != base
+    assert training_digest(compose(pretrained, seed=1).to_dict()) != base
