@@ -124,6 +124,7 @@ class DataConfig:
     flip_prob: float = 0.5
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the RGB values in 0..1, ImageNet
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    damaged: Literal["stop", "skip"] = "stop"  # what a training image that cannot be read does; in evaluation: stop
     test_crop: tuple[int, int] | None = None  # null: whole images; else the middle of each alone
     fold: int | None = None  # of data sets in folds: validated on; the other four are trained on
     window: tuple[float, float] | None = None  # of volumes: the values that become -1 and 1
@@ -218,13 +219,15 @@ class ScheduleConfig:
     num_workers: int = 4  # per process
     log_iters: int = 50
     save_iters: int = 2000
+    save_epochs: int | None = None  # a checkpoint also at the end of every so many epochs; null: not for that
     val_iters: int | None = None  # null: only at the end
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest, at least two: one may be damaged; and the best of the validations
     early_stop: int | None = None  # stop after so many validations without a better score; null: never
     accumulation: int = 1  # micro-batches into which each process cuts its share of the batch
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the forward and backward pass
     channels_last: bool = True  # memory format; on a CPU a step of DeepLabV3+ takes 0.6 of the time
     compile: bool = False  # torch.compile
+    nonfinite_limit: int = 10  # stop after so many steps in a row whose loss or gradient is no number
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -234,8 +237,9 @@ class ScheduleConfig:
             "train_epochs",
             "log_iters",
             "save_iters",
+            "save_epochs",
             "val_iters",
-            "keep_checkpoints",
+            "nonfinite_limit",
             "early_stop",
             "accumulation",
         )
@@ -245,6 +249,7 @@ class ScheduleConfig:
             self.early_stop,
             "null where val_iters is null: the score comes from validations",
         )
+        _require(self.keep_checkpoints >= 2, "keep_checkpoints", self.keep_checkpoints, "2 or more")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(
             (self.train_iters is None) != (self.train_epochs is None),
@@ -372,8 +377,16 @@ TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the see
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
 FREE_KEYS = {
     "model": ("pretrained",),
-    "schedule": ("num_workers", "log_iters", "save_iters", "val_iters", "keep_checkpoints"),
-    "data": ("val_split", "val_samples"),
+    "schedule": (
+        "num_workers",
+        "log_iters",
+        "save_iters",
+        "save_epochs",
+        "val_iters",
+        "keep_checkpoints",
+        "nonfinite_limit",
+    ),
+    "data": ("val_split", "val_samples", "damaged"),
 }
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's

@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -15,19 +15,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from exp.errors import InputError
+from exp.interrupt import Interrupted, StopRequest, catch_signals
 
+T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=30)
+STOP_KEY = "stop"
 
 
 @dataclass(frozen=True)
 class Dist:
-    """This process's place among the processes that torchrun started (or alone: rank 0 of 1)."""
+    """This process's place among the processes that torchrun started (or alone: rank 0 of 1).
+
+    patient, control: the processes again, on their CPUs, for waits of any length and for those of a training step.
+    store: what all processes can write to and read. stop: whether this process was asked to stop.
+    """
 
     rank: int
     world_size: int
     device: torch.device
-    patient: torch_dist.ProcessGroup | None = None  # the processes again, for waits of any length
+    patient: torch_dist.ProcessGroup | None = None
+    control: torch_dist.ProcessGroup | None = None
+    store: torch_dist.Store | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def is_main(self) -> bool:
@@ -65,6 +75,87 @@ class Dist:
         items = [None] * self.world_size
         torch_dist.all_gather_object(items, item, group=self.patient)
         return items
+
+    def any(self, mark: object) -> bool:
+        """Whether the mark of any process is true, on every rank; no wait for the devices."""
+        if self.world_size == 1:
+            return bool(mark)
+        total = torch.tensor(bool(mark), dtype=torch.uint8)
+        torch_dist.all_reduce(total, torch_dist.ReduceOp.MAX, group=self.control)
+        return bool(total)
+
+    def fetch(self, value: Tensor) -> Callable[[], list]:
+        """A small tensor -> a function that returns its content, waiting for no later work."""
+        if self.device.type != "cuda":
+            return value.tolist
+        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        copy.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def content() -> list:
+            event.synchronize()
+            return copy.tolist()
+
+        return content
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process, or another one that has looked here since, was asked to stop; no wait for others."""
+        if self.world_size == 1:
+            return bool(self.stop)
+        if self.stop:
+            self.store.set(STOP_KEY, self.stop.by)
+        elif self.store.check([STOP_KEY]):
+            self.stop.by = self.store.get(STOP_KEY).decode()
+        return bool(self.stop)
+
+    def stop_if_asked(self, what: str) -> None:
+        """Interrupted on every rank if any of them was asked to stop; to be called on all. what: left undone."""
+        by = next((name for name in self.gather(self.stop.by) if name), None)
+        if by is not None:
+            raise Interrupted(f"{by}: {what}")
+
+    @contextmanager
+    def named_step(self, iteration: int) -> Iterator[None]:
+        """Where all processes meet in a step: if they do not, InputError with the numbers of those that are late."""
+        if self.world_size == 1:
+            yield
+            return
+        self.store.set(f"at/{self.rank}", str(iteration))
+        try:
+            yield
+        except RuntimeError as error:
+            late = self._late(iteration)
+            if not late:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{', '.join(late)} did not arrive at iteration {iteration} ({reason})") from error
+
+    def _late(self, iteration: int) -> list[str]:
+        """The processes that have not begun the iteration, and where they are."""
+        try:
+            places = {
+                rank: int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else None
+                for rank in range(self.world_size)
+            }
+        except RuntimeError:  # the store went with the process that kept it
+            return []
+        late = {rank: place for rank, place in places.items() if place is None or place < iteration}
+        return [f"rank {rank} (last seen at {'none' if at is None else at})" for rank, at in late.items()]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What action() returns on rank 0, on every rank; so with its InputError."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except InputError as raised:
+                error = str(raised)
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise InputError(error)
+        return result
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
@@ -118,10 +209,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dist]:
     """Join the process group that torchrun describes in the environment, leave it at the end; alone: a no-op.
 
-    timeout: of the collectives of a training step, which all processes reach together. gather() and the end, where one
-    process may wait for another's share of the evaluation or for rank 0's pictures, go through a group of their own
-    without such a limit; a process that dies is noticed by the closed connection. InputError where the environment
-    names several processes and not how they meet.
+    Inside, SIGTERM, SIGINT and SIGUSR1 only ask to stop (Dist.stop).
+    timeout: of the start and of the collectives of a training step, which all processes reach together. gather() and
+    the end, where one process may wait for another's share of the evaluation or for rank 0's pictures, go through a
+    group of their own without such a limit; a process that dies is noticed by the closed connection. InputError where
+    the environment names several processes and not how they meet, or where one of them does not come.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
@@ -129,20 +221,43 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
         torch.cuda.set_device(device)
     if rank > 0:
         logging.getLogger("exp").setLevel(logging.ERROR)  # rank 0 says it for all
-    if world_size == 1:
-        yield Dist(rank, world_size, device)
-        return
+    with catch_signals() as stop:
+        if world_size == 1:
+            yield Dist(rank, world_size, device, stop=stop)
+            return
+        dist = _join(rank, world_size, device, timeout, stop)
+        try:
+            yield dist
+        except InputError as error:
+            raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
+        except Interrupted as interruption:
+            _leave(dist)
+            raise interruption if rank == 0 else Interrupted("") from None  # rank 0 says it for all
+        _leave(dist)
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, stop: StopRequest) -> Dist:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
             f"WORLD_SIZE: got {world_size} in the environment without {', '.join(missing)}, expected all that torchrun "
             "sets: start with torchrun, or unset it"
         )
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+    store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
+    store.set(f"here/{rank}", "")
+    places = [f"here/{other}" for other in range(world_size)]
     try:
-        yield Dist(rank, world_size, device, patient)
-    except InputError as error:
-        raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
-    torch_dist.barrier(group=patient)
+        store.wait(places, timeout)
+    except RuntimeError:
+        absent = [f"rank {other}" for other, place in enumerate(places) if not store.check([place])]
+        raise InputError(f"{', '.join(absent)} did not arrive at the start within {timeout}") from None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+    control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    return Dist(rank, world_size, device, patient, control, torch_dist.PrefixStore("exp", store), stop)
+
+
+def _leave(dist: Dist) -> None:
+    torch_dist.barrier(group=dist.patient)
     torch_dist.destroy_process_group()

@@ -3,15 +3,22 @@
 import sys
 from collections.abc import Callable
 
+from exp.interrupt import STATUS, Interrupted
+
 
 class InputError(ValueError):
     """Wrong input of the user's: one line that says where, what was got and what was expected."""
 
 
 def run_and_report(main: Callable[[], None]) -> int:
-    """Run main() -> exit status: 0, or 2 with one line on stderr for what the user can put right."""
+    """Run main() -> exit status: 0; 2 with one line on stderr for what the user can put right; 75 where it was asked to
+    stop and can go on; 130 after Ctrl-C at once."""
     try:
         main()
+    except Interrupted as interruption:
+        if str(interruption):
+            print(f"interrupted by {interruption}; the same command goes on", file=sys.stderr, flush=True)
+        return STATUS
     except (
         InputError,
         FileNotFoundError,

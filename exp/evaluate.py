@@ -22,6 +22,8 @@ from exp.metrics import EvalResult, count
 from exp.predict import Rule, bind_rules, build_rule
 from exp.scopes import PooledRule, Pools, Thresholds
 
+UNFINISHED = "the evaluation is unfinished and has written no results"
+
 
 @dataclass
 class Timing:
@@ -112,6 +114,7 @@ class Evaluator:
                 with self._clock(timing.steps, "write"):
                     sink(index, preds)
             timing.num_images += 1
+        self.dist.stop_if_asked(UNFINISHED)
         if sink is not None:
             sink.finish()
         parts = self.dist.gather((rows, timing))
@@ -157,6 +160,7 @@ class Evaluator:
                 cache[batch.indices[0]] = prob
                 room -= prob.nbytes
             del prob
+        self.dist.stop_if_asked(UNFINISHED)
         return pools.merge(self.dist.gather(pools)).thresholds()
 
     def _forward(self, model: nn.Module, image: Tensor, timing: Timing) -> Tensor:
@@ -172,11 +176,13 @@ class Evaluator:
         return tuple(EvalResult(rule, names, classes, table[:, i], cases) for i, rule in enumerate(self.rules))
 
     def _batches(self, what: str, timing: Timing) -> Iterator[Batch]:
-        """This process's images one by one, the time spent waiting for them noted."""
+        """This process's images one by one, the time spent waiting for them noted; no more once asked to stop."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         start = time.perf_counter()
         for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
             timing.steps["load"] = timing.steps.get("load", 0.0) + time.perf_counter() - start
+            if self.dist.asked_to_stop:
+                return
             yield batch
             start = time.perf_counter()
 
@@ -193,7 +199,9 @@ class Evaluator:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         for _ in tqdm(loader, desc="reading the validation set", disable=self.dist.hides_bars, leave=False):
-            pass
+            if self.dist.asked_to_stop:
+                break
+        self.dist.stop_if_asked("nothing was trained yet")
 
     def under(self, thresholds: Mapping[str, Mapping[str | None, Thresholds]]) -> "Evaluator":
         """Decide further images by what an Evaluation found for the rules of a wider scope."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from exp.durable import append_line
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -100,6 +102,7 @@ class RunLogger(NullLogger):
     """
 
     def __init__(self, run_dir: Path, start: int, total: int) -> None:
+        self._unwritten: set[str] = set()
         self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0, disable=None)
         self._total = total
         self._run_dir, self._purge_step = run_dir, start + 1 if start else None
@@ -117,11 +120,12 @@ class RunLogger(NullLogger):
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-        with open(self._log, "a", encoding="utf-8") as file:
-            row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-            file.write(json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}) + "\n")
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        with self._survived("log.jsonl"):
+            append_line(self._log, json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}))
+        with self._survived("tensorboard"):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
         if "train/loss" in values:
             text = (
                 f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
@@ -134,7 +138,19 @@ class RunLogger(NullLogger):
 
     def image(self, iteration: int, name: str, image: np.ndarray) -> None:
         """(H, W, 3) uint8 -> TensorBoard."""
-        self._writer.add_image(name, image, iteration, dataformats="HWC")
+        with self._survived("tensorboard"):
+            self._writer.add_image(name, image, iteration, dataformats="HWC")
+
+    @contextmanager
+    def _survived(self, name: str) -> Iterator[None]:
+        """What cannot be written is told once, and training goes on; the next figures are tried again."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._unwritten:
+                text = f"warning: {self._run_dir / name}: cannot be written: {error}; training goes on without"
+                print(text, file=sys.stderr, flush=True)
+            self._unwritten.add(name)
 
     def message(self, text: str) -> None:
         self._bar.write(text)
@@ -142,7 +158,8 @@ class RunLogger(NullLogger):
     def close(self) -> None:
         self._bar.close()
         if "_writer" in vars(self):
-            self._writer.close()
+            with self._survived("tensorboard"):
+                self._writer.close()
 
 
 def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> NullLogger:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from exp.config import OptimConfig
 from exp.models import Segmentor
@@ -24,11 +24,19 @@ def parameter_groups(model: Segmentor, lr: float, head_lr_factor: float, weight_
 
 
 def build_optimizer(config: OptimConfig, model: Segmentor) -> Optimizer:
-    """A YAML and the raw (unwrapped) model -> the optimiser."""
+    """A YAML and the raw (unwrapped) model -> the optimiser.
+
+    Fused: these kernels take a mark on the device, `found_inf`, under which a step changes nothing.
+    """
     groups = parameter_groups(model, config.lr, config.head_lr_factor, config.weight_decay)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum)
-    return torch.optim.AdamW(groups)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    sgd = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+    if config.momentum:  # the fused kernel would leave it unset if the first step of all is left out
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,28 @@ def build_scheduler(config: OptimConfig, optimizer: Optimizer, total_iters: int)
     return scheduler
 
 
-def build_ema(config: OptimConfig, model: nn.Module) -> AveragedModel | None:
-    """A YAML and the raw model -> its exponential moving average (a copy, statistics of norm layers averaged too)."""
-    if config.ema_decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a model: a copy; statistics of norm layers are averaged too."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.multi_avg_fn, self.decay = self._approach, decay
+
+    def update(self, model: nn.Module, counts: Tensor) -> None:
+        """Move towards the model's weights where `counts`, (), is 1; where it is 0, stay. No wait for the device."""
+        self._share = (1 - self.decay) * counts
+        self.update_parameters(model)
+
+    @torch.no_grad()
+    def _approach(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:
+        if not averages[0].is_floating_point():  # counters
+            torch._foreach_copy_(averages, values)
+            return
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, self._share)
+        torch._foreach_add_(averages, steps)
+
+
+def build_ema(config: OptimConfig, model: nn.Module) -> MovingAverage | None:
+    """A YAML and the raw model -> the average of its weights, or None."""
+    return None if config.ema_decay is None else MovingAverage(model, config.ema_decay)

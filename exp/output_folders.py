@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exp.results import write_atomically
+from exp.durable import write_atomically
 
 
 def claim_folder(folder: Path, origin: Mapping[str, Any]) -> Path:

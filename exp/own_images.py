@@ -17,6 +17,7 @@ from exp.config import DataConfig, ModelConfig, PredictConfig, TestConfig
 from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image
+from exp.durable import write_atomically
 from exp.errors import InputError
 from exp.inference import Inference, build_inference
 from exp.masks import MaskFormat, mask_format, save_volume
@@ -26,7 +27,6 @@ from exp.pictures import Palette, blend_labels, tile_size
 from exp.precision import Autocast
 from exp.predict import Rule, bind_rules, build_rule
 from exp.prepare.facts import VolumeFacts
-from exp.results import write_atomically
 from exp.scopes import PooledRule, Pools, Thresholds
 from exp.strict_yaml import build_dataclass
 from exp.temperature import load_temperature

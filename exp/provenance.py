@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exp.config import ExperimentConfig, dump_config
-from exp.results import write_atomically
+from exp.durable import append_line, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")
@@ -57,5 +57,4 @@ def record_start(run_dir: Path, config: ExperimentConfig, iteration: int, world_
         **describe_code(),
         "config": config.to_dict(),
     }
-    with open(run_dir / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    append_line(run_dir / "starts.jsonl", json.dumps(start))

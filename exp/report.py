@@ -9,11 +9,12 @@ import numpy as np
 from torch import nn
 
 from exp.config import ExperimentConfig
+from exp.durable import write_atomically
 from exp.evaluate import Evaluation, Evaluator, format_timing
 from exp.output_folders import claim_folder
 from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.provenance import describe_code
-from exp.results import report_results, write_atomically
+from exp.results import report_results
 from exp.scopes import thresholds_json
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from exp.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
 from exp.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
+from exp.durable import write_atomically
 from exp.errors import InputError
 from exp.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
 
@@ -191,13 +192,6 @@ def load_result(path: Path) -> EvalResult:
         raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
     cases = tuple(row[1] for row in rows) if header[1] == "case" else None
     return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file beside `path` and rename it, so that `path` is the old text or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def format_results(

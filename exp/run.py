@@ -1,7 +1,8 @@
 """One run in its folder: train (or go on training), load what was trained, evaluate it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,26 @@ from exp.checkpoint import (
     BEST,
     Checkpoint,
     check_resumable,
-    find_checkpoint,
     load_checkpoint,
     load_weights,
-    save_best,
-    save_checkpoint,
     weights_checksum,
 )
+from exp.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config import TRAINING_GROUPS, ExperimentConfig
-from exp.data import build_dataset
-from exp.data.loader import Loader, build_train_loader, count_iterations
+from exp.data import SegmentationDataset, build_dataset
+from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
 from exp.distributed import Dist
+from exp.durable import write_atomically
 from exp.errors import InputError
 from exp.evaluate import Evaluation, Evaluator
 from exp.inference import build_inference
+from exp.lock import FolderLock
 from exp.logger import NullLogger, build_logger
 from exp.masks import MaskWriter
 from exp.models import POOLING_DECODERS, Segmentor, build_model
 from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
-from exp.results import write_atomically
+from exp.saving import Saving, build_saving, restore
 from exp.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
 from exp.validation import ScoreHistory, Validation
@@ -56,13 +57,26 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         return self.evaluator.dataset.classes
 
+    @contextmanager
+    def locked(self, doing: str) -> Iterator[None]:
+        """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it."""
+        lock = FolderLock(self.folder, ".lock", doing)
+        self.dist.on_main(lock.acquire)
+        try:
+            yield
+        finally:
+            if self.dist.is_main:
+                lock.release()
+
     def load(self, path: Path | None) -> tuple["Run", nn.Module, dict[str, Any]]:
         """The checkpoint at `path`, the run's best ("best") or its newest (None).
 
         Returns the run that judges it, the model, and how it was trained. Where the test YAML names no window it is
         the crop of that training, whatever data.crop_size the flags have.
         """
-        path = self.checkpoints / BEST if path == Path("best") else path or find_checkpoint(self.checkpoints)
+        if path == Path(BEST):
+            path = self.checkpoints / f"{BEST}.pt"
+        path = path or self.dist.on_main(lambda: find_checkpoint(self.checkpoints))
         if path is None:
             raise InputError(
                 f"{self.checkpoints}: got no checkpoint, expected one: train first (the same flags "
@@ -150,10 +164,11 @@ class Run:
             raise InputError("test.temperature: got fitted, expected a number in training: it is for --test-only")
         dataset = build_dataset(config.data, data_dir, "train", config.seed)
         end = count_iterations(config.schedule, len(dataset))
-        checkpoint, history = self._resume()
+        checkpoint, history = self._resume(dataset)
         start = checkpoint.iteration if checkpoint else 0
         self._check_start(start)
-        loader = build_train_loader(dataset, config.schedule, start, end, config.seed, dist)
+        readable = SkipDamaged(dataset, config.data.crop_size) if config.data.damaged == "skip" else dataset
+        loader = build_train_loader(readable, config.schedule, start, end, config.seed, dist)
         if checkpoint and (history.stopped or end in checkpoint.training["validations"]["scores"]):
             return self._evaluate_trained(checkpoint)
         raw_model = self._model_of(checkpoint, "raw") if checkpoint else self._new_model()
@@ -161,20 +176,28 @@ class Run:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
         if checkpoint:
-            step.load_state_dict(checkpoint.training, checkpoint.ema)
+            restore(step, checkpoint, dist)
         if dist.is_main:
+            remove_leftovers(self.checkpoints)
             record_start(self.folder, config, start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, len(dataset), start, end))
-            validation = self._validation(step, history, end, logger)
-            return self._run_loop(step, loader, validation, start, end, logger)
+            saving = build_saving(config, self.checkpoints, step, history, dataset, dist)
+            validation = self._validation(step, history, end, saving, logger)
+            return self._run_loop(step, loader, validation, saving, start, end, logger)
 
     def _run_loop(
-        self, step: TrainStep, loader: Loader, validation: Validation, start: int, end: int, logger: NullLogger
+        self,
+        step: TrainStep,
+        loader: Loader,
+        validation: Validation,
+        saving: Saving,
+        start: int,
+        end: int,
+        logger: NullLogger,
     ) -> tuple[nn.Module, dict[str, Any], Evaluation]:
         """Iterations start to end, then the evaluation of what came out."""
         schedule, scores = self.config.schedule, validation.history.scores
-        save = self._saver(step, validation.history)
 
         def due(iteration: int) -> bool:
             regular = schedule.val_iters is not None and iteration % schedule.val_iters == 0
@@ -190,21 +213,26 @@ class Run:
                 end=end,
                 batch_size=schedule.batch_size,
                 seed=self.config.seed,
-                intervals=Intervals(schedule.log_iters, schedule.save_iters, schedule.val_iters),
-                save=save,
+                intervals=Intervals(schedule.log_iters, saving.intervals(), schedule.val_iters),
+                nonfinite_limit=schedule.nonfinite_limit,
+                names=[sample.name for sample in saving.dataset.samples],
+                save=saving,
                 validate=validation,
                 logger=logger,
                 dist=self.dist,
             )
         if due(done):
             validation(done)
-        save(done)  # again: the checkpoint says that its weights are judged
+        saving(done)  # again: the checkpoint says that its weights are judged
+        saving.export_last(done)
+        if faults := step.faults.describe():
+            logger.message(faults)
         model, training = validation.model, self._describe_training(done, self.config.to_dict())
         if self.save_masks and done < end:  # that it is the last one showed only after the validation
             return model, training, self.evaluate(model, training)
         return model, training, validation.evaluate(done)
 
-    def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
+    def _resume(self, dataset: SegmentationDataset) -> tuple[Checkpoint | None, ScoreHistory]:
         """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""
         config = self.config
         if config.test.weights == "ema" and config.optim.ema_decay is None:
@@ -212,11 +240,19 @@ class Run:
         rule, metric, weights = config.predict[0].name, config.test.metric, config.test.weights
         images = f"{len(self.evaluator.dataset)} images of {config.data.val_split}"
         history = ScoreHistory(f"{metric} of {rule}, {weights} weights, {images}", config.schedule.early_stop)
-        path = find_checkpoint(self.checkpoints)
+        path = self.dist.on_main(lambda: find_checkpoint(self.checkpoints))
         if path is None:
             return None, history
         checkpoint = load_checkpoint(path)
-        check_resumable(checkpoint, config.to_dict())
+        check_resumable(checkpoint, config.to_dict(), describe_images(dataset))
+        if self.dist.is_main:
+            set_aside_damaged(self.checkpoints, path)
+            before, now = checkpoint.training["world_size"], self.dist.world_size
+            if before != now:
+                print(
+                    f"{path}: goes on with {now} process(es) after {before}: the same images in the same order; sums "
+                    "are rounded otherwise"
+                )
         history.load_state_dict(checkpoint.training["validations"])
         return checkpoint, history
 
@@ -229,7 +265,9 @@ class Run:
         training = self._describe_training(done, checkpoint.config)
         return model, training, self.evaluate(model, training)
 
-    def _validation(self, step: TrainStep, history: ScoreHistory, end: int, logger: NullLogger) -> Validation:
+    def _validation(
+        self, step: TrainStep, history: ScoreHistory, end: int, saving: Saving, logger: NullLogger
+    ) -> Validation:
         config = self.config
         model = self._judged(step.ema.module if config.test.weights == "ema" else step.raw_model)
 
@@ -242,7 +280,7 @@ class Run:
             evaluator=self.evaluator,
             metric=config.test.metric,
             history=history,
-            save_best=self._best_saver(step) if config.schedule.val_iters else None,
+            save_best=saving.save_best if config.schedule.val_iters else None,
             logger=logger,
             dist=self.dist,
             sink=sink,
@@ -288,43 +326,6 @@ class Run:
         """The model as the evaluator gets it: in float32, or in the test YAML's mixed precision."""
         amp = self.config.test.amp
         return model if amp == "off" else Autocast(model, amp, self.dist.device)
-
-    def _saver(self, step: TrainStep, history: ScoreHistory) -> Callable[[int], None]:
-        def save(iteration: int) -> None:
-            self._check_weights(step, iteration)
-            if self.dist.is_main:
-                training = {**step.state_dict(), "validations": history.state_dict()}
-                keep = self.config.schedule.keep_checkpoints
-                save_checkpoint(self.checkpoints, iteration, training=training, keep=keep, **self._saved_parts(step))
-
-        return save
-
-    def _best_saver(self, step: TrainStep) -> Callable[[int], None]:
-        def save(iteration: int) -> None:
-            self._check_weights(step, iteration)
-            if self.dist.is_main:
-                save_best(self.checkpoints, iteration, **self._saved_parts(step))
-
-        return save
-
-    def _check_weights(self, step: TrainStep, iteration: int) -> None:
-        """Every rank: the buffers of rank 0, which are saved; InputError for weights that are no numbers."""
-        if not all(parameter.isfinite().all() for parameter in step.raw_model.parameters()):  # the same on every rank
-            raise InputError(
-                f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
-                "try a lower rate"
-            )
-        for model in (step.raw_model, step.ema):
-            if model is not None:
-                self.dist.share_buffers(model)
-
-    def _saved_parts(self, step: TrainStep) -> dict[str, Any]:
-        return {
-            "model": step.raw_model,
-            "ema": step.ema,
-            "config": self.config.to_dict(),
-            "classes": list(self.classes),
-        }
 
     def _describe(self, raw_model: nn.Module, num_images: int, start: int, end: int) -> str:
         millions = sum(p.numel() for p in raw_model.parameters()) / 1e6

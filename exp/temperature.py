@@ -48,6 +48,8 @@ def draw_pixels(
     model.eval()
     drawn = {}
     for index in tqdm(indices[dist.rank :: dist.world_size], "drawing pixels", disable=dist.hides_bars, leave=False):
+        if dist.asked_to_stop:
+            break
         item = dataset[index]
         label = item.label.flatten()
         places = (label != IGNORE_INDEX).nonzero()[:, 0]
@@ -56,6 +58,7 @@ def draw_pixels(
         image = normalize(item.image[None].to(dist.device))
         views = [view[0].flatten(1)[:, places.to(dist.device)].t().cpu() for view in inference.logits(model, image)]
         drawn[index] = torch.stack(views, 1).numpy(), label[places].long().numpy()
+    dist.stop_if_asked("no temperature was fitted")
     parts = {index: pair for part in dist.gather(drawn) for index, pair in part.items()}
     logits, labels = (np.concatenate([parts[index][i] for index in indices]) for i in range(2))
     if not len(labels):

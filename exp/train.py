@@ -1,34 +1,64 @@
 """One training loop, explicit arguments."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from exp.config import ExperimentConfig
 from exp.data.loader import Batch
 from exp.distributed import Dist
 from exp.errors import InputError
+from exp.interrupt import Interrupted
 from exp.logger import Meter, NullLogger
 from exp.losses import build_criterion
 from exp.models import Segmentor
-from exp.optim import build_ema, build_optimizer, build_scheduler
+from exp.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
 from exp.precision import autocast, build_scaler
+
+SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every overflow: after so many it is 2^-9
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Iterations between logging, saving and validating; val None: never."""
+    """Iterations between logging, saving (each of several counts) and validating; val None: never."""
 
     log: int
-    save: int
+    save: tuple[int, ...]
     val: int | None
+
+
+@dataclass
+class Faults:
+    """Steps that were left out because loss or gradient was no number: in a row, and in all; damaged images skipped."""
+
+    in_row: int = 0
+    steps: int = 0
+    images: int = 0
+
+    def describe(self) -> str | None:
+        """What a run says of its faults; None if it had none."""
+        if not (self.steps or self.images):
+            return None
+        return f"{self.steps} steps left out (loss or gradient no number), {self.images} damaged images skipped"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to, still on the device.
+
+    loss: (), this process's share, detached. marks: (3,) of 0 and 1: nothing was updated, for the loss or the gradient
+    of some process was no number; some process's loss was none; this one's was none.
+    """
+
+    loss: Tensor
+    marks: Tensor
 
 
 @dataclass
@@ -50,23 +80,38 @@ class TrainStep:
     amp: str = "off"
     accumulation: int = 1
     clip_norm: float | None = None
-    ema: AveragedModel | None = None
+    ema: MovingAverage | None = None
+    faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         self.scaler = build_scaler(self.amp, self.dist.device)
-        self.grad_norm: Tensor | None = None  # of the last step, where gradients are clipped
+        self.grad_norm: Tensor | None = None  # of the last step, over all parameters, before clipping
+        self._buffers = [buffer.clone() for buffer in self.raw_model.buffers()]
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """(B, channels, H, W) images and (B, H, W) labels -> this process's loss, (), detached; no wait."""
+    def __call__(self, batch: Batch) -> Outcome:
+        """(B, channels, H, W) images and (B, H, W) labels -> what came of them; no wait.
+
+        Where loss or gradient is no number, weights, optimiser, average and statistics of norm layers stay as they
+        were, which the device decides by itself; the learning rate goes on. So on every rank.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_copy_(self._buffers, list(self.raw_model.buffers()))
         counted = self.dist.mean(self.criterion.count(batch.label))
         parts = list(zip(batch.image.chunk(self.accumulation), batch.label.chunk(self.accumulation), strict=True))
         losses = []
         for part, (image, label) in enumerate(parts, start=1):
             with self.dist.gradient_sync(self.model, enabled=part == len(parts)):
                 losses.append(self._backward(image, label, counted))
-        self._update()
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.raw_model.parameters())
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        all_finite, finite = self.dist.mean(loss).isfinite(), loss.isfinite()
+        left_out = ~(all_finite & self.grad_norm.isfinite())
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, self.grad_norm)
+        self._update(left_out)
+        return Outcome(loss, torch.stack([left_out, ~all_finite, ~finite]))
 
     def _backward(self, image: Tensor, label: Tensor, counted: Tensor) -> Tensor:
         with autocast(self.amp, self.dist.device):
@@ -75,15 +120,17 @@ class TrainStep:
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _update(self) -> None:
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            self.grad_norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.clip_norm)
-        self.scaler.step(self.optimizer)  # leaves out a step whose fp16 gradients overflowed
+    def _update(self, left_out: Tensor) -> None:
+        """The optimiser's step and what follows it, unless it is left out."""
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
+        self.optimizer.step()
+        del self.optimizer.grad_scale, self.optimizer.found_inf
         self.scaler.update()
         self.scheduler.step()
+        for buffer, before in zip(self.raw_model.buffers(), self._buffers):
+            torch.where(left_out, before, buffer, out=buffer)
         if self.ema is not None:
-            self.ema.update_parameters(self.raw_model)
+            self.ema.update(self.raw_model, 1 - left_out.float())
 
     def rates(self) -> dict[str, float]:
         """The learning rate of every parameter group in the step that comes next."""
@@ -91,12 +138,14 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the steps to come, but for the weights and their average."""
-        return {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
+        return {**parts, "faults": asdict(self.faults)}
 
     def load_state_dict(self, state: dict[str, Any], ema: dict[str, Any] | None) -> None:
         """Go on from what state_dict returned and, where an average is kept, from its state dict."""
         for name in ("optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        self.faults = Faults(**state["faults"])
         if self.ema is not None:
             self.ema.load_state_dict(ema)
 
@@ -147,6 +196,8 @@ def train(
     batch_size: int,
     seed: int,
     intervals: Intervals,
+    nonfinite_limit: int,
+    names: Sequence[str],
     save: Callable[[int], None],
     validate: Callable[[int], bool],
     logger: NullLogger,
@@ -154,41 +205,114 @@ def train(
 ) -> int:
     """Train from iteration `start` to `end` on this process's batches -> the iterations done (fewer if stopped).
 
-    save, validate: called with the number of iterations done, on every rank; after the last iteration save is always
-    called, validate never (the run's evaluation follows). validate: -> whether to stop.
-    Raises InputError if the logged loss is not finite.
+    names: of the training images by index. save, validate: called with the number of iterations done, on every rank;
+    after the last iteration save is always called, validate never (the run's evaluation follows). validate: -> whether
+    to stop. Raises Interrupted, after saving, where a process was asked to stop; InputError after nonfinite_limit
+    steps in a row whose loss or gradient was no number.
     """
     step.model.train()
-    loss_sum = torch.zeros((), device=dist.device)
-    meter = Meter(batch_size, dist.device)
+    meter, watch = Meter(batch_size, dist.device), Watch(step, names, nonfinite_limit, dist)
     for iteration, batch in enumerate(meter.timed(batches), start):
         seed_everything(seed, iteration, dist.rank)
         done = iteration + 1
         logs = done % intervals.log == 0 or done == end
         rates = step.rates() if logs else {}
-        loss_sum += step(batch.to(dist.device))
+        with dist.named_step(done):
+            outcome = step(batch.to(dist.device))
+            stop_asked = dist.any(dist.stop)
+        watch.add(done, outcome, batch)
         logger.step(done)
+        saves = stop_asked or done == end or any(done % every == 0 for every in intervals.save)
+        validates = bool(intervals.val) and done % intervals.val == 0 and done < end
+        if logs or saves or validates:
+            watch.look()
         if logs:
-            extra = {} if step.grad_norm is None else {"train/grad_norm": step.grad_norm.item()}
-            loss = {"train/loss": _mean_loss(loss_sum, meter.steps, done, dist)}
-            logger.scalars(done, {**loss, **rates, **extra, **meter.report(end - done)})
-            loss_sum.zero_()
-        if done % intervals.save == 0 or done == end:
+            norm = {"train/grad_norm": step.grad_norm.item()}
+            logger.scalars(done, {**watch.report(), **norm, **rates, **meter.report(end - done)})
+        if saves:
             save(done)
-        if intervals.val and done % intervals.val == 0 and done < end:
-            with meter.paused():
-                stop = validate(done)
+        if stop_asked:
+            raise Interrupted(f"{dist.stop.by or 'a signal to another process'}: iteration {done} of {end} is saved")
+        if validates:
+            try:
+                with meter.paused():
+                    stop = validate(done)
+            except Interrupted:
+                if not saves:
+                    save(done)
+                raise
             step.model.train()
             if stop:
                 return done
     return end
 
 
-def _mean_loss(loss_sum: Tensor, steps: int, iteration: int, dist: Dist) -> float:
-    """Each process's sum of losses -> the mean over processes and steps; InputError if it is not finite."""
-    mean_loss = (dist.mean(loss_sum) / steps).item()
-    if not math.isfinite(mean_loss):
-        raise InputError(
-            f"optim.lr: got a loss of {mean_loss} at iteration {iteration}, expected a number; try a lower rate"
-        )
-    return mean_loss
+class Watch:
+    """What became of the steps: their mean loss, and the faults among them by name.
+
+    A step's marks are looked at while the device works on the next one, so that it never waits; all of them before
+    anything is saved or logged.
+    """
+
+    def __init__(self, step: TrainStep, names: Sequence[str], limit: int, dist: Dist) -> None:
+        self.step, self.names, self.limit, self.dist = step, names, limit, dist
+        self._last: tuple[int, Callable[[], list], Batch] | None = None
+        self._restart()
+
+    def add(self, done: int, outcome: Outcome, batch: Batch) -> None:
+        """After step number `done`."""
+        self._sum += torch.where(outcome.marks[0], 0.0, outcome.loss)
+        self._steps += 1
+        if batch.damaged:
+            self.step.faults.images += len(batch.damaged)
+            print(f"warning: iteration {done}: skipped: {'; '.join(batch.damaged)}", file=sys.stderr, flush=True)
+        fetch = self.dist.fetch(outcome.marks)
+        self.look()
+        self._last = done, fetch, batch
+
+    def look(self) -> None:
+        """Take note of the last step; every rank. InputError after too many in a row that were left out."""
+        if self._last is None:
+            return
+        (done, fetch, batch), self._last = self._last, None
+        left_out, some_loss, own_loss = fetch()
+        faults = self.step.faults
+        faults.in_row = faults.in_row + 1 if left_out else 0
+        if not left_out:
+            return
+        faults.steps += 1
+        self._left_out += 1
+        searching = self.step.scaler.is_enabled() and not some_loss  # fp16's scaler looks for a factor that fits
+        if searching and faults.in_row <= SCALER_TRIES:
+            return
+        parts = self.dist.gather((own_loss, [self.names[i] for i in batch.indices]))
+        suspects = [name for own, names in parts if own or not some_loss for name in names]
+        what = "loss" if some_loss else "gradient"
+        text = f"iteration {done}: got a {what} that is no number, nothing updated; its images: {', '.join(suspects)}"
+        if self.dist.is_main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        if faults.in_row >= self.limit + (SCALER_TRIES if searching else 0):
+            raise InputError(
+                f"optim.lr: {text}. {faults.in_row} such steps in a row (schedule.nonfinite_limit): try a lower rate, "
+                "or look at these images; the newest checkpoint is from before"
+            )
+
+    def report(self) -> dict[str, float]:
+        """Named figures since the last report, on every rank; of faults only where there were any, from the start.
+
+        The loss is the mean over the processes and the steps that updated something, NaN where there was none.
+        """
+        faults = self.step.faults
+        sums = torch.stack([self._sum, torch.tensor(float(faults.images), device=self.dist.device)])
+        loss, images = self.dist.mean(sums).tolist()
+        steps = self._steps - self._left_out
+        row = {"train/loss": loss / steps if steps else math.nan}
+        if faults.steps:
+            row["train/steps_left_out"] = faults.steps
+        if images:
+            row["train/images_skipped"] = images * self.dist.world_size
+        self._restart()
+        return row
+
+    def _restart(self) -> None:
+        self._sum, self._steps, self._left_out = torch.zeros((), device=self.dist.device), 0, 0

@@ -102,7 +102,8 @@ def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     args = parse_args()
     summary = summarize(args.runs)
-    from exp.results import finite_or_null, format_scores, write_atomically
+    from exp.durable import write_atomically
+    from exp.results import finite_or_null, format_scores
 
     print(f"mean over {len(args.runs)} folds")
     print(format_scores(list(summary), [values["mean"] for values in summary.values()], ("mIoU", "mDice")))

@@ -9,12 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # data flows one way: a module imports from those before it
+    "interrupt",
     "errors",
     "lists",
     "strict_yaml",
     "config",
     "cli",
+    "durable",
+    "lock",
     "distributed",
+    "random_state",
     "volumes",
     "prepare.facts",
     "prepare.jobs",
@@ -43,6 +47,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "losses",
     "optim",
     "precision",
+    "checkpoint_files",
     "checkpoint",
     "logger",
     "train",
@@ -62,6 +67,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "own_images",
     "provenance",
     "validation",
+    "saving",
     "report",
     "run",
     "main",

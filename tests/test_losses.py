@@ -10,7 +10,8 @@ from conftest import TINY
 from torch import Tensor, nn
 
 from exp import distributed
-from exp.checkpoint import find_checkpoint, load_checkpoint
+from exp.checkpoint import load_checkpoint
+from exp.checkpoint_files import find_checkpoint
 from exp.config import CONFIG_DIR, LOSS_OPTIONS, LossConfig
 from exp.errors import InputError
 from exp.losses import CrossEntropy, Focal, Overlap, build_criterion, sum_overlap

@@ -22,6 +22,14 @@ def checkpoint_bytes(run: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (run / "checkpoints").iterdir()}
 
 
+def checkpoint_names(run: Path) -> list[str]:
+    """The checkpoints; each has its JSON beside it, and nothing half written is left."""
+    names = checkpoint_bytes(run).keys()
+    files = {name for name in names if not name.endswith(".json")}
+    assert names == files | {f"{name}.json" for name in files}
+    return sorted(files)
+
+
 def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     flags = [*TINY, "schedule.val_iters=2"]
     out, run = tmp_path / "out", tmp_path / "out" / TINY_RUN
@@ -38,7 +46,8 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
         "starts.jsonl",
         "tensorboard",
     ]
-    assert sorted(checkpoint_bytes(run)) == ["best.pt", "iter_0000002.pt", "iter_0000003.pt"]
+    weights = ["best.safetensors", "last.safetensors"]
+    assert checkpoint_names(run) == sorted(["best.pt", "iter_0000002.pt", "iter_0000003.pt", *weights])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     train_lines = [line for line in lines if "train/loss" in line]
     assert [line["iteration"] for line in train_lines] == [1, 2, 3]
@@ -181,7 +190,8 @@ def test_early_stop_best_and_averaged_weights(program, tmp_path: Path, monkeypat
     assert (
         "stopped early after 4 iterations; best mIoUI of argmax, raw weights, 3 images of val: 9.00 after 2" in printed
     )
-    assert sorted(checkpoint_bytes(run)) == ["best.pt", "iter_0000002.pt", "iter_0000004.pt"]
+    exported = [f"{name}{kind}.safetensors" for name in ("best", "last") for kind in ("", ".ema")]
+    assert checkpoint_names(run) == sorted(["best.pt", "iter_0000002.pt", "iter_0000004.pt", *exported])
     best = load_checkpoint(run / "checkpoints" / "best.pt")
     assert best.iteration == 2
     at_two = load_checkpoint(run / "checkpoints" / "iter_0000002.pt")

@@ -66,7 +66,7 @@ def build(optim: dict | None = None, **options: object) -> TrainStep:
 @pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_mixed_precision_learns_with_weights_and_loss_in_float32(amp: str, dtype: torch.dtype):
     step = build(amp=amp)
-    losses = [step(batch()) for _ in range(30)]
+    losses = [step(batch()).loss for _ in range(30)]
     assert set(step.raw_model.seen) == {dtype}
     assert losses[0].dtype == torch.float32
     assert {p.dtype for p in step.raw_model.parameters()} == {torch.float32}
@@ -129,7 +129,7 @@ def test_a_step_goes_on_bit_for_bit_from_its_saved_state(amp: str):
     cut.raw_model.load_state_dict(whole.raw_model.state_dict())
     cut.load_state_dict(*copy.deepcopy((whole.state_dict(), whole.ema.state_dict())))
     for i in range(3, 6):
-        assert torch.equal(whole(batch(i)), cut(batch(i)))
+        assert torch.equal(whole(batch(i)).loss, cut(batch(i)).loss)
     for one, other in ((whole.raw_model, cut.raw_model), (whole.ema, cut.ema)):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
     assert whole.scaler.state_dict() == cut.scaler.state_dict()
@@ -154,7 +154,9 @@ class Recorder(NullLogger):
         self.rows.append((iteration, values))
 
 
-def run_loop(step: TrainStep, batches: list[Batch], validate=lambda iteration: False, **changes: object) -> tuple:
+def run_loop(
+    step: TrainStep, batches: list[Batch], validate=lambda iteration: False, limit: int = 2, **changes: object
+) -> tuple:
     """The training loop over the batches -> (iterations done, rows logged, iterations saved)."""
     logger, saved = Recorder(), []
     done = train(
@@ -164,7 +166,9 @@ def run_loop(step: TrainStep, batches: list[Batch], validate=lambda iteration: F
         end=len(batches),
         batch_size=4,
         seed=0,
-        intervals=Intervals(**{"log": 2, "save": 3, "val": None, **changes}),
+        intervals=Intervals(**{"log": 2, "save": (3,), "val": None, **changes}),
+        nonfinite_limit=limit,
+        names=["a", "b", "c", "d"],
         save=saved.append,
         validate=validate,
         logger=logger,
@@ -208,7 +212,7 @@ def test_a_validation_stops_the_training():
 def test_a_loss_that_is_no_number_ends_the_run():
     step = build()
     nn.init.constant_(step.raw_model.head.weight, float("nan"))
-    with pytest.raises(InputError, match=r"optim\.lr: got a loss of nan at iteration 2"):
+    with pytest.raises(InputError, match=r"optim\.lr: iteration 2: got a loss that is no number"):
         run_loop(step, [batch(i) for i in range(4)])
 
 
@@ -268,7 +272,7 @@ def test_a_compiled_step_is_the_eager_one_but_for_rounding():
     eager, compiled = build(sgd), build(sgd)
     compiled.model = torch.compile(compiled.raw_model)
     for i in range(3):
-        torch.testing.assert_close(compiled(batch(i)), eager(batch(i)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(batch(i)).loss, eager(batch(i)).loss, rtol=1e-4, atol=1e-5)
     weights = eager.raw_model.state_dict()
     for name, value in compiled.raw_model.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-3)

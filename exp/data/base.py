@@ -32,11 +32,13 @@ class Item:
     """What a data set hands out: the image, its label and the sample's index.
 
     image: (channels, H, W) uint8 (RGB or grey) or int16 (CT, MR), contiguous; label: (H, W) uint8 in 0..C-1 or 255.
+    damaged: why the sample could not be read, where a training goes on without it.
     """
 
     image: Tensor
     label: Tensor
     index: int
+    damaged: str | None = None
 
 
 Transform = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -56,6 +58,7 @@ class SegmentationDataset(Dataset):
     palette: tuple[tuple[int, int, int], ...]
     label_map: dict[int, int] = {}  # file value -> label; values not named stay as they are
     channels = 3  # of an image: 3 (RGB) or 1
+    image_dtype = torch.uint8
     window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
     yaml_facts: tuple[str, ...] = ()  # the keys of the data YAML that state facts of this data set
     on_disk = True  # False: made on the fly, no data_dir

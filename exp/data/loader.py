@@ -1,38 +1,72 @@
 """Data set -> batches: an order that depends on the seed alone, resumable at any iteration."""
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from exp.config import ScheduleConfig
+from exp.config import IGNORE_INDEX, ScheduleConfig
 from exp.data.base import Item, SegmentationDataset
 from exp.distributed import Dist
 from exp.errors import InputError
+from exp.interrupt import obey_parent_alone
 
 
 @dataclass(frozen=True)
 class Batch:
-    """(B, channels, H, W) uint8 or int16 images, (B, H, W) uint8 labels, and the samples' indices."""
+    """(B, channels, H, W) uint8 or int16 images, (B, H, W) uint8 labels, and the samples' indices.
+
+    damaged: what was wrong with those of them that could not be read, and count for nothing.
+    """
 
     image: Tensor
     label: Tensor
     indices: tuple[int, ...]
+    damaged: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.image.to(device, non_blocking=True), self.label.to(device, non_blocking=True), self.indices)
+        return replace(
+            self, image=self.image.to(device, non_blocking=True), label=self.label.to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.indices)
+        return replace(self, image=self.image.pin_memory(), label=self.label.pin_memory())
 
 
 def collate(items: list[Item]) -> Batch:
     return Batch(
-        torch.stack([i.image for i in items]), torch.stack([i.label for i in items]), tuple(i.index for i in items)
+        image=torch.stack([i.image for i in items]),
+        label=torch.stack([i.label for i in items]),
+        indices=tuple(i.index for i in items),
+        damaged=tuple(i.damaged for i in items if i.damaged is not None),
     )
+
+
+class SkipDamaged(Dataset):
+    """A training set in which an image that cannot be read is a black crop without a label, and says what is wrong.
+
+    Batches keep their size and the others their places; a label of 255 alone adds nothing to loss and gradient.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, crop_size: tuple[int, int]) -> None:
+        self.dataset, self.crop_size = dataset, crop_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            image = torch.zeros(self.dataset.channels, *self.crop_size, dtype=self.dataset.image_dtype)
+            label = torch.full(self.crop_size, IGNORE_INDEX, dtype=torch.uint8)
+            return Item(image, label, key[0], damaged=str(error))
 
 
 class TrainSampler(Sampler):
@@ -56,7 +90,7 @@ class TrainSampler(Sampler):
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = self.num_samples // self.batch_size
+        per_epoch = iterations_per_epoch(self.num_samples, self.batch_size)
         epoch, order = -1, []
         for iteration in range(self.start, self.end):
             if iteration // per_epoch != epoch:
@@ -87,11 +121,31 @@ def count_iterations(config: ScheduleConfig, num_samples: int) -> int:
     """The schedule's length in iterations (an epoch: the full global batches in the data set)."""
     if config.train_iters is not None:
         return config.train_iters
-    return config.train_epochs * max(1, num_samples // config.batch_size)
+    return config.train_epochs * iterations_per_epoch(num_samples, config.batch_size)
+
+
+def iterations_per_epoch(num_samples: int, batch_size: int) -> int:
+    """The full global batches in a data set."""
+    return max(1, num_samples // batch_size)
+
+
+def describe_position(dataset: SegmentationDataset, batch_size: int, iteration: int) -> dict[str, Any]:
+    """Where the order of training images stands after so many iterations, and of which images it is the order.
+
+    epoch: the current one, from 0; position: the images of it that were drawn.
+    """
+    epoch, batches = divmod(iteration, iterations_per_epoch(len(dataset), batch_size))
+    return {"epoch": epoch, "position": batches * batch_size, **describe_images(dataset)}
+
+
+def describe_images(dataset: SegmentationDataset) -> dict[str, Any]:
+    """A data set -> the number of its images and a checksum of their names in their order."""
+    names = "\n".join(sample.name for sample in dataset.samples)
+    return {"images": len(dataset), "names_sha256": hashlib.sha256(names.encode()).hexdigest()}
 
 
 def build_train_loader(
-    dataset: SegmentationDataset, config: ScheduleConfig, start: int, end: int, seed: int, dist: Dist
+    dataset: SegmentationDataset | SkipDamaged, config: ScheduleConfig, start: int, end: int, seed: int, dist: Dist
 ) -> Loader:
     """Batches of this process for the iterations start..end - 1."""
     sampler = TrainSampler(len(dataset), config.batch_size, start, end, seed, dist)
@@ -104,20 +158,36 @@ def build_test_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist
     return Loader(_data_loader(dataset, num_workers, dist, batch_sampler=[[i] for i in indices]))
 
 
-def _data_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist, batch_sampler: object) -> DataLoader:
+@contextmanager
+def worker_deaths_named() -> Iterator[None]:
+    """A dead loader process is an InputError wherever the news of it arrives (within five seconds)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"schedule.num_workers: a process that loads images died ({reason}); where memory runs out the system "
+            "kills one: try fewer of them, or smaller crops"
+        ) from None
+
+
+def _data_loader(dataset: Dataset, num_workers: int, dist: Dist, batch_sampler: object) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=dist.device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_settle_worker,
     )
 
 
-def _one_thread(worker: int) -> None:
-    """A worker's OpenCV starts no threads: there are as many workers as the user wants cores busy.
+def _settle_worker(worker: int) -> None:
+    """A worker ends when its loader does, and its OpenCV starts no threads: there are as many as cores are to be busy.
 
     0, not 1: that would join the threads of a pool that a forked worker has not got.
     """
     cv2.setNumThreads(0)
+    obey_parent_alone()

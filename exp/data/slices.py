@@ -1,6 +1,7 @@
 """Prepared slices of CT and MR volumes, in five folds of cases; scripts/prepare_data.py makes them."""
 
 import numpy as np
+import torch
 
 from exp.data.base import Sample, SegmentationDataset
 from exp.errors import InputError
@@ -18,6 +19,7 @@ class SliceDataset(SegmentationDataset):
 
     volumes: VolumeFacts
     channels = 1
+    image_dtype = torch.int16
     yaml_facts = ("fold", "window")
 
     def list_samples(self) -> list[Sample]:

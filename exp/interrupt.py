@@ -1,0 +1,59 @@
+"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 set a mark, which the program looks at where it can stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Interrupted(Exception):
+    """The program was asked to stop, has done so in good order, and goes on when started again."""
+
+
+@dataclass
+class StopRequest:
+    """by: the signal that asked, or None."""
+
+    by: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.by is not None
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Inside, a signal asks to stop and does nothing else; a second Ctrl-C is a KeyboardInterrupt at once."""
+    request = StopRequest()
+
+    def ask(number: int, frame: object) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.by = signal.Signals(number).name
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def obey_parent_alone() -> None:
+    """For a helper process: a signal that reaches all processes of a job at once does not end it; its parent's does."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: SIGTERM ends it
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
