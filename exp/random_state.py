@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def seed_globals(seed: int) -> None:
+    """Seed the generators that nothing here draws from, but a library might: NumPy's global one and Python's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def get_random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of PyTorch's generators (of the CPU and of `device`), NumPy's global one and Python's."""
     name, keys, position, has_gauss, gauss = np.random.get_state()

@@ -33,6 +33,7 @@ from exp.masks import MaskWriter
 from exp.models import POOLING_DECODERS, Segmentor, build_model
 from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
+from exp.random_state import seed_globals
 from exp.saving import Saving, build_saving, restore
 from exp.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.train import Intervals, TrainStep, build_step, seed_everything, train
@@ -175,6 +176,7 @@ class Run:
         if start == 0:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
+        seed_globals(config.seed * 4_099 + dist.rank)
         if checkpoint:
             restore(step, checkpoint, dist)
         if dist.is_main:

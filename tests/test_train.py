@@ -3,6 +3,7 @@
 import copy
 import shutil
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -154,16 +155,23 @@ class Recorder(NullLogger):
         self.rows.append((iteration, values))
 
 
-def run_loop(
-    step: TrainStep, batches: list[Batch], validate=lambda iteration: False, limit: int = 2, **changes: object
-) -> tuple:
-    """The training loop over the batches -> (iterations done, rows logged, iterations saved)."""
-    logger, saved = Recorder(), []
-    done = train(
+def run_loop_of(
+    step: TrainStep,
+    batches: Iterable[Batch],
+    end: int,
+    saved: list[int],
+    *,
+    validate=lambda iteration: False,
+    limit: int = 2,
+    logger: NullLogger | None = None,
+    **changes: object,
+) -> int:
+    """The training loop -> the iterations done; those saved are noted in `saved`."""
+    return train(
         step,
         batches,
         start=0,
-        end=len(batches),
+        end=end,
         batch_size=4,
         seed=0,
         intervals=Intervals(**{"log": 2, "save": (3,), "val": None, **changes}),
@@ -171,9 +179,15 @@ def run_loop(
         names=["a", "b", "c", "d"],
         save=saved.append,
         validate=validate,
-        logger=logger,
-        dist=Dist(0, 1, CPU),
+        logger=logger or NullLogger(),
+        dist=step.dist,
     )
+
+
+def run_loop(step: TrainStep, batches: list[Batch], **options: object) -> tuple:
+    """The training loop over the batches -> (iterations done, rows logged, iterations saved)."""
+    logger, saved = Recorder(), []
+    done = run_loop_of(step, batches, len(batches), saved, logger=logger, **options)
     return done, logger.rows, saved
 
 
@@ -204,7 +218,7 @@ def test_a_validation_stops_the_training():
         return iteration == 4
 
     step = build()
-    done, _, saved = run_loop(step, [batch(i) for i in range(9)], validate, val=2)
+    done, _, saved = run_loop(step, [batch(i) for i in range(9)], validate=validate, val=2)
     assert (done, asked, saved) == (4, [2, 4], [3])
     assert step.model.training
 
