@@ -1,0 +1,184 @@
+"""Trainings on several processes that lose one, or are asked to stop; and the stress test, in a short form."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, free_port
+
+from exp import distributed
+from exp.checkpoint import load_checkpoint
+from exp.checkpoint_files import find_checkpoint
+from exp.errors import InputError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from stress_resume import Job, choose_kinds, compare, descendants, kill_all, stress, wait_until
+
+
+def ranks(process: subprocess.Popen) -> dict[int, int]:
+    """The training processes of torchrun by their rank."""
+    found = {}
+    for pid in descendants(process.pid):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            values = dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if pair)
+        except (OSError, ValueError):
+            continue
+        if str(ROOT / "exp" / "main.py").encode() in command and "RANK" in values:
+            found.setdefault(int(values["RANK"]), pid)  # its loader processes come later
+    return found
+
+
+def flags(*values: str) -> tuple[str, ...]:
+    return ("--set", "schedule.num_workers=0", *values)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Job:
+    """Twenty steps on two processes without interruption."""
+    job = Job(tmp_path_factory.mktemp("runs") / "whole", 2, flags("schedule.train_iters=20"))
+    job.finish()
+    return job
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes(whole: Job, tmp_path: Path):
+    """Both leave with the same step saved, within 30 seconds; the same command goes on to the same end."""
+    job = Job(tmp_path, 2, whole.flags)
+    process = job.start()
+    assert wait_until(lambda: len(job.losses()) > 5, process)
+    os.kill(ranks(process)[1], signal.SIGTERM)
+    start = time.monotonic()
+    assert process.wait(60) != 0
+    assert time.monotonic() - start < 30
+    saved = max(iteration for iteration, _ in job.losses())
+    output = job.output()
+    assert f"interrupted by a signal to another process: iteration {saved} of 20 is saved" in output
+    assert output.count("exitcode  : 75") == 2
+    assert load_checkpoint(find_checkpoint(job.run / "checkpoints")).iteration == saved
+    job.finish()
+    assert list(compare(job, whole)) == []
+
+
+@pytest.mark.slow
+def test_a_process_killed_twice_under_max_restarts(whole: Job, tmp_path: Path):
+    job = Job(tmp_path, 2, whole.flags, max_restarts=3)
+    process = job.start()
+    for steps in (5, 14):
+        assert wait_until(lambda steps=steps: max(job.losses(), default=(0,))[0] > steps, process)
+        os.kill(ranks(process)[1], signal.SIGKILL)
+        assert wait_until(lambda: len(ranks(process)) == 2, process)
+    assert process.wait(240) == 0, job.output()[-2000:]
+    assert list(compare(job, whole)) == []
+    starts = [json.loads(line)["iteration"] for line in (job.run / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, 4, 12]
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_images(whole: Job, tmp_path: Path):
+    job = Job(tmp_path, 2, whole.flags)
+    process = job.start()
+    assert wait_until(lambda: len(job.losses()) > 9, process)
+    kill_all(process)
+    alone = Job(tmp_path, 1, whole.flags)
+    alone.finish()
+    assert "goes on with 1 process(es) after 2: the same images in the same order" in alone.output()
+    one, other = (load_checkpoint(find_checkpoint(j.run / "checkpoints")) for j in (alone, whole))
+    assert one.training["sampler"] == other.training["sampler"]
+    assert one.iteration == 20
+    first, last = (dict(j.losses()) for j in (alone, whole))
+    assert first[4] == last[4]
+    assert first[20] == pytest.approx(last[20], rel=0.2)  # batch norm sees eight images instead of four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments(tmp_path: Path, processes: int):
+    """Three for each number of processes, one of them while saving; the script makes twenty."""
+    found = stress(tmp_path, processes, choose_kinds(3, 1, processes), seed=processes)
+    assert len(found["kills"]) == 3
+    assert found["differences"] == []
+
+
+def late(rank: int, port: int, folder: str) -> None:
+    """Rank 1 stays away from the second step."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    told = None
+    try:
+        with distributed.session("cpu", timedelta(seconds=3)) as dist:
+            for iteration in (1, 2):
+                if (rank, iteration) == (1, 2):
+                    time.sleep(6)
+                with dist.named_step(iteration):
+                    dist.any(False)
+    except InputError as error:
+        told = str(error)
+    if rank == 0:
+        (Path(folder) / "told").write_text(told)
+    os._exit(0)  # the process group has failed and cannot be left in good order
+
+
+def test_a_process_that_does_not_come_to_a_step_is_named(tmp_path: Path):
+    mp.spawn(late, (free_port(), str(tmp_path)), 2)
+    assert "rank 1 (last seen at 1) did not arrive at iteration 2" in (tmp_path / "told").read_text()
+
+
+def asked(rank: int, port: int, folder: str) -> None:
+    """Rank 1 alone is asked to stop; who looks learns of it, and all leave together."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    told = []
+    try:
+        with distributed.session("cpu") as dist:
+            told.append(dist.any(False))
+            dist.stop_if_asked("nothing yet")
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert dist.asked_to_stop
+            dist.gather(None)
+            told.append(dist.asked_to_stop)
+            dist.stop_if_asked("left undone")
+    except distributed.Interrupted as interruption:
+        told.append(str(interruption))
+    (Path(folder) / f"rank{rank}").write_text(json.dumps(told))
+
+
+def test_a_request_to_one_process_reaches_all(tmp_path: Path):
+    mp.spawn(asked, (free_port(), str(tmp_path)), 2)
+    told = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert told == [[False, True, "SIGUSR1: left undone"], [False, True, ""]]
+
+
+def on_main(rank: int, port: int, folder: str) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    calls = []
+
+    def refuse() -> None:
+        calls.append("refuse")
+        raise InputError("folder: taken")
+
+    with distributed.session("cpu") as dist:
+        found = [dist.on_main(lambda: calls.append("act") or "result")]
+        try:
+            dist.on_main(refuse)
+        except InputError as error:
+            found.append(str(error))
+    torch.save([found, calls], Path(folder) / f"rank{rank}.pt")
+
+
+def test_what_the_main_process_does_is_known_to_all(tmp_path: Path):
+    mp.spawn(on_main, (free_port(), str(tmp_path)), 2)
+    (first, acted), (second, idle) = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert first == second == ["result", "folder: taken"]
+    assert acted == ["act", "refuse"]
+    assert idle == []
