@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=30)
 STOP_KEY = "stop"
+MEETING_PAUSE = 0.02  # seconds between two looks
 
 
 @dataclass(frozen=True)
@@ -244,18 +247,51 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
             "sets: start with torchrun, or unset it"
         )
     store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
-    store.set(f"here/{rank}", "")
-    places = [f"here/{other}" for other in range(world_size)]
-    try:
-        store.wait(places, timeout)
-    except RuntimeError:
-        absent = [f"rank {other}" for other, place in enumerate(places) if not store.check([place])]
-        raise InputError(f"{', '.join(absent)} did not arrive at the start within {timeout}") from None
+    store = meet(store, rank, world_size, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
     control = torch_dist.new_group(backend="gloo", timeout=timeout)
     return Dist(rank, world_size, device, patient, control, torch_dist.PrefixStore("exp", store), stop)
+
+
+def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta) -> torch_dist.Store:
+    """A store that torchrun keeps -> the part of it that these processes alone have, once all of them are here.
+
+    After a restart the store still holds what the processes before wrote, the addresses of dead ones among it. So
+    rank 0 names this meeting, every other rank answers with a mark of its own, and takes the name for new when rank 0
+    has read that mark. InputError that names the ranks which do not come.
+    """
+    mine, until, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+
+    def read(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    def wait_for(found: Callable[[], T | None], absent: Callable[[], str]) -> T:
+        while (value := found()) is None:
+            if time.monotonic() > until:
+                raise InputError(f"{absent()} did not arrive at the start within {timeout}")
+            time.sleep(MEETING_PAUSE)
+        return value
+
+    if rank == 0:
+        store.set("meeting", mine)
+        for other in others:
+            mark = wait_for(
+                lambda other=other: read(f"{mine}/mark/{other}"),
+                lambda: ", ".join(f"rank {r}" for r in others if read(f"{mine}/mark/{r}") is None),
+            )
+            store.set(f"{mine}/read/{other}", mark)
+        return torch_dist.PrefixStore(mine, store)
+
+    def answered() -> str | None:
+        meeting = read("meeting")
+        if meeting is None:
+            return None
+        store.set(f"{meeting}/mark/{rank}", mine)
+        return meeting if read(f"{meeting}/read/{rank}") == mine else None
+
+    return torch_dist.PrefixStore(wait_for(answered, lambda: "rank 0"), store)
 
 
 def _leave(dist: Dist) -> None:
