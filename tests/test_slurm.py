@@ -1,8 +1,10 @@
 """The sbatch files, with stand-ins for Slurm's commands; the two agents of torchrun are real."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import ROOT, TINY, TINY_RUN, free_port
 
 from exp.checkpoint import load_checkpoint
+from exp.checkpoint_files import find_checkpoint
 
 SLURM = ROOT / "scripts" / "slurm"
 FILES = sorted(SLURM.glob("*.sbatch"))
@@ -25,11 +28,11 @@ if [ "$*" = "show hostnames $SLURM_JOB_NODELIST" ]; then printf '127.0.0.1\\noth
 """
 
 
-def submit(file: str, flags: list, tmp_path: Path, **environment: object) -> subprocess.CompletedProcess:
+def start(file: str, flags: list, tmp_path: Path, scontrol: str = SCONTROL, **environment: object) -> subprocess.Popen:
     """An sbatch file run from a copy, as Slurm does, in a job of that environment."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("print_args", '#!/bin/sh\nprintf "%s\\n" "$@"\n')):
+    for name, text in (("srun", SRUN), ("scontrol", scontrol), ("print_args", '#!/bin/sh\nprintf "%s\\n" "$@"\n')):
         (bin_dir / name).write_text(text)
         (bin_dir / name).chmod(0o755)
     copy = tmp_path / "slurm_script"
@@ -37,14 +40,21 @@ def submit(file: str, flags: list, tmp_path: Path, **environment: object) -> sub
     slurm = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": 123456, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": 1}
     variables = {**slurm, "OMP_NUM_THREADS": 1, **environment}
     path = {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", copy, *map(str, flags)],
         env={**os.environ, **path, **{name: str(value) for name, value in variables.items()}},
         cwd=tmp_path,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+
+
+def submit(file: str, flags: list, tmp_path: Path, **environment: object) -> subprocess.CompletedProcess:
+    """The same to its end."""
+    process = start(file, flags, tmp_path, **environment)
+    printed, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, err)
 
 
 def test_all_three_are_there():
@@ -128,3 +138,40 @@ def test_two_agents_train_as_one_with_two_processes(tmp_path: Path):
         load_checkpoint(tmp_path / name / TINY_RUN / "checkpoints" / "iter_0000003.pt") for name in ("two", "one")
     )
     assert all(torch.equal(two.model[name], one.model[name]) for name in one.model)
+
+
+# The real one sends SIGTERM to the processes of a job that is put back into the queue.
+REQUEUE = """#!/usr/bin/env bash
+if [ "$1" = requeue ]; then echo "requeued $2"; pkill -TERM -f "main.py .*$FOLDER"; fi
+if [ "$*" = "show hostnames $SLURM_JOB_NODELIST" ]; then echo 127.0.0.1; fi
+"""
+
+
+@pytest.mark.slow
+def test_a_requeued_job_has_saved_and_goes_on(tmp_path: Path):
+    """SIGUSR1 to the batch shell, as --signal=B:USR1@300 sends it."""
+    folder = tmp_path / "requeued"
+    flags = [*TINY, "schedule.train_iters=60", "schedule.save_iters=1000", "--predict_yaml", "argmax"]
+    flags += ["--output_dir", folder]
+    job = next(port for port in iter(free_port, None) if 20000 <= port < 39999) - 20000
+    settings = {"RANKSEG_PYTHON": sys.executable, "RANKSEG_PROCESSES": 2, "FOLDER": folder, "SLURM_JOB_ID": job}
+    process, log = (
+        start("one_node.sbatch", flags, tmp_path, scontrol=REQUEUE, **settings),
+        folder / TINY_RUN / "log.jsonl",
+    )
+    until = time.monotonic() + 120
+    while not log.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    printed, err = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert f"requeued {job}" in printed
+    saved = load_checkpoint(find_checkpoint(folder / TINY_RUN / "checkpoints")).iteration
+    assert f"interrupted by SIGTERM: iteration {saved} of 60 is saved; the same command goes on" in err
+    assert saved < 60
+    done = submit("one_node.sbatch", flags, tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    assert f"iterations {saved} to 60" in done.stdout
