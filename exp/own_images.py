@@ -252,7 +252,7 @@ def build_predictor(
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
     cls = find_dataset(data.dataset)
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
-    facts |= dataset_facts(data, cls)
+    facts |= dataset_facts(data)
     if list(facts["classes"]) != checkpoint.classes:
         raise InputError(
             f"{path}: got the classes {checkpoint.classes}, expected those of {data.dataset}: {list(facts['classes'])}"

@@ -10,11 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # data flows one way: a module imports from those before it
     "errors",
+    "text_files",
+    "paths",
     "lists",
     "strict_yaml",
     "config",
     "cli",
     "distributed",
+    "image_files",
+    "array_files",
     "volumes",
     "prepare.facts",
     "prepare.jobs",
