@@ -34,7 +34,7 @@ def read_json(path: Path, expected: str, max_bytes: int = MAX_TEXT) -> dict[str,
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets by the thousand
-        raise InputError(f"{path}: got a file that is no JSON ({error}), expected {expected}") from None
+        raise InputError(f"{path}: cannot be read (no JSON: {error}), expected {expected}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: got a JSON {type(content).__name__}, expected {expected}")
+        raise InputError(f"{path}: cannot be read (a JSON {type(content).__name__}), expected {expected}")
     return content
