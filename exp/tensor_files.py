@@ -2,6 +2,8 @@
 
 import mmap
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,12 +52,16 @@ def load_tensor_file(path: Path, expected: str) -> Any:
         if zipfile.is_zipfile(path):  # torch's format since 1.6; older files have no checksums
             _check_archive(path)
         _refuse_bytearrays(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch, on how the file came to be
+            content = torch.load(path, map_location="cpu", weights_only=True)
         for tensor in _tensors(content):
             _check_tensor(tensor)
         return content
     except UNREADABLE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks for {named[1]}, and nothing but tensors and plain values is taken from a file"
         raise InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}") from None
 
 
