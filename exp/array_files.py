@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,6 +26,7 @@ UNREADABLE = (
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
+    tokenize.TokenError,
 )
 MAX_HEADER = 2**16  # bytes; the first version of the format allows no more
 FREE_BYTES = 2**30  # an array of an archive may have that many however it is packed

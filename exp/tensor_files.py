@@ -3,6 +3,7 @@
 import mmap
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ UNREADABLE = (
     OverflowError,
     AssertionError,
     NotImplementedError,
+    struct.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     SafetensorError,

@@ -24,6 +24,7 @@ ORDER = [  # data flows one way: a module imports from those before it
     "prepare.jobs",
     "prepare.trees",
     "prepare.cases",
+    "prepare.mat_files",
     "prepare.voc",
     "prepare",
     "data.decode",

@@ -16,6 +16,7 @@ from exp.image_files import PILLOW_ERRORS, open_image, read_bytes, unreadable
 from exp.lists import read_names
 from exp.paths import Fence, files_and_links
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
+from exp.prepare.mat_files import check_mat
 
 # What scipy raises on files that are damaged or of another kind.
 UNREADABLE = (
@@ -25,11 +26,15 @@ UNREADABLE = (
     ValueError,
     TypeError,
     LookupError,
+    AttributeError,
+    ArithmeticError,
+    NameError,
+    MemoryError,
     NotImplementedError,
     zlib.error,
     struct.error,
 )
-MAX_MAT = 2**20  # bytes; SBD's have some 20,000. Deflate makes 1,032 bytes of one at most: never more than a GiB
+MAX_MAT = 2**20  # bytes; SBD's have some 20,000
 BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
 NUM_CLASSES = 21
 
@@ -109,9 +114,11 @@ def read_mat(path: Path) -> np.ndarray:
     if (size := path.stat().st_size) > MAX_MAT:
         raise InputError(f"{path}: got {size} bytes, expected SBD's GTcls, of {MAX_MAT} bytes at most")
     try:
+        check_mat(path.read_bytes())
         values = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except UNREADABLE as error:
-        raise InputError(f"{path}: got a file that cannot be read ({error}), expected SBD's GTcls") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected SBD's GTcls") from None
     return _check(np.asarray(values), path)
 
 
