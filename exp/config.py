@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,24 @@ from typing import Any, Literal
 import yaml
 
 from exp.errors import InputError
-from exp.strict_yaml import build_dataclass, closest, load_mapping, parse_value
+from exp.paths import leads_out
+from exp.strict_yaml import build_dataclass, closest, load_mapping, parse_value, show
 
 NUM_FOLDS = 5
+MAX_CROP = 16384  # pixels along a side; the largest images that are read have 9459 x 9459 (exp/image_files.py)
+MAX_SCALE = 100
+MAX_WIDTH = 2**14  # channels; the widest layer of the encoders has some 4,000
+MAX_BATCH = 2**16  # images, or windows
+MAX_WORKERS = 1024  # processes
+MAX_COUNT = 10**9  # iterations, epochs
+MAX_NAME = 100  # characters of a YAML's name: five of them make the run folder's, which has 255 at most
 IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 
 def _require(condition: bool, key: str, got: object, expected: str) -> None:
     if not condition:
-        raise InputError(f"key '{key}': got {got!r}, expected {expected}")
+        raise InputError(f"key '{key}': got {show(got)}, expected {expected}")
 
 
 def _require_positive(config: object, *keys: str) -> None:
@@ -29,6 +38,22 @@ def _require_positive(config: object, *keys: str) -> None:
         value = getattr(config, key)
         numbers = value if isinstance(value, tuple) else (value,)
         _require(value is None or all(v > 0 for v in numbers), key, value, "a value above 0")
+
+
+def _require_at_most(config: object, most: int, *keys: str) -> None:
+    """InputError for numbers that no experiment has, and that would take the machine's memory or processes."""
+    for key in keys:
+        value = getattr(config, key)
+        numbers = value if isinstance(value, tuple) else (value,)
+        _require(value is None or all(v <= most for v in numbers), key, value, f"{most} at most")
+
+
+def _require_inside(config: object, *keys: str) -> None:
+    """InputError for a folder or file whose name leads out of data_dir."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None:
+            _require(not leads_out(value), key, value, "a name that stays below data_dir")
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
+        _require_at_most(self, MAX_WIDTH, "decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a value in [0, 1)")
+        fits = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.encoder, re.ASCII)
+        _require(bool(fits), "encoder", self.encoder, "a name of timm or segmentation_models_pytorch")
+        _require(self.pretrained != "", "pretrained", self.pretrained, "true, false or a file")
         reads = DECODERS[self.decoder]
         kind = {0: "no such key", 1: "one whole number"}.get(reads.widths, f"a list of {reads.widths} whole numbers")
         given = self.decoder_channels
@@ -137,11 +166,28 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std", "test_crop")
+        _require_at_most(self, MAX_CROP, "crop_size", "test_crop")
+        _require_at_most(self, MAX_SCALE, "scale_range")
+        _require_inside(self, "train_split", "val_split", "images", "labels")
+        self._check_dataset()
         _require(self.fold is None or 0 <= self.fold < NUM_FOLDS, "fold", self.fold, f"0..{NUM_FOLDS - 1} or null")
         if self.window:
             fits = -(2**15) <= self.window[0] < self.window[1] < 2**15
             _require(fits, "window", self.window, "[low, high] of 16-bit values")
         self._check_classes()
+
+    def _check_dataset(self) -> None:
+        """The data set is a known one, and has the facts that it reads and no others."""
+        _require(
+            self.dataset in DATA_FACTS, "dataset", self.dataset, f"a known data set{closest(self.dataset, DATA_FACTS)}"
+        )
+        facts = DATA_FACTS[self.dataset]
+        for key in sorted({key for known in DATA_FACTS.values() for key in known}):
+            value = getattr(self, key)
+            if key not in facts:
+                _require(value is None, key, value, f"no such key with the data set {self.dataset}")
+            elif facts[key]:
+                _require(value is not None, key, value, f"a value: the data set {self.dataset} needs it")
 
     def _check_classes(self) -> None:
         """A folder's classes, colours and label map fit together."""
@@ -149,6 +195,8 @@ class DataConfig:
         if self.classes:
             fits = 2 <= num_classes == len(set(self.classes)) <= IGNORE_INDEX
             _require(fits, "classes", self.classes, f"2 to {IGNORE_INDEX} different names")
+            fits = all(name.strip() and name.isprintable() for name in self.classes)
+            _require(fits, "classes", self.classes, "names of printable characters")
         if self.palette:
             fits = len(self.palette) == num_classes and all(0 <= v <= 255 for colour in self.palette for v in colour)
             _require(fits, "palette", self.palette, "a colour of 0..255 for each class")
@@ -159,6 +207,21 @@ class DataConfig:
         _require(self.scale_range[0] <= self.scale_range[1], "scale_range", self.scale_range, "[low, high]")
         _require(0 <= self.flip_prob <= 1, "flip_prob", self.flip_prob, "a value in [0, 1]")
         _require(all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "values in [0, 1]")
+
+
+# By data set: the keys that state facts of it; true: it cannot do without.
+DATA_FACTS = {
+    "ade20k": {},
+    "camvid": {},
+    "cityscapes": {},
+    "folder": {"images": True, "labels": True, "classes": True, "palette": True, "label_map": False, "channels": False},
+    "hippocampus": {"fold": True, "window": True},
+    "kits": {"fold": True, "window": True},
+    "lits": {"fold": True, "window": True},
+    "pascal_voc": {},
+    "shapes": {},
+    "shapes_binary": {},
+}
 
 
 @dataclass(frozen=True)
@@ -251,6 +314,10 @@ class ScheduleConfig:
         )
         _require(self.keep_checkpoints >= 2, "keep_checkpoints", self.keep_checkpoints, "2 or more")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        _require_at_most(self, MAX_BATCH, "batch_size")
+        _require_at_most(self, MAX_WORKERS, "num_workers")
+        _require_at_most(self, MAX_COUNT, "train_iters", "train_epochs", "log_iters", "save_iters", "val_iters")
+        _require_at_most(self, self.batch_size, "accumulation")
         _require(
             (self.train_iters is None) != (self.train_epochs is None),
             "train_iters",
@@ -277,6 +344,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "head_lr_factor", "power", "clip_norm")
+        _require_at_most(self, 1000, "lr", "weight_decay", "head_lr_factor", "power")
         decay = self.ema_decay
         _require(decay is None or 0 < decay < 1, "ema_decay", decay, "a value in (0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
@@ -313,6 +381,9 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "stride", "window_batch", "scales")
+        _require_at_most(self, MAX_CROP, "crop_size", "stride")
+        _require_at_most(self, MAX_BATCH, "window_batch")
+        _require_at_most(self, MAX_SCALE, "scales")
         _require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
         _require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
         if self.temperature != "fitted":
@@ -353,6 +424,9 @@ class PredictConfig:
                 _require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
             else:
                 _require(value is None, key, value, f"no such key: the rule {self.rule} does not read it")
+        if isinstance(self.unassigned, int):
+            _require(0 <= self.unassigned < IGNORE_INDEX, "unassigned", self.unassigned, "a class")
+        _require(self.thresholds != "", "thresholds", self.thresholds, "a file or null")
         for key in ("threshold", "pruning_prob"):
             value = getattr(self, key)
             _require(value is None or 0 <= value < 1, key, value, "a value in [0, 1)")
@@ -481,6 +555,8 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
             build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
             for path, mapping in files
         ]
+        for config, (path, _) in zip(built, files):
+            _check_name(config.name, path)
         configs[group] = tuple(built) if group == "predict" else built[0]
     names = [c.name for c in configs.get("predict", ())]
     if len(set(names)) < len(names):
@@ -491,6 +567,30 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
                 f"--predict_yaml: got a rule named '{name}', expected another name: results/ has files of it"
             )
     return configs
+
+
+def _check_name(name: str, path: Path) -> None:
+    """InputError for a name that could not stand in the names of a run's folders and files."""
+    fits = name.isprintable() and 0 < len(name) <= MAX_NAME and not name.startswith(".") and not set(name) & set("/\\:")
+    if not fits:
+        raise InputError(
+            f"{path}: key 'name': got {show(name)}, expected 1 to {MAX_NAME} printable characters without / \\ : and "
+            "no dot in front"
+        )
+
+
+def check_files(config: ExperimentConfig, *, from_scratch: bool) -> None:
+    """InputError for a file that a YAML names and that is not there; from_scratch: no checkpoint has the weights."""
+    if from_scratch and isinstance(config.model.pretrained, str):
+        _require_file("model.pretrained", config.model.pretrained, "a state dict (.pt, .pth, .safetensors)")
+    for rule in config.predict:
+        if rule.thresholds is not None:
+            _require_file("predict.thresholds", rule.thresholds, "a thresholds file of a rule of scope: dataset")
+
+
+def _require_file(key: str, name: str, expected: str) -> None:
+    if "\0" in name or not Path(name).is_file():
+        raise InputError(f"key '{key}': got {show(name)}, which is no file, expected {expected}")
 
 
 def find_yaml(group: str, name: str) -> Path:

@@ -10,6 +10,14 @@ class InputError(ValueError):
     """Wrong input of the user's: one line that says where, what was got and what was expected."""
 
 
+def printable(text: str) -> str:
+    """Text with what no line should hold (line breaks, terminal escapes, bytes that are no UTF-8) written as escapes.
+
+    Names of files and keys of strangers get into messages, and could otherwise forge lines or drive the terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def run_and_report(main: Callable[[], None]) -> int:
     """Run main() -> exit status: 0; 2 with one line on stderr for what the user can put right; 75 where it was asked to
     stop and can go on; 130 after Ctrl-C at once."""
@@ -27,7 +35,7 @@ def run_and_report(main: Callable[[], None]) -> int:
         IsADirectoryError,
         PermissionError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

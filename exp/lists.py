@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from exp.errors import InputError
+from exp.paths import leads_out
+from exp.text_files import read_text
 
 
 def read_names(path: Path, *, spaces: bool = False) -> list[str]:
@@ -13,18 +15,15 @@ def read_names(path: Path, *, spaces: bool = False) -> list[str]:
 
     spaces: names may hold spaces.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected one image name a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected one image name a line") from None
+    lines = read_text(path, "one image name a line", encoding="utf-8-sig").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     for name in names:
         if not spaces and len(name.split()) > 1:
-            raise InputError(f"{path}: got the line '{name}', expected one image name and nothing else")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path}: got '{name}', which leads out of the data folder, expected a name inside it")
+            raise InputError(f"{path}: got the line '{name[:200]}', expected one image name and nothing else")
+        if leads_out(name):
+            raise InputError(
+                f"{path}: got '{name[:200]}', which leads out of the data folder, expected a name inside it"
+            )
     return names
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, label_table
+from exp.data.decode import read_label
 from exp.distributed import Dist
 from exp.errors import InputError
 from exp.output_folders import claim_folder, whole_file
@@ -105,7 +106,7 @@ class MaskWriter:
         for rule in self.rules:
             for name in sorted(cases)[self.dist.rank :: self.dist.world_size]:
                 staged = self.folder / rule / STAGED / name
-                slices = {int(path.stem): np.asarray(Image.open(path)) for path in staged.glob("[0-9]*.png")}
+                slices = {int(path.stem): read_label(path) for path in staged.glob("[0-9]*.png")}
                 save_volume(slices, self._case(cases[name]), self.folder / rule / f"{name}.nii.gz")
         self.dist.gather(None)
         for rule in self.rules if self.dist.is_main else ():

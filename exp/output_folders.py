@@ -18,7 +18,7 @@ def claim_folder(folder: Path, origin: Mapping[str, Any]) -> Path:
     """
     record = folder.with_name(f"{folder.name}.json")
     text = json.dumps(origin, indent=2, sort_keys=True) + "\n"
-    if (folder.exists() or record.exists()) and not (record.is_file() and record.read_text(encoding="utf-8") == text):
+    if (folder.exists() or record.exists()) and not (record.is_file() and record.read_bytes() == text.encode()):
         _move_aside(folder, record)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, text)

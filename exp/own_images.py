@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm import tqdm
 
 from exp.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
-from exp.config import DataConfig, ModelConfig, PredictConfig, TestConfig
+from exp.config import DataConfig, ModelConfig, PredictConfig, ScheduleConfig, TestConfig
 from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image
@@ -28,13 +30,14 @@ from exp.precision import Autocast
 from exp.predict import Rule, bind_rules, build_rule
 from exp.prepare.facts import VolumeFacts
 from exp.scopes import PooledRule, Pools, Thresholds
-from exp.strict_yaml import build_dataclass
+from exp.strict_yaml import build_dataclass, show
 from exp.temperature import load_temperature
 from exp.volumes import Volume, open_volume, resize_image, resize_labels
 from exp.volumes import read_image as read_slices
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
+SPARE_PARAMETERS = 2**26  # encoders are built with a classifier that is taken off again
 MONTAGE = 3  # rows and columns of slices in the overlay of a volume
 
 
@@ -178,7 +181,7 @@ class Output:
         for path in (kind(rule, source) for kind in (self.mask, self.overlay) for rule in rules for source in sources):
             if path.exists():
                 raise InputError(f"{path}: got a file there already, expected none (--overwrite replaces it)")
-        if self.classes.exists() and self.classes.read_text(encoding="utf-8") != classes:
+        if self.classes.exists() and self.classes.read_bytes() != classes.encode():
             raise InputError(f"{self.classes}: got other classes, expected those of the checkpoint, or --overwrite")
 
 
@@ -252,10 +255,11 @@ def build_predictor(
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
     cls = find_dataset(data.dataset)
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
-    facts |= dataset_facts(data, cls)
+    facts |= dataset_facts(data)
     if list(facts["classes"]) != checkpoint.classes:
         raise InputError(
-            f"{path}: got the classes {checkpoint.classes}, expected those of {data.dataset}: {list(facts['classes'])}"
+            f"{path}: got the classes {show(checkpoint.classes)}, expected those of {data.dataset}: "
+            f"{show(list(facts['classes']))}"
         )
     num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
     for config in predict:
@@ -282,11 +286,39 @@ def build_predictor(
 
 def _load_model(checkpoint: Checkpoint, channels: int, weights: str) -> nn.Module:
     config = _config_of(checkpoint, "model", ModelConfig)
-    model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
+    with _no_larger_than(checkpoint):
+        model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
     load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes, weights)
-    channels_last = checkpoint.config["schedule"]["channels_last"]
+    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
     return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@contextmanager
+def _no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
+    """InputError as soon as a network that is being built has far more parameters than the checkpoint.
+
+    A checkpoint's own config says what is built: a line of it could ask for more memory than the machine has.
+    """
+    held = sum(v.numel() for v in (checkpoint.model or checkpoint.ema).values() if isinstance(v, Tensor))
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > 2 * held + SPARE_PARAMETERS:
+            raise InputError(
+                f"{checkpoint.path}: got {held} weights, expected those of the network that its config names"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _config_of(checkpoint: Checkpoint, group: str, cls: type) -> Any:
-    return build_dataclass(cls, checkpoint.config[group], checkpoint.path, {})
+    values = checkpoint.config.get(group) if isinstance(checkpoint.config, dict) else None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{checkpoint.path}: got no {group} settings, expected a checkpoint of this program")
+    return build_dataclass(cls, values, checkpoint.path, {})

@@ -5,8 +5,8 @@ Maps are .npy files or .npz archives of (C, H, W) or (C, D, H, W) floats that su
 Nothing is unpickled: nnU-Net's .pkl files stay unread, and an array of Python objects is refused.
 """
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from exp.array_files import UNREADABLE, map_array, read_member
 from exp.calibration import count_calibration
 from exp.data import decode
 from exp.data.base import IGNORE_INDEX, label_table
@@ -24,12 +25,11 @@ from exp.errors import InputError
 from exp.metrics import EvalResult, count
 from exp.predict import Rule, bind_rules
 from exp.scopes import PooledRule, Pools, Thresholds
-from exp.volumes import open_volume, read_labels
+from exp.volumes import MAX_VOXELS, open_volume, read_labels
 
 MAP_SUFFIXES = (".npy", ".npz")
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".png", ".npy")
 KNOWN_KEYS = ("probabilities", "softmax")  # of nnU-Net v2 and v1
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # numpy, on damaged files
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class MapReader:
             raise InputError(
                 f"{path}: got an array of shape {prob.shape}, expected (C, H, W) or (C, D, H, W) with 2 or more "
                 "classes (a foreground alone is written as 1 - p and p)"
+            )
+        if prob.shape[0] > IGNORE_INDEX or math.prod(prob.shape[1:]) > MAX_VOXELS:
+            raise InputError(
+                f"{path}: got an array of shape {prob.shape}, expected {IGNORE_INDEX} classes and {MAX_VOXELS} pixels "
+                "at most"
             )
         if prob.dtype not in (np.float16, np.float32, np.float64):
             raise InputError(f"{path}: got {prob.dtype} values, expected probabilities in float16, float32 or float64")
@@ -199,11 +204,11 @@ def is_nifti(path: Path) -> bool:
 def read_array(path: Path, key: str | None) -> np.ndarray:
     """An .npy file (mapped into memory), or an array of an .npz file; InputError for anything that needs unpickling."""
     try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        with content:
-            return content[_pick_key(path, content.files, key)]
+        if not zipfile.is_zipfile(path):
+            return map_array(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            return read_member(archive, _pick_key(path, names, key))
     except InputError:
         raise
     except UNREADABLE as error:
@@ -218,7 +223,7 @@ def _pick_key(path: Path, keys: list[str], key: str | None) -> str:
     choices = [key] if key is not None else [k for k in KNOWN_KEYS if k in keys] or (keys if len(keys) == 1 else [])
     if not choices or choices[0] not in keys:
         wanted = key or f"{' or '.join(KNOWN_KEYS)}, or one array alone (--key names another)"
-        raise InputError(f"{path}: got the arrays {', '.join(keys) or 'none'}, expected {wanted}")
+        raise InputError(f"{path}: got the arrays {', '.join(keys)[:200] or 'none'}, expected {wanted}")
     return choices[0]
 
 
@@ -228,6 +233,8 @@ def read_label_values(path: Path) -> np.ndarray:
         values = read_nifti(path)
     else:
         values = read_array(path, None) if path.suffix == ".npy" else decode.read_label(path)
+    if values.size > MAX_VOXELS:
+        raise InputError(f"{path}: got an array of shape {values.shape}, expected {MAX_VOXELS} labels at most")
     if values.ndim not in (2, 3) or (path.suffix == ".png" and values.ndim == 3):
         raise InputError(f"{path}: got an array of shape {values.shape}, expected one label a pixel")
     if values.dtype == bool:

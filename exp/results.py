@@ -17,6 +17,7 @@ from exp.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Compariso
 from exp.durable import write_atomically
 from exp.errors import InputError
 from exp.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
+from exp.text_files import read_json, read_text
 
 COUNTS = ("tp", "fp", "fn")
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
@@ -67,7 +68,7 @@ def save_results(
         texts[CALIBRATION] = calibration_json(calibration, results[0], shared)
     for name, text in texts.items():
         path = folder / name
-        if path.is_file() and (any(changed) if text is None else _figures(path.read_text()) != _figures(text)):
+        if path.is_file() and (any(changed) if text is None else _figures(path) != _selected(json.loads(text))):
             _keep_older([path], folder / "older")
         if text is not None:
             write_atomically(path, text)
@@ -77,7 +78,7 @@ def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> 
     """Write the files of one rule -> True if an older evaluation with other rows was there and is in older/ now."""
     table, cases, scores = (folder / f"{result.rule}.{end}" for end in ("csv", "cases.csv", "json"))
     text = result_csv(result)
-    changed = table.is_file() and table.read_text(encoding="utf-8") != text
+    changed = table.is_file() and table.read_bytes() != text.encode()
     if changed:
         _keep_older([table, cases, scores], folder / "older")
     write_atomically(table, text)
@@ -180,15 +181,18 @@ def _score_csv(
 
 def load_result(path: Path) -> EvalResult:
     """<rule>.csv -> the EvalResult it was written from."""
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
+    text = read_text(path, "the counts of an evaluation, a row an image")
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected the counts of an evaluation") from None
     columns = [i for i, name in enumerate(header) if name.startswith("tp.")]
     if not columns or header[0] != "image" or len(header) != columns[0] + 3 * len(columns):
         raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
     classes = tuple(header[i].removeprefix("tp.") for i in columns)
     try:
         counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), 3, len(classes))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
     cases = tuple(row[1] for row in rows) if header[1] == "case" else None
     return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases)
@@ -257,9 +261,16 @@ def _dump(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def _figures(text: str) -> Any:
-    """What a comparison or calibration found, without what it says of where that came from."""
-    content = json.loads(text)
+def _figures(path: Path) -> dict[str, Any] | None:
+    """What a comparison or calibration found, of the file of an earlier evaluation; None for a damaged one."""
+    try:
+        return _selected(read_json(path, "the figures of an evaluation"))
+    except InputError:
+        return None
+
+
+def _selected(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's or calibration's content without what it says of where that came from."""
     return {key: content.get(key) for key in ("comparisons", "metrics", "top_label", "per_class")}
 
 

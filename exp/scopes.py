@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from exp.errors import InputError
+from exp.text_files import read_json
 
 BITS, UNIT_BITS = 14, 30  # of a bin's number; of a probability as a whole number
 BINS = 2**BITS
@@ -218,9 +219,7 @@ def load_thresholds(path: Path, num_classes: int) -> Thresholds:
     if not path.is_file():
         raise InputError(f"predict.thresholds: {path}: no such file, expected {expected}")
     try:
-        if path.stat().st_size > MAX_OBJECT:
-            raise ValueError("too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, expected, MAX_OBJECT)
         rows = list(content["classes"].values())
         columns = {name: tuple(row[name] for row in rows) for name in COLUMNS}
         numbers = [v for name in COLUMNS if name != "kept" for v in columns[name]]
@@ -228,7 +227,9 @@ def load_thresholds(path: Path, num_classes: int) -> Thresholds:
             raise ValueError("wrong values")
         if not all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in numbers):
             raise ValueError("wrong numbers")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except InputError as error:
+        raise InputError(f"predict.thresholds: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise InputError(f"predict.thresholds: {path}: got another file ({error!r}), expected {expected}") from None
     if len(rows) != num_classes:
         raise InputError(f"predict.thresholds: {path}: got {len(rows)} classes, expected {num_classes}")

@@ -2,29 +2,41 @@
 
 import dataclasses
 import difflib
-import math
 import re
+import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from exp.errors import InputError
+from exp.text_files import read_text
 
+MAX_YAML = 2**18  # bytes; a data YAML of 255 classes with names, colours and a label map has some 20 kB
+MAX_FLOAT = 1e300  # no number of a config is near it
+MAX_INT = 2**63
 T = TypeVar("T")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads scalars as YAML 1.2 does."""
+    """Safe YAML that refuses duplicate keys and aliases, and reads scalars as YAML 1.2 does."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases stand for billions of values
+            raise InputError(f"got the alias '*{self.peek_event().anchor}', expected every value written out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                raise InputError(f"got {show(key)} as a key, expected a name or a number")
+            if key in seen:
                 raise InputError(f"key '{key}' stands twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -49,18 +61,29 @@ def parse_value(text: str, where: str) -> Any:
     """YAML text of one value -> the value; `where` opens the message of an InputError."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, InputError, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{where}: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{where}: got brackets within brackets by the hundred, expected plain values") from None
+    # PyYAML raises the last three on values that are not what their own tag says, such as !!bool maybe
+    except (yaml.YAMLError, InputError, ValueError, LookupError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise InputError(f"{where}: {problem}, expected plain YAML") from None
+
+
+def show(value: Any) -> str:
+    """A value as messages have it: never more than a line or two, whatever is nested in what."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxtuple = short.maxdict = 12
+    short.maxstring = short.maxother = short.maxlong = 120
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes out no number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
     """A YAML file -> its top-level mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    mapping = parse_value(text, str(path))
+    mapping = parse_value(read_text(path, "a YAML file", MAX_YAML), str(path))
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise InputError(f"{path}: got {type(mapping).__name__}, expected keys with values")
     return mapping
@@ -76,12 +99,12 @@ def build_dataclass(cls: type[T], values: Mapping[str, Any], path: Path, origins
     typed = {}
     for key, value in values.items():
         if key not in fields:
-            raise InputError(f"{path}: unknown key '{key}'{closest(key, fields)}")
+            raise InputError(f"{path}: unknown key '{key[:120]}'{closest(key[:120], fields)}")
         try:
             typed[key] = convert(value, hints[key])
         except TypeError:
             where = origins.get(key, path)
-            got = f"{value!r} ({type(value).__name__})"
+            got = f"{show(value)} ({type(value).__name__})"
             raise InputError(f"{where}: key '{key}': got {got}, expected {describe(hints[key])}") from None
     missing = [name for name, field in fields.items() if name not in typed and field.default is dataclasses.MISSING]
     if missing:
@@ -112,9 +135,9 @@ def convert(value: Any, hint: Any) -> Any:
         if isinstance(value, dict):
             return {convert(k, args[0]): convert(v, args[1]) for k, v in value.items()}
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_FLOAT:
             return float(value)
-    elif type(value) is hint:
+    elif type(value) is hint and not (hint is int and abs(value) >= MAX_INT):
         return value
     raise TypeError
 

@@ -1,6 +1,5 @@
 """One temperature for the logits, fitted by maximum likelihood (Guo et al., ICML 2017) on pixels of labelled images."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from exp.data.base import IGNORE_INDEX
 from exp.distributed import Dist
 from exp.errors import InputError
 from exp.inference import Inference
+from exp.text_files import read_json
 
 PIXELS = 2000  # of an image that are drawn: 100 images give the temperature to three digits
 MAX_IMAGES = 200  # spread over the data set
@@ -132,14 +132,14 @@ def describe_fit(temperature: float, fitted: Pixels, held_out: Pixels) -> dict[s
 def load_temperature(path: Path, weights_checksum: str) -> float:
     """temperature.json -> the temperature; InputError if there is none for these weights."""
     expected = "that of these weights: --test-only --fit_temperature train writes it"
+    if not path.is_file():
+        raise InputError(f"test.temperature fitted: {path}: no such file, expected {expected}")
+    content = read_json(path, expected)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         temperature, fitted_for = content["temperature"], content["weights_checksum"]
         if type(temperature) is not float or not 0 < temperature < math.inf:
             raise ValueError(f"temperature {temperature!r}")
-    except FileNotFoundError:
-        raise InputError(f"test.temperature fitted: {path}: no such file, expected {expected}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{path}: got another file ({error!r}), expected {expected}") from None
     if fitted_for != weights_checksum:
         raise InputError(f"test.temperature fitted: {path}: got a temperature of other weights, expected {expected}")

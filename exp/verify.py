@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
-from exp.errors import InputError
+from exp.errors import InputError, printable
+from exp.image_files import PILLOW_ERRORS, open_image, read_bytes
 from exp.prepare.cases import TRAIN, RawCase, find_cases, is_finished
 from exp.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
+from exp.text_files import read_text
 from exp.volumes import (
     case_number,
     list_cases,
@@ -87,10 +88,10 @@ def check_sample(dataset: SegmentationDataset, index: int) -> list[Finding]:
 def _decode(path: Path) -> tuple[np.ndarray | None, list[Finding]]:
     """An image file -> its values, None if they cannot be had, and what is wrong with the file."""
     try:
-        with Image.open(path) as image:
+        with open_image(read_bytes(path), path) as image:
             found, values = image.format, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow, on damaged files
-        return None, [Finding("unreadable", path, " ".join(str(error).split()))]
+    except PILLOW_ERRORS as error:  # InputError is one of them
+        return None, [Finding("unreadable", path, " ".join(str(error).removeprefix(f"{path}: ").split()))]
     expected = FORMATS.get(path.suffix.lower(), found)
     if found != expected:
         return values, [Finding("wrong format", path, f"got {found} content, expected {expected}")]
@@ -243,11 +244,7 @@ def hash_file(path: Path) -> str:
 def read_manifest(path: Path) -> dict[str, str]:
     """A manifest as sha256sum writes it -> hash by the file's path below data_dir."""
     manifest = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected a manifest") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "a manifest").splitlines(), 1):
         digest, space, name = line.partition("  ")
         if not (space and len(digest) == 64):
             raise InputError(f"{path}: got a line {number} that is no '<sha256>  <path>', expected a manifest")
@@ -286,6 +283,6 @@ def format_report(findings: Sequence[Finding], shown: int) -> str:
         found = sorted((f for f in findings if f.kind == kind), key=lambda f: str(f.path))
         if found:
             lines.append(f"{'note: ' if kind in NOTES else ''}{kind}: {len(found)} {meaning}")
-            lines += [f"  {finding.path}: {finding.text}" for finding in found[:shown]]
+            lines += [printable(f"  {finding.path}: {finding.text}") for finding in found[:shown]]
             lines += [f"  and {len(found) - shown} more"] if len(found) > shown else []
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """NIfTI volumes -> axial slices, the slice files that training reads, and labels back onto a volume's grid."""
 
 import json
+import math
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,10 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
+from exp import array_files
+from exp.array_files import read_member
 from exp.errors import InputError
+from exp.text_files import read_json
 
 # What nibabel, gzip and zlib raise on files that are damaged or of another kind.
 UNREADABLE = (
@@ -26,11 +31,16 @@ UNREADABLE = (
     TypeError,
     KeyError,
     OverflowError,
+    MemoryError,
+    struct.error,
     zlib.error,
     ImageFileError,
     HeaderDataError,
 )
 MAX_SIDE = 4096  # voxels; scanners give matrices of up to 2048 and some 2,000 slices
+MAX_VOXELS = 2**29  # 512 x 512 x 2048: two metres at a millimetre; scanners' 1024 x 1024 x 512
+MAX_HEADER = 2**24  # bytes before the first voxel; extensions (the scanner's or a program's notes) have some kB
+MAX_SLICE = MAX_SIDE**2 * 2 + 4096  # bytes of an array in a slice file
 MAX_DEFLATE = 1040  # deflate makes nothing smaller than 1/1032 of its size (RFC 1951)
 INT16 = np.iinfo(np.int16)
 RESCALED = 1000  # MR intensities: percentiles 0.5 and 99.5 of a volume become 0 and this
@@ -73,6 +83,8 @@ class Volume:
 def open_volume(path: Path) -> Volume:
     """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
     try:
+        if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
+            raise ValueError(f"{offset} bytes of header")
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise ValueError(f"a {type(image).__name__}")
@@ -88,11 +100,24 @@ def open_volume(path: Path) -> Volume:
         raise InputError(f"{path}: got {_times(shape)} voxels, expected three sides of 1 to {MAX_SIDE}")
     if dtype.kind not in "iuf":
         raise InputError(f"{path}: got voxels of type {dtype}, expected whole or floating-point numbers")
-    _check_size(path, proxy.offset + int(np.prod(shape)) * dtype.itemsize)
+    _check_size(path, proxy.offset + math.prod(shape) * dtype.itemsize)
+    if math.prod(shape) > MAX_VOXELS:
+        raise InputError(f"{path}: got {_times(shape)} voxels, expected {MAX_VOXELS} of them at most")
     scaling = float(proxy.slope), float(proxy.inter)
     if not (np.isfinite(scaling).all() and scaling[0]):
         raise InputError(f"{path}: got slope {scaling[0]} and intercept {scaling[1]}, expected finite numbers")
     return Volume(path, shape, affine, axial_axis(affine, path), dtype, int(proxy.offset), *scaling)
+
+
+def _declared_offset(path: Path) -> int:
+    """The bytes before the first voxel as the header of NIfTI-1 or 2 says; 0 if it is neither."""
+    with ImageOpener(path) as file:
+        head = file.read(180)
+    for order in ("<", ">"):
+        for length, form, place in ((348, "f", 108), (540, "q", 168)):
+            if len(head) == 180 and struct.unpack_from(f"{order}i", head)[0] == length:
+                return int(struct.unpack_from(f"{order}{form}", head, place)[0])
+    return 0
 
 
 def axial_axis(affine: np.ndarray, path: Path) -> int:
@@ -258,23 +283,25 @@ def write_case(folder: Path, case: Case, images: np.ndarray, labels: np.ndarray)
 
 def read_case(folder: Path) -> Case:
     """A case's folder -> its case.json; InputError if that is missing or damaged."""
-    path = folder / CASE_FILE
+    path, expected = folder / CASE_FILE, "what scripts/prepare_data.py writes"
+    values = read_json(path, expected)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         case = Case(**{key: _tuples(value) for key, value in values.items()})
+        affine = np.asarray(case.affine, np.float64)
         valid = (
             len(case.shape) == 3
-            and np.asarray(case.affine, np.float64).shape == (4, 4)
+            and all(type(side) is int and 0 < side <= MAX_SIDE for side in (*case.shape, *case.size))
+            and math.prod(case.shape) <= MAX_VOXELS
+            and affine.shape == (4, 4)
+            and bool(np.isfinite(affine).all())
             and case.axis in (0, 1, 2)
-            and all(0 <= index < case.shape[case.axis] for index in case.slices)
+            and all(type(index) is int and 0 <= index < case.shape[case.axis] for index in case.slices)
             and len(case.size) == 2
         )
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected one beside the slices") from None
-    except (OSError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected what scripts/prepare_data.py writes") from None
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from None
     if not valid:
-        raise InputError(f"{path}: got values that fit no volume, expected what scripts/prepare_data.py writes")
+        raise InputError(f"{path}: got values that fit no volume, expected {expected}")
     return case
 
 
@@ -301,35 +328,28 @@ def case_number(name: str) -> int:
 def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
     try:
+        if (size := path.stat().st_size) > 2 * MAX_SLICE:
+            raise ValueError(f"{size} bytes")
         with zipfile.ZipFile(path) as archive:
             if sorted(archive.namelist()) != [f"{name}.npy" for name in sorted(SLICE_DTYPES)]:
                 raise ValueError(f"members {archive.namelist()}")
-            arrays = {name: _read_member(archive, name) for name in SLICE_DTYPES}
+            for name in SLICE_DTYPES:
+                if (size := archive.getinfo(f"{name}.npy").file_size) > MAX_SLICE:
+                    raise ValueError(f"{size} bytes as '{name}'")
+            arrays = {name: read_member(archive, name) for name in SLICE_DTYPES}
+        for name, dtype in SLICE_DTYPES.items():
+            if arrays[name].dtype != dtype or arrays[name].ndim != 2:
+                raise ValueError(f"'{name}' of type {arrays[name].dtype} and shape {arrays[name].shape}")
         if arrays["image"].shape != arrays["label"].shape:
             raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except array_files.UNREADABLE as error:
         raise InputError(
-            f"{path}: got {' '.join(str(error).split())}, expected a slice of scripts/prepare_data.py, with "
+            f"{path}: got {' '.join(str(error).split())[:200]}, expected a slice of scripts/prepare_data.py, with "
             "'image' int16 and 'label' uint8 of the same size"
         ) from None
     return arrays["image"], arrays["label"]
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array of a slice file, its header checked against the member's size before anything is allocated."""
-    info = archive.getinfo(f"{name}.npy")
-    if info.file_size > MAX_SIDE**2 * 2 + 4096:
-        raise ValueError(f"{info.file_size} bytes as '{name}'")
-    with archive.open(info) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"another format as '{name}'")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        data = file.read()  # to the end, where the checksum is compared
-    if dtype != SLICE_DTYPES[name] or len(shape) != 2 or fortran or len(data) != shape[0] * shape[1] * dtype.itemsize:
-        raise ValueError(f"'{name}' of type {dtype}, shape {shape} and {len(data)} bytes")
-    return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
 Convert = Callable[[np.ndarray, Volume], np.ndarray]

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.errors import InputError, run_and_report
+from exp.text_files import read_json
 
 OWN = ("data.fold", "predict.thresholds")  # where folds may differ
 TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
@@ -38,12 +39,19 @@ def load_run(run: Path) -> dict[str, dict[str, Any]]:
     """A run's folder -> the content of results/<rule>.json by rule; InputError if there is none."""
     results = {}
     for path in sorted((run / "results").glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: got a file that is no JSON ({error})") from None
-        if "rule" in content:  # the others compare rules, or are the network's
-            results[content["rule"]] = content
+        content = read_json(path, "results of an evaluation")
+        if "rule" not in content:  # the others compare rules, or are the network's
+            continue
+        groups = content.get("config", {})
+        if not (
+            isinstance(content["rule"], str)
+            and isinstance(content.get("metrics"), dict)
+            and all(value is None or type(value) in (int, float) for value in content["metrics"].values())
+            and isinstance(groups, dict)
+            and all(isinstance(group, dict) for group in groups.values())
+        ):
+            raise InputError(f"{path}: got other content, expected a rule, its metrics and its config")
+        results[content["rule"]] = content
     if not results:
         raise InputError(f"{run / 'results'}: got no results, expected the <rule>.json of an evaluation")
     return results
@@ -77,7 +85,7 @@ def settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def fitted_temperature(run: Path) -> float | None:
     """The temperature that was fitted for the run's network; None if none was."""
     path = run / "results" / "temperature.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("temperature") if path.is_file() else None
+    return read_json(path, "a fitted temperature").get("temperature") if path.is_file() else None
 
 
 def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -102,7 +102,7 @@ def check_dataset(config: DataConfig, data_dir: Path, pool: Executor, *, check_a
 def open_split(config: DataConfig, data_dir: Path, split: str) -> SegmentationDataset:
     """The 'train' or 'val' split with every pair it has, and in `unpaired` what has no partner."""
     cls, name = find_dataset(config.dataset), config.train_split if split == "train" else config.val_split
-    return cls(data_dir, name, facts=dataset_facts(config, cls), lenient=True)
+    return cls(data_dir, name, facts=dataset_facts(config), lenient=True)
 
 
 def check_raw(check_affine: bool, raw: RawCase) -> Checked:

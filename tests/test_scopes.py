@@ -199,7 +199,7 @@ def test_other_files_are_refused(tmp_path: Path):
     for text in ("{", "[]", "{}", json.dumps(content), path.read_text().replace("iou", "f1")):
         other = tmp_path / "other.json"
         other.write_text(text)
-        with pytest.raises(InputError, match=r"other\.json: got another file"):
+        with pytest.raises(InputError, match=r"other\.json: (got another file|cannot be read)"):
             load_thresholds(other, 3)
     with pytest.raises(InputError, match="no such file"):
         load_thresholds(tmp_path / "none.json", 3)

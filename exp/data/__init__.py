@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from exp.config import DataConfig
+from exp.config import DATA_FACTS, DataConfig
 from exp.data.ade20k import ADE20K
 from exp.data.base import SegmentationDataset
 from exp.data.camvid import CamVid
@@ -29,8 +29,6 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "shapes": Shapes,
     "shapes_binary": ShapesBinary,
 }
-# The keys of DataConfig that state facts of a data set; the rest says how to split, crop and augment.
-FACT_KEYS = ("fold", "window", "images", "labels", "classes", "palette", "label_map", "channels")
 
 
 def find_dataset(name: str) -> type[SegmentationDataset]:
@@ -48,20 +46,13 @@ def build_dataset(config: DataConfig, data_dir: str | None, split: str, seed: in
         config.train_split if training else config.val_split,
         max_samples=config.train_samples if training else config.val_samples,
         transform=build_transform(config, training, seed),
-        facts=dataset_facts(config, cls),
+        facts=dataset_facts(config),
     )
 
 
-def dataset_facts(config: DataConfig, cls: type[SegmentationDataset]) -> dict[str, Any]:
-    """The facts that the YAML gives; InputError for one that the data set does not read, or cannot do without."""
-    given = {key: value for key in FACT_KEYS if (value := getattr(config, key)) is not None}
-    for key in given:
-        if key not in cls.yaml_facts:
-            raise InputError(f"data.{key}: got {given[key]!r}, expected no such key with the data set {config.dataset}")
-    for key in cls.yaml_facts:
-        if key not in given and getattr(cls, key, None) is None:
-            raise InputError(f"data.{key}: got null, expected a value: the data set {config.dataset} needs it")
-    return given
+def dataset_facts(config: DataConfig) -> dict[str, Any]:
+    """The facts of the data set that the YAML gives."""
+    return {key: value for key in DATA_FACTS[config.dataset] if (value := getattr(config, key)) is not None}
 
 
 def build_transform(config: DataConfig, training: bool, seed: int) -> RandomCrop | CenterCrop | None:

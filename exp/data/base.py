@@ -15,6 +15,7 @@ from exp.config import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.errors import InputError
 from exp.lists import describe_numbers
+from exp.paths import Fence, files_and_links
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,29 @@ class UnpairedError(InputError):
         self.unpaired, self.samples = unpaired, samples
 
 
-def pair_samples(names: list[str], image: Callable[[str], Path], label: Callable[[str], Path]) -> list[Sample]:
-    """Names -> samples, each with an image and a label on disk; UnpairedError if there are any that lack one."""
+def pair_samples(
+    names: list[str],
+    image: Callable[[str], Path],
+    label: Callable[[str], Path],
+    inside: tuple[Path, Path] | None = None,
+) -> list[Sample]:
+    """Names -> samples, each with an image and a label on disk; UnpairedError if there are any that lack one.
+
+    inside: where the names stand in a list, the folders that its images and labels may not leave, by no link either;
+    InputError for one that does. The folders themselves may be links, and so may all above them.
+    """
     samples, unpaired = [], []
-    present: dict[Path, set[str]] = {}
+    folders: dict[Path, dict[str, bool]] = {}
+    fences = [Fence(folder) for folder in inside or ()]
     for sample in (Sample(name, image(name), label(name)) for name in names):
         missing = []
-        for path, other in ((sample.image, sample.label), (sample.label, sample.image)):
-            if path.parent not in present:
-                present[path.parent] = {p.name for p in path.parent.iterdir()} if path.parent.is_dir() else set()
-            if path.name not in present[path.parent]:
+        for i, (path, other) in enumerate(((sample.image, sample.label), (sample.label, sample.image))):
+            if path.parent not in folders:
+                folders[path.parent] = files_and_links(path.parent)
+            if path.name not in folders[path.parent]:
                 missing.append((path, f"no such file, expected the partner of {other}"))
+            elif fences:
+                fences[i].check(path, is_link=folders[path.parent][path.name])
         samples += [] if missing else [sample]
         unpaired += missing
     if unpaired:

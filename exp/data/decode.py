@@ -1,16 +1,13 @@
 """Image files -> arrays; what cannot be read to its end is an InputError that names the file."""
 
-import io
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from exp.errors import InputError
+from exp.image_files import JPEG, PILLOW_ERRORS, PNG, check_size, open_image, read_bytes, unreadable
 
-# (how a whole file begins, how it ends)
-JPEG, PNG = (b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
 PNG_BIT_DEPTH = 24  # the byte of a PNG's header that holds it
 
 
@@ -20,11 +17,13 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray:
     Whole PNGs and JPEGs are decoded by OpenCV, twice as fast as Pillow on JPEGs. All else goes through Pillow, which
     never takes a truncated file for a whole one as some versions of OpenCV do.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     if data.startswith(PNG[0]) and data[PNG_BIT_DEPTH : PNG_BIT_DEPTH + 1] == b"\x10":
         raise InputError(f"{path}: got 16 bits a channel, expected 8")
     colour = channels == 3
-    pixels = _decode_whole(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE)
+    pixels = None
+    if check_size(data, path):
+        pixels = _decode_whole(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE)
     if pixels is None:
         return np.atleast_3d(_decode_pillow(data, path, "RGB" if colour else "L"))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if colour else pixels[..., None]
@@ -35,20 +34,7 @@ def read_label(path: Path) -> np.ndarray:
 
     Through Pillow: OpenCV turns the indices of a palette PNG into colours.
     """
-    return _decode_pillow(_read_bytes(path), path)
-
-
-def _read_bytes(path: Path) -> bytes:
-    """A file's content; InputError if there is none, or a PNG without its end, which Pillow lets pass."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if data.startswith(PNG[0]) and not data.endswith(PNG[1]) and PNG[1] not in data:
-        raise _unreadable(path, "the file is truncated")
-    return data
+    return _decode_pillow(read_bytes(path), path)
 
 
 def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
@@ -62,15 +48,8 @@ def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
 
 
 def _decode_pillow(data: bytes, path: Path, mode: str | None = None) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
+    with open_image(data, path) as image:
+        try:
             return np.array(image if mode is None else image.convert(mode))
-    except UnidentifiedImageError:
-        raise _unreadable(path, "of no known kind") from None
-    # Pillow raises each of these on damaged files
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, reason: object) -> InputError:
-    return InputError(f"{path}: got a file that cannot be read ({reason}), expected an image, such as PNG or JPEG")
+        except PILLOW_ERRORS as error:
+            raise unreadable(path, error) from None

@@ -39,7 +39,12 @@ class Folder(SegmentationDataset):
         if len(names) != len(label_names):
             raise InputError(f"{labels}: got {len(label_names)} lines, expected {len(names)} as in {images}")
         label_of = dict(zip(names, label_names))
-        return pair_samples(names, lambda name: self.root / name, lambda name: self.root / label_of[name])
+        return pair_samples(
+            names,
+            lambda name: self.root / name,
+            lambda name: self.root / label_of[name],
+            inside=(self.root, self.root),
+        )
 
 
 def _files_by_name(folder: Path) -> dict[str, Path]:

@@ -65,4 +65,6 @@ class PascalVOC(SegmentationDataset):
         names = read_names(names_file)
         kind = "SegmentationClassTrainAug" if self.split == "trainaug" else "SegmentationClass"
         images, labels = require_folder(root / "JPEGImages"), require_folder(root / kind)
-        return pair_samples(names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png")
+        return pair_samples(
+            names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png", inside=(images, labels)
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from exp.errors import InputError
+from exp.errors import InputError, printable
 from exp.lists import describe_numbers
 from exp.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
@@ -136,7 +136,7 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     folder = root / TRAIN
     cases, alone = find_cases(name, data_dir)
     for volume in alone:
-        print(f"{volume.path}: {volume.text}; left alone")
+        print(printable(f"{volume.path}: {volume.text}; left alone"))
     if folder.is_dir():
         remove_stale(folder)
     if not cases and not (folder.is_dir() and list_cases(folder)):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from exp.errors import InputError
+from exp.errors import InputError, printable
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -149,5 +149,5 @@ def report_faults(faults: Iterable[str], what: str) -> None:
     """Print the faults and raise an InputError that counts them, if there are any."""
     faults = list(faults)
     if faults:
-        print(*(f"not prepared: {fault}" for fault in faults), sep="\n")
+        print(*(printable(f"not prepared: {fault}") for fault in faults), sep="\n")
         raise InputError(f"got {len(faults)} {what} that could not be prepared (above), expected none")

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from exp.errors import InputError
+from exp.image_files import PILLOW_ERRORS, open_image, read_bytes, unreadable
 from exp.lists import read_names
+from exp.paths import Fence, files_and_links
 from exp.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
+from exp.prepare.mat_files import check_mat
 
 # What scipy raises on files that are damaged or of another kind.
 UNREADABLE = (
@@ -22,10 +26,15 @@ UNREADABLE = (
     ValueError,
     TypeError,
     LookupError,
+    AttributeError,
+    ArithmeticError,
+    NameError,
+    MemoryError,
     NotImplementedError,
     zlib.error,
     struct.error,
 )
+MAX_MAT = 2**20  # bytes; SBD's have some 20,000
 BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
 NUM_CLASSES = 21
 
@@ -55,14 +64,7 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
             f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC; move it away to have "
             "it written"
         )
-    own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
-    jobs = [
-        LabelJob(
-            voc / "SegmentationClass" / f"{name}.png" if name in own else sbd / "cls" / f"{name}.mat",
-            labels / f"{name}.png",
-        )
-        for name in names
-    ]
+    jobs = [LabelJob(source, labels / f"{source.stem}.png") for source in find_sources(voc, sbd, names)]
     waiting = sum(not job.target.exists() for job in jobs)
     print(f"{labels}: {len(jobs)} labels, {len(jobs) - waiting} of them there before (compared, not changed)")
     require_space(labels, waiting * BYTES_PER_LABEL)
@@ -75,6 +77,17 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
     if not names_file.exists():
         with staged(names_file) as temporary:
             temporary.write_text("\n".join(names) + "\n", encoding="utf-8")
+
+
+def find_sources(voc: Path, sbd: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Names -> VOC's own label of each, where there is one, or SBD's; InputError where a link leads elsewhere."""
+    own, others = voc / "SegmentationClass", sbd / "cls"
+    folders = {folder: (files_and_links(folder), Fence(folder)) for folder in (own, others)}
+    for name in names:
+        source = own / f"{name}.png" if f"{name}.png" in folders[own][0] else others / f"{name}.mat"
+        links, fence = folders[source.parent] if source.parent in folders else ({}, Fence(others))
+        fence.check(source, is_link=links.get(source.name, False))
+        yield source
 
 
 def trainaug_names(lists: Path, sbd: Path) -> list[str]:
@@ -98,20 +111,24 @@ def read_mat(path: Path) -> np.ndarray:
     """A file of SBD's dataset/cls -> (H, W) uint8 class indices."""
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected the label of an image in SBD's lists")
+    if (size := path.stat().st_size) > MAX_MAT:
+        raise InputError(f"{path}: got {size} bytes, expected SBD's GTcls, of {MAX_MAT} bytes at most")
     try:
+        check_mat(path.read_bytes())
         values = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except UNREADABLE as error:
-        raise InputError(f"{path}: got a file that cannot be read ({error}), expected SBD's GTcls") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected SBD's GTcls") from None
     return _check(np.asarray(values), path)
 
 
 def read_png(path: Path) -> np.ndarray:
     """A palette or grey PNG -> (H, W) uint8 class indices."""
-    try:
-        with Image.open(path) as image:
+    with open_image(read_bytes(path), path) as image:
+        try:
             values = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of these on damaged files
-        raise InputError(f"{path}: got a file that cannot be read ({error}), expected a label PNG") from None
+        except PILLOW_ERRORS as error:
+            raise unreadable(path, error) from None
     return _check(values, path)
 
 
