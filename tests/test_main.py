@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, TINY, TINY_RUN, free_port
 
 from exp.checkpoint import load_checkpoint
+from exp.train import TrainStep
 from exp.validation import ScoreHistory
 
 
@@ -360,13 +361,20 @@ def test_two_classes_under_every_rule(program, tmp_path: Path):
     assert rows["threshold"] == rows["argmax"]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(program, tmp_path: Path):
-    status, _, err = program(
-        *TINY, "--output_dir", tmp_path, "--set", "optim.lr=1e30", "schedule.log_iters=100", "schedule.save_iters=1"
-    )
+def test_weights_that_are_no_numbers_are_not_saved(program, tmp_path: Path, monkeypatch):
+    step = TrainStep.__call__
+
+    def overflowing(self: TrainStep, batch: object) -> object:
+        outcome = step(self, batch)
+        if self.scheduler.last_epoch == 2:
+            torch.nn.init.constant_(next(self.raw_model.parameters()), float("inf"))
+        return outcome
+
+    monkeypatch.setattr(TrainStep, "__call__", overflowing)
+    status, _, err = program(*TINY, "--output_dir", tmp_path, "--set", "schedule.save_iters=1")
     assert status == 2
-    assert "error: optim.lr: got" in err
-    assert len(list((tmp_path / TINY_RUN / "checkpoints").glob("*"))) < 3
+    assert "error: optim.lr: got weights that are no numbers at iteration 2, which are not saved" in err
+    assert checkpoint_names(tmp_path / TINY_RUN) == ["iter_0000001.pt"]
 
 
 def test_one_image_a_process_where_batch_norm_cannot_take_it(program, tmp_path: Path):
