@@ -57,6 +57,11 @@ def test_argmax_and_threshold():
         ("rankseg_rma_paper", {"unassigned": "first", "contested": "all"}),
         ("rankseg_rma_prob", {"to_nonoverlap_method": "prob"}),
         ("rankseg_rma_weight_prob", {"to_nonoverlap_method": "weight_prob"}),
+        ("rankseg_rma_paper_prob", {"to_nonoverlap_method": "prob", "unassigned": "first", "contested": "all"}),
+        (
+            "rankseg_rma_paper_weight_prob",
+            {"to_nonoverlap_method": "weight_prob", "unassigned": "first", "contested": "all"},
+        ),
     ],
 )
 def test_yamls_reach_the_rule(name: str, options: dict):
