@@ -9,7 +9,7 @@ from exp.data.camvid import CamVid
 from exp.data.cityscapes import Cityscapes
 from exp.data.folder import Folder
 from exp.data.pascal_voc import PascalVOC
-from exp.data.shapes import Shapes, ShapesBinary
+from exp.data.shapes import Shapes, ShapesBinary, ShapesNoisy, ShapesNoisyBinary
 from exp.data.slices import Hippocampus, KiTS, LiTS
 from exp.data.transforms import CenterCrop, Normalize, RandomCrop
 from exp.errors import InputError
@@ -28,9 +28,22 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "pascal_voc": PascalVOC,
     "shapes": Shapes,
     "shapes_binary": ShapesBinary,
+    "shapes_noisy": ShapesNoisy,
+    "shapes_noisy_binary": ShapesNoisyBinary,
 }
 # The keys of DataConfig that state facts of a data set; the rest says how to split, crop and augment.
-FACT_KEYS = ("fold", "window", "images", "labels", "classes", "palette", "label_map", "channels")
+FACT_KEYS = (
+    "fold",
+    "window",
+    "images",
+    "labels",
+    "classes",
+    "palette",
+    "label_map",
+    "channels",
+    "label_noise",
+    "label_spread",
+)
 
 
 def find_dataset(name: str) -> type[SegmentationDataset]:
