@@ -9,7 +9,7 @@ from rankseg_rma import rankseg_rma
 
 NAMES = sorted(path.stem for path in (CONFIG_DIR / "predict").glob("*.yaml"))
 WIDER = tuple(name for name in NAMES if find_yaml("predict", name).read_text().count("_pooled") or "fixed" in name)
-OF_TWO_CLASSES = ("threshold", "rankseg_ba", "rankseg_trna")
+OF_TWO_CLASSES = ("threshold", "rankseg_ba", "rankseg_trna", "rankseg_exact", "rankseg_exact_iou")
 
 
 def rule(name: str, num_classes: int):
