@@ -163,6 +163,8 @@ class DataConfig:
     palette: tuple[tuple[int, int, int], ...] | None = None  # a colour a class
     label_map: dict[int, int] | None = None  # value in a file -> class or 255
     channels: Literal[1, 3] | None = None  # of an image
+    label_noise: float | None = None  # of noisy shapes: the share of pixels labelled at random, any class as likely
+    label_spread: float | None = None  # of noisy shapes, in pixels: how far away a pixel's label is taken from
 
     def __post_init__(self) -> None:
         _require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std", "test_crop")
@@ -174,6 +176,9 @@ class DataConfig:
         if self.window:
             fits = -(2**15) <= self.window[0] < self.window[1] < 2**15
             _require(fits, "window", self.window, "[low, high] of 16-bit values")
+        for key, high in (("label_noise", 1), ("label_spread", 32)):
+            value = getattr(self, key)
+            _require(value is None or 0 <= value <= high, key, value, f"a value in [0, {high}]")
         self._check_classes()
 
     def _check_dataset(self) -> None:
@@ -221,6 +226,8 @@ DATA_FACTS = {
     "pascal_voc": {},
     "shapes": {},
     "shapes_binary": {},
+    "shapes_noisy": {"label_noise": True, "label_spread": True},
+    "shapes_noisy_binary": {"label_noise": True, "label_spread": True},
 }
 
 
@@ -404,7 +411,15 @@ class PredictConfig:
     """A decision rule by name and its options; an option that the rule does not read is refused."""
 
     name: str
-    rule: Literal["argmax", "threshold", "rankseg_rma", "rankseg_rma_pooled", "rankseg_rma_fixed", "rankseg_package"]
+    rule: Literal[
+        "argmax",
+        "threshold",
+        "rankseg_rma",
+        "rankseg_rma_pooled",
+        "rankseg_rma_fixed",
+        "rankseg_package",
+        "rankseg_exact",
+    ]
     threshold: float | None = None
     opt_metric: Literal["dice", "iou"] | None = None
     pruning_prob: float | None = None
@@ -446,6 +461,7 @@ RULE_OPTIONS = {
     "rankseg_rma_pooled": ("opt_metric", "pruning_prob", "scope"),
     "rankseg_rma_fixed": ("thresholds",),
     "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
+    "rankseg_exact": ("opt_metric",),
 }
 TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from exp.config import PredictConfig
 from exp.errors import InputError
+from exp.exact import rankseg_exact
 from exp.scopes import PooledRule, Thresholds, load_thresholds
 from rankseg_rma import rankseg_rma
 
@@ -65,8 +66,9 @@ RULES: dict[str, Callable[..., Tensor | PooledRule]] = {
     "rankseg_rma_pooled": PooledRule,
     "rankseg_rma_fixed": rankseg_rma_fixed,
     "rankseg_package": rankseg_package,
+    "rankseg_exact": rankseg_exact,
 }
-TWO_CLASSES_ONLY = ("threshold", "rankseg_package")
+TWO_CLASSES_ONLY = ("threshold", "rankseg_package", "rankseg_exact")
 
 
 def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:

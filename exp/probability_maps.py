@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -260,8 +260,15 @@ class Judged:
     calibration: np.ndarray
 
 
+class Reader(Protocol):
+    """What judge() reads units with: MapReader, or that of exp/true_maps.py."""
+
+    def units(self, file: MapFile) -> Iterator[Unit]:
+        """The units of one map."""
+
+
 def judge(
-    files: Sequence[MapFile], reader: MapReader, rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
+    files: Sequence[MapFile], reader: Reader, rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
 ) -> Judged:
     """Every unit of every map under every rule, in the order of the files; volumes are cases.
 
@@ -288,7 +295,7 @@ def judge(
 
 def _judge_file(
     file: MapFile,
-    reader: MapReader,
+    reader: Reader,
     rules: Mapping[str, Rule | PooledRule],
     thresholds: Mapping[str, Mapping[str | None, Thresholds]],
     num_classes: int,

@@ -9,7 +9,7 @@ from rankseg_rma import rankseg_rma
 
 NAMES = sorted(path.stem for path in (CONFIG_DIR / "predict").glob("*.yaml"))
 WIDER = tuple(name for name in NAMES if find_yaml("predict", name).read_text().count("_pooled") or "fixed" in name)
-OF_TWO_CLASSES = ("threshold", "rankseg_ba", "rankseg_trna")
+OF_TWO_CLASSES = ("threshold", "rankseg_ba", "rankseg_trna", "rankseg_exact", "rankseg_exact_iou")
 
 
 def rule(name: str, num_classes: int):
@@ -57,6 +57,11 @@ def test_argmax_and_threshold():
         ("rankseg_rma_paper", {"unassigned": "first", "contested": "all"}),
         ("rankseg_rma_prob", {"to_nonoverlap_method": "prob"}),
         ("rankseg_rma_weight_prob", {"to_nonoverlap_method": "weight_prob"}),
+        ("rankseg_rma_paper_prob", {"to_nonoverlap_method": "prob", "unassigned": "first", "contested": "all"}),
+        (
+            "rankseg_rma_paper_weight_prob",
+            {"to_nonoverlap_method": "weight_prob", "unassigned": "first", "contested": "all"},
+        ),
     ],
 )
 def test_yamls_reach_the_rule(name: str, options: dict):

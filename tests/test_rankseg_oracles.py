@@ -147,7 +147,7 @@ def test_labels_follow_the_rule(small, metric, method, contested, unassigned, mo
     assert undecided > 100
 
 
-def paper_reference(prob: np.ndarray, metric: str) -> np.ndarray:
+def paper_reference(prob: np.ndarray, metric: str, method: str = "rma_score") -> np.ndarray:
     """(C, d) -> (d,): the paper's procedure word for word, with its sort, in float64."""
     classes, size = prob.shape
     own = np.zeros((classes, size), bool)
@@ -167,20 +167,26 @@ def paper_reference(prob: np.ndarray, metric: str) -> np.ndarray:
             for c in range(classes):
                 if prob[c].max() > 0.1:
                     n, s, mu = alone[c].sum(), prob[c][alone[c]].sum(), prob[c].sum()
-                    gains[c] = objective(metric, n + 1, s + prob[c, j], mu) - objective(metric, n, s, mu)
+                    gains[c] = {
+                        "rma_score": objective(metric, n + 1, s + prob[c, j], mu) - objective(metric, n, s, mu),
+                        "prob": prob[c, j],
+                        "weight_prob": prob[c, j] / (1 + n),
+                    }[method]
             labels[j] = gains.argmax()
     return labels
 
 
+@pytest.mark.parametrize("method", ["rma_score", "prob", "weight_prob"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("small", [STREAMED, BATCHED])
-def test_the_papers_code_to_the_letter(metric, small, monkeypatch):
+def test_the_papers_code_to_the_letter(metric, small, method, monkeypatch):
     monkeypatch.setattr(module, "SMALL", small)
     rng = np.random.default_rng(11)
     for trial in range(60):
         prob = random_map(("soft", "flat", "confident")[trial % 3], (1, (3, 8, 21)[trial // 3 % 3], 90), rng)
-        labels = rankseg_rma(prob, metric, unassigned="first", contested="all", pruning_prob=0.1)[0]
-        np.testing.assert_array_equal(labels, paper_reference(prob[0], metric))
+        options = {"to_nonoverlap_method": method, "unassigned": "first", "contested": "all", "pruning_prob": 0.1}
+        labels = rankseg_rma(prob, metric, **options)[0]
+        np.testing.assert_array_equal(labels, paper_reference(prob[0], metric, method))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -9,7 +9,7 @@ from exp.data.camvid import CamVid
 from exp.data.cityscapes import Cityscapes
 from exp.data.folder import Folder
 from exp.data.pascal_voc import PascalVOC
-from exp.data.shapes import Shapes, ShapesBinary
+from exp.data.shapes import Shapes, ShapesBinary, ShapesNoisy, ShapesNoisyBinary
 from exp.data.slices import Hippocampus, KiTS, LiTS
 from exp.data.transforms import CenterCrop, Normalize, RandomCrop
 from exp.errors import InputError
@@ -28,6 +28,8 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "pascal_voc": PascalVOC,
     "shapes": Shapes,
     "shapes_binary": ShapesBinary,
+    "shapes_noisy": ShapesNoisy,
+    "shapes_noisy_binary": ShapesNoisyBinary,
 }
 
 

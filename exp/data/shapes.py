@@ -1,5 +1,8 @@
 """Shapes: a synthetic data set, drawn on the fly; nothing to download."""
 
+import math
+
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -49,8 +52,65 @@ class ShapesBinary(Shapes):
         return image, self._label_table[label].astype(np.uint8)
 
 
+class ShapesNoisy(Shapes):
+    """SYNTHETIC: the images of Shapes, every pixel's label drawn from a distribution that is known.
+
+    A pixel's label is that of a place `label_spread` pixels away (standard deviation of a Gaussian displacement, the
+    border repeated), and with probability `label_noise` it is instead any of the classes, each as likely. Pixels are
+    independent given the scene (the image and the labels that Shapes has for it); the noise of image i of a split is a
+    function of (split, i) alone, and so the same in every epoch. No pixel is ignored, so that what a rule decides on
+    and what is scored are the same pixels.
+    """
+
+    yaml_facts = ("label_noise", "label_spread")
+    label_noise: float
+    label_spread: float
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self._scene(index)
+        rng = np.random.default_rng((SPLITS[self.split][0], index, 1))  # another stream than the scene's
+        steps = self._soften(label)[:-1].cumsum(0)
+        return image, (rng.random(label.shape) >= steps).sum(0, dtype=np.uint8)
+
+    def probabilities(self, index: int) -> np.ndarray:
+        """Index -> (C, H, W) float64: the distribution from which the labels are drawn; it sums to 1."""
+        return self._soften(self._scene(index)[1])
+
+    def _scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Index -> image and (H, W) labels before the noise."""
+        image, label = draw_objects(np.random.default_rng((SPLITS[self.split][0], index)))
+        return image, self._label_table[label]
+
+    def _soften(self, label: np.ndarray) -> np.ndarray:
+        """(H, W) labels -> (C, H, W) float64 probabilities of the noisy ones."""
+        num_classes = len(self.classes)
+        prob = (np.arange(num_classes)[:, None, None] == label).astype(np.float64)
+        if self.label_spread:
+            side = 2 * math.ceil(4 * self.label_spread) + 1
+            kernel = cv2.getGaussianKernel(side, self.label_spread)
+            prob = np.stack([cv2.sepFilter2D(p, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE) for p in prob])
+            prob = prob.clip(0, 1)
+            prob /= prob.sum(0)
+        return (1 - self.label_noise) * prob + self.label_noise / num_classes
+
+
+class ShapesNoisyBinary(ShapesNoisy):
+    """SYNTHETIC: ShapesNoisy with two classes, any object against the background."""
+
+    classes, palette, label_map = ShapesBinary.classes, ShapesBinary.palette, ShapesBinary.label_map
+
+
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Generator -> (H, W, 3) uint8 image and (H, W) uint8 label."""
+    image, label = draw_objects(rng)
+    if rng.random() < 1 / 3:
+        left = int(rng.integers(WIDTH - 12))
+        label[:, left : left + int(rng.integers(4, 12))] = IGNORE_INDEX
+    return image, label
+
+
+def draw_objects(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Generator -> (H, W, 3) uint8 image and (H, W) uint8 label of every pixel."""
     base = rng.uniform(0.3, 0.6, 3).astype(np.float32)
     image = _noise(rng, cell=16, depth=3) * 0.15 + _noise(rng, cell=4, depth=1) * 0.1 + base
     label = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -66,9 +126,6 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         image += alpha[..., None] * (colour - image)
         label[distance < rng.normal(0, 0.7)] = kind + 1
     image += rng.normal(0, 0.03, (HEIGHT, WIDTH, 1)).astype(np.float32)
-    if rng.random() < 1 / 3:
-        left = int(rng.integers(WIDTH - 12))
-        label[:, left : left + int(rng.integers(4, 12))] = IGNORE_INDEX
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 

@@ -1,0 +1,75 @@
+"""Judge decision rules on the probabilities from which a synthetic data set draws its labels. No network is needed.
+
+    python scripts/evaluate_bayes.py --data_yaml shapes_noisy --output_dir bayes
+    python scripts/evaluate_bayes.py --data_yaml shapes_noisy_binary --set data.label_noise=0.2 \\
+        --predict_yaml argmax rankseg_rma rankseg_exact --output_dir bayes_binary
+
+These are the probabilities given the scene: the image and its labels before the noise. A network sees the image alone,
+in which an object's edge is blurred and colours overlap, so what a rule reaches here bounds what it reaches there. With
+two classes `rankseg_exact` and `rankseg_exact_iou` are the Bayes decisions for the image's Dice and IoU. With several
+classes that exclude each other no rule here is the Bayes decision for mDiceI or mIoUI (argmax is, for the accuracy).
+
+Written to --output_dir: results/ as an evaluation by exp/main.py writes it (<rule>.json, <rule>.csv with a row an
+image, comparison.json, calibration.json); each JSON names the data under config and `"probabilities": "true"`.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.config import load_groups
+from exp.errors import InputError, run_and_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--data_yaml", default="shapes_noisy", metavar="NAME", help="configs/data/NAME.yaml (default: shapes_noisy)")
+    add(
+        "--predict_yaml",
+        nargs="+",
+        default=["argmax", "rankseg_rma"],
+        metavar="NAME",
+        help="configs/predict/NAME.yaml, one or more rules (default: argmax rankseg_rma)",
+    )
+    add("--set", nargs="+", action="extend", default=[], metavar="GROUP.KEY=VALUE", dest="overrides")
+    add("--output_dir", type=Path, required=True, metavar="DIR")
+    add("--metric", choices=("mIoUI", "mDiceI", "mAccI"), default="mDiceI", help="by which the rules are compared")
+    args = parser.parse_args(argv)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    configs = load_groups({"data": [args.data_yaml], "predict": args.predict_yaml}, args.overrides)
+    data, predict = configs["data"], configs["predict"]
+    if data.label_noise is None:  # told before anything heavy is imported
+        raise InputError(
+            f"--data_yaml {args.data_yaml}: got the data set {data.dataset}, expected one whose true probabilities are "
+            "known: shapes_noisy or shapes_noisy_binary"
+        )
+    from exp.predict import build_rule  # PyTorch comes in only now
+    from exp.probability_maps import judge
+    from exp.provenance import describe_code
+    from exp.results import report_results
+    from exp.true_maps import build_true_reader
+
+    reader = build_true_reader(data)
+    classes = reader.dataset.classes
+    judged = judge(reader.files(), reader, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
+    origin = {"probabilities": "true", **describe_code()}
+    contexts = [{**origin, "config": {"data": asdict(data), "predict": asdict(c)}} for c in predict]
+    folder = args.output_dir / "results"
+    print(report_results(judged.results, folder, contexts, metric=args.metric, calibration=judged.calibration))
+    print(f"results: {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))
