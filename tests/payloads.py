@@ -105,10 +105,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def zeros_packed(count: int) -> bytes:
-    """zlib's packing of that many zero bytes, a GB in a MB."""
-    packer = zlib.compressobj(1)
-    parts = [packer.compress(bytes(2**20)) for _ in range(count // 2**20)]
-    return b"".join([*parts, packer.compress(bytes(count % 2**20)), packer.flush()])
+    """zlib's packing of that many zero bytes, a GB in a MB: one packed piece, again and again."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)  # what follows does not refer to it
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    rest = packer.compress(bytes(count % 2**20)) + packer.flush()
+    checksum = count % 65521 << 16 | 1  # Adler-32 of zeros
+    return b"\x78\xda" + piece * (count // 2**20) + rest + struct.pack(">I", checksum)
 
 
 def png_bomb(side: int) -> bytes:
@@ -195,20 +198,16 @@ def write_volumes(folder: Path) -> dict[str, Path]:
         if length is not None:  # an extension of that many bytes
             data[348:352] = b"\x01\0\0\0"
             data += struct.pack("<ii", length, 0)
-        with gzip.open(paths[name], "wb", compresslevel=1) as file:
-            file.write(bytes(data))
-            for _ in range(size // 2**24):
-                file.write(bytes(2**24))
+        zeros = gzip.compress(bytes(2**24), mtime=0)  # gzip's members follow one another
+        paths[name].write_bytes(gzip.compress(bytes(data), mtime=0) + zeros * (size // 2**24))
 
     write("terabytes", (32767, 32767, 32767))
     write("negative", (-4, 4, 4))
     write("many_axes", (2, 2, 2, 2, 2, 2, 2))
     write("none", (0, 4, 4))
-    write("sides", (4096, 4096, 4096))
-    with open(paths["sides"], "r+b") as file:  # as many bytes as deflate could have packed that into
-        file.truncate(4096**3 // 1030)
-    write("bomb", (4096, 4096, 40), size=40 * 2**24)
-    write("extension", (4, 4, 4), offset=2.0**31, length=2**31 - 16, size=GIB // 4)
+    write("sides", (4096, 4096, 4096), size=4096**3)
+    write("bomb", (4096, 4096, 256), size=256 * 2**24)
+    write("extension", (4, 4, 4), offset=2.0**31, length=2**31 - 16, size=2 * GIB)
     paths["plain"] = folder / "plain.nii"
     paths["plain"].write_bytes(gzip.decompress(paths["terabytes"].read_bytes()))
     return paths

@@ -76,7 +76,7 @@ def test_a_run_on_one_process_opens_no_port(tmp_path: Path):
     assert run["status"] == 0
     assert run["ports"] == []
     assert run["seen"] == []
-    control = watch_run([*flags, "--output_dir", tmp_path, "--test-only"], control="--open")
+    control = watch_run([*flags, "--print_config"], control="--open")
     assert len(control["ports"]) == 1  # it would have been seen
     assert any(event == "socket.bind" for event, _ in control["seen"])
 
