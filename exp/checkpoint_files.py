@@ -12,10 +12,12 @@ from typing import Any
 
 from exp.durable import free_bytes, replacing, sync
 from exp.errors import InputError
+from exp.text_files import read_json
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
 DAMAGED = ".damaged"
 CHUNK = 2**20
+MAX_FACTS = 2**20  # bytes of the JSON beside a checkpoint, which has one or two thousand
 GIB = 2**30
 
 
@@ -67,10 +69,10 @@ def find_damage(path: Path) -> str | None:
         print(f"warning: {path}: no checksum beside it, taken unchecked", file=sys.stderr, flush=True)
         return None
     try:
-        facts = json.loads(facts_path(path).read_text(encoding="utf-8"))
+        facts = read_json(facts_path(path), "the checksum of the file beside it", MAX_FACTS)
         expected = {facts["sha256"], facts["replaces"]}
         found = file_sha256(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (InputError, OSError, TypeError, KeyError) as error:
         return f"{facts_path(path)}: cannot be read ({error!r})"
     return None if found in expected else f"its SHA-256 is {found[:12]}..., expected {str(facts['sha256'])[:12]}..."
 

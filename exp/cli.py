@@ -37,21 +37,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_paths(args: argparse.Namespace, run_folder: Path) -> None:
-    """InputError for data or a checkpoint that is not there, said before PyTorch is loaded."""
+def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
+    """Whether there are weights to go on from, or to evaluate.
+
+    InputError for data or a checkpoint that is not there, said before PyTorch is loaded.
+    """
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise InputError(f"--data_dir: {args.data_dir}: no such folder (DATA.md shows the expected tree)")
-    if not args.test_only:
-        return
     checkpoints, path = run_folder / "checkpoints", args.model_checkpoint
     if path is not None and path != Path("best"):
         if not path.is_file():
             raise InputError(f"--model_checkpoint: {path}: no such file, expected a checkpoint of this program")
-    elif not any(checkpoints.glob("best.pt" if path else "iter_*.pt")):
+        return True
+    trained = any(checkpoints.glob("best.pt" if path else "iter_*.pt"))
+    if args.test_only and not trained:
         raise InputError(
             f"{checkpoints}: got no checkpoint{' best.pt' if path else ''}, expected one: train first (the same flags "
             "without --test-only), or name one with --model_checkpoint"
         )
+    return trained
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exp.config import LossConfig
+from exp.config_model import LossConfig
 from exp.data.base import IGNORE_INDEX
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.cli import check_paths, parse_args, requested_yamls
-from exp.config import dump_config, load_experiment
+from exp.config import check_files, dump_config, load_experiment
 from exp.errors import run_and_report
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def main() -> None:
     if args.print_config:
         print(dump_config(config), end="")
         return
-    check_paths(args, args.output_dir / config.run_name)
+    trained = check_paths(args, args.output_dir / config.run_name)
+    check_files(config, from_scratch=not trained)
     # Waiting threads sleep: spinning ones make a step several times as slow where loader workers share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from exp import distributed  # PyTorch and all that stands on it come in only now

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from exp.config import OptimConfig
+from exp.config_run import OptimConfig
 from exp.models import Segmentor
 
 

@@ -15,7 +15,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm import tqdm
 
 from exp.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
-from exp.config import DataConfig, ModelConfig, PredictConfig, ScheduleConfig, TestConfig
+from exp.config_data import DataConfig
+from exp.config_model import ModelConfig
+from exp.config_run import PredictConfig, ScheduleConfig, TestConfig
 from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image

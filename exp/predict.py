@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exp.config import PredictConfig
+from exp.config_run import PredictConfig
 from exp.errors import InputError
 from exp.exact import rankseg_exact
 from exp.scopes import PooledRule, Thresholds, load_thresholds

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exp.config import DataConfig
+from exp.config_data import DataConfig
 from exp.data import SegmentationDataset, build_dataset
 from exp.errors import InputError
 from exp.probability_maps import MapFile, Unit

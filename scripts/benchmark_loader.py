@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from exp.config import ScheduleConfig
+from exp.config_run import ScheduleConfig
 from exp.data.base import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.data.folder import Folder

@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp import verify
-from exp.config import DataConfig, load_groups
+from exp.config import load_groups
+from exp.config_data import DataConfig
 from exp.data import dataset_facts, find_dataset
 from exp.data.base import SegmentationDataset
 from exp.errors import InputError, run_and_report

@@ -120,9 +120,8 @@ def test_resolved_config_is_yaml_that_loads_again():
         ("data.crop_size=64", ["data.crop_size=64", "got 64 (int)", "[a whole number, a whole number]"]),
         ("data.crop_size=[64]", ["got [64] (list)"]),
         ("data.crop_size=[64,-1]", ["data.crop_size=[64,-1]", "(64, -1)", "above 0"]),
-        ("data.label_noise=1.1", ["data.label_noise=1.1", "got 1.1", "a value in [0, 1]"]),
         ("data.label_noise=some", ["got 'some' (str)", "a number"]),
-        ("data.label_spread=-1", ["data.label_spread=-1", "a value in [0, 32]"]),
+        ("data.label_noise=0.1", ["data.label_noise=0.1", "no such key with the data set shapes"]),
         ("schedule.batch_size=1.5", ["got 1.5 (float)", "a whole number"]),
         ("schedule.batch_size=true", ["got True (bool)"]),
         ("optim.lr='6e-5'", ["optim.lr", "got '6e-5' (str)", "a number"]),
@@ -150,6 +149,17 @@ def test_bad_overrides_are_refused_by_name(override: str, parts: list[str]):
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("data.label_noise=1.1", "got 1.1, expected a value in [0, 1]"), ("data.label_spread=-1", "a value in [0, 32]")],
+)
+def test_noise_that_cannot_be_is_refused(override: str, expected: str):
+    with pytest.raises(InputError) as error:
+        compose(override, data="shapes_noisy")
+    assert override in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_an_override_that_no_rule_reads_is_refused():

@@ -10,7 +10,8 @@ from conftest import write_png
 from PIL import Image
 from trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg
 
-from exp.config import DataConfig, load_groups
+from exp.config import load_groups
+from exp.config_data import DataConfig
 from exp.data import build_dataset, build_normalize
 from exp.data.ade20k import ADE20K
 from exp.data.base import Sample

@@ -12,7 +12,8 @@ from test_models import tiny
 from torch import nn
 
 from exp import distributed
-from exp.config import LossConfig, OptimConfig
+from exp.config_model import LossConfig
+from exp.config_run import OptimConfig
 from exp.data.loader import Batch, TrainSampler
 from exp.distributed import Dist, pick_device
 from exp.errors import InputError

@@ -1,6 +1,7 @@
 """docs/fidelity.md names nothing that is not there, lists every erratum, and states what the YAMLs say."""
 
 import dataclasses
+import itertools
 import re
 import shlex
 
@@ -26,15 +27,15 @@ KEYS = ("rows", "data", "rules", "columns")
 
 def flags(text: str) -> list[str]:
     """A span that starts with a flag -> words of a command; a flag that needs a value and stands alone gets one."""
-    values = {"--loss_yaml": "ce", "--set": "data.fold=0", "--predict_yaml": "argmax", "--seed": "1"}
+    values = {"--loss_yaml": "ce", "--set": "data.flip_prob=0", "--predict_yaml": "argmax", "--seed": "1"}
     return [text, values[text]] if text in values else shlex.split(text)
 
 
 def takes(override: str) -> bool:
-    """Whether a setting builds on one of the shipped networks."""
-    for model in BASES:
+    """Whether a setting builds on one of the shipped networks, and a data set of images or of volumes."""
+    for model, data in itertools.product(BASES, ("shapes", "lits")):
         try:
-            compose(override, model=model, predict=["rankseg_rma_paper"])
+            compose(override, model=model, data=data, predict=["rankseg_rma_paper"])
         except InputError:
             continue
         return True

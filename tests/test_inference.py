@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from exp.config import TestConfig
+from exp.config_run import TestConfig
 from exp.errors import InputError
 from exp.inference import Inference, build_inference, resize, softmax_, starts
 

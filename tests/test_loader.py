@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from exp.config import ScheduleConfig
+from exp.config_run import ScheduleConfig
 from exp.data.camvid import CamVid
 from exp.data.loader import TrainSampler, build_test_loader, build_train_loader, count_iterations
 from exp.data.transforms import RandomCrop

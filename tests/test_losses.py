@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from exp import distributed
 from exp.checkpoint import load_checkpoint
 from exp.checkpoint_files import find_checkpoint
-from exp.config import CONFIG_DIR, LOSS_OPTIONS, LossConfig
+from exp.config import CONFIG_DIR
+from exp.config_model import LOSS_OPTIONS, LossConfig
 from exp.errors import InputError
 from exp.losses import CrossEntropy, Focal, Overlap, build_criterion, sum_overlap
 from exp.strict_yaml import build_dataclass, load_mapping

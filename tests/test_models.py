@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exp.cli import parse_args, requested_yamls
-from exp.config import CONFIG_DIR, DECODERS, GROUPS, ModelConfig, load_experiment
+from exp.config import CONFIG_DIR, GROUPS, load_experiment
+from exp.config_model import DECODERS, ModelConfig
 from exp.errors import InputError
 from exp.models import POOLING_DECODERS, Segmentor, build_model
 from exp.models.decoders import BUILDERS

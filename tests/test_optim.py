@@ -2,7 +2,8 @@ import pytest
 import torch
 from test_models import tiny
 
-from exp.config import CONFIG_DIR, OptimConfig, ScheduleConfig
+from exp.config import CONFIG_DIR
+from exp.config_run import OptimConfig, ScheduleConfig
 from exp.data.loader import count_iterations
 from exp.models import build_model
 from exp.optim import WarmupPoly, build_optimizer, build_scheduler

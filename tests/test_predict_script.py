@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import exp.main
-from exp.config import TestConfig
+from exp.config_run import TestConfig
 from exp.data.shapes import Shapes
 from exp.data.transforms import Normalize
 from exp.errors import InputError

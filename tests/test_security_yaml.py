@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from yaml_mutations import all_mutations, draw_mutations, dump_yaml
 
-from exp.config import CONFIG_DIR, DATA_FACTS, check_files, load_experiment, load_groups
+from exp.config import CONFIG_DIR, check_files, load_experiment, load_groups
+from exp.config_data import DATA_FACTS
 from exp.errors import InputError, printable
 from exp.strict_yaml import MAX_YAML, load_mapping, parse_value, show
 from exp.text_files import read_json, read_text

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from exp.cli import DEFAULT_YAMLS
-from exp.config import LossConfig, OptimConfig, load_experiment
+from exp.config import load_experiment
+from exp.config_model import LossConfig
+from exp.config_run import OptimConfig
 from exp.data.loader import Batch
 from exp.distributed import Dist
 from exp.errors import InputError

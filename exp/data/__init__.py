@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from exp.config import DATA_FACTS, DataConfig
+from exp.config_data import DATA_FACTS, DataConfig
 from exp.data.ade20k import ADE20K
 from exp.data.base import SegmentationDataset
 from exp.data.camvid import CamVid

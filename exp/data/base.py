@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from exp.config import IGNORE_INDEX
+from exp.config_data import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.errors import InputError
 from exp.lists import describe_numbers

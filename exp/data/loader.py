@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from exp.config import IGNORE_INDEX, ScheduleConfig
+from exp.config_data import IGNORE_INDEX
+from exp.config_run import ScheduleConfig
 from exp.data.base import Item, SegmentationDataset
 from exp.distributed import Dist
 from exp.errors import InputError

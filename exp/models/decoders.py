@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
 from torch import Tensor, nn
 
-from exp.config import ModelConfig
+from exp.config_model import ModelConfig
 from exp.errors import InputError
 
 

@@ -8,7 +8,7 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exp.config import ModelConfig
+from exp.config_model import ModelConfig
 from exp.errors import InputError
 from exp.models.decoders import build_decoder, decoder_width
 from exp.models.weights import cache_alone_without_network, load_encoder_weights

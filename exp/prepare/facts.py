@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exp.config import NUM_FOLDS
+from exp.config_data import NUM_FOLDS
 
 
 @dataclass(frozen=True)
