@@ -98,7 +98,7 @@ def test_two_classes_are_six_with_the_objects_joined():
 def test_the_yaml_says_how_much_noise():
     dataset = build_dataset(compose("data.label_noise=0.25", data="shapes_noisy").data, None, "val")
     assert (dataset.label_noise, dataset.label_spread) == (0.25, 3.0)
-    with pytest.raises(InputError, match=r"data.label_spread: got null, expected a value: .* shapes_noisy"):
+    with pytest.raises(InputError, match=r"key 'label_spread': got None, expected a value: .* shapes_noisy"):
         build_dataset(compose("data.label_spread=null", data="shapes_noisy").data, None, "val")
-    with pytest.raises(InputError, match=r"data.label_noise: got 0.2, expected no such key with the data set shapes"):
+    with pytest.raises(InputError, match=r"key 'label_noise': got 0.2, expected no such key with the data set shapes"):
         build_dataset(compose("data.label_noise=0.2").data, None, "val")

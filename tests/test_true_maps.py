@@ -66,7 +66,7 @@ def test_a_pooled_rule_takes_its_first_pass(script, tmp_path: Path):
         (["--data_yaml", "shapes"], "got the data set shapes, expected one whose true probabilities are known"),
         (["--set", "data.test_crop=[32,32]"], "data.test_crop: got [32, 32], expected null"),
         (["--set", "data.label_spread=33"], "key 'label_spread': got 33"),
-        (["--set", "data.label_noise=null"], "expected one whose true probabilities are known"),
+        (["--set", "data.label_noise=null"], "expected a value: the data set shapes_noisy"),
         (["--predict_yaml", "rankseg_exact"], "got 6 classes, expected 2"),
         (["--predict_yaml", "rankseg_rma_case"], "which is in no case, expected volumes"),
     ],
