@@ -1,0 +1,159 @@
+"""A training and the rules that judge it: its command, its folder, and what of it exists."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from exp.config import TRAINING_GROUPS, ExperimentConfig, load_experiment, training_digest
+from exp.errors import InputError
+from exp.text_files import read_json
+
+GROUPS = ("model", "data", "loss", "schedule", "optim", "test")
+# States of a cell, from nothing to everything.
+MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be judged", "done"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """YAML names of one training, the test YAML and the rules (predict YAMLs) that judge it.
+
+    overrides: group.key=value of --set; those of the fold are added by `fold`.
+    """
+
+    model: str
+    data: str
+    schedule: str
+    optim: str
+    rules: tuple[str, ...]
+    loss: str = "ce"
+    test: str = "test_iou"
+    fold: int | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Everything behind --set."""
+        return self.overrides if self.fold is None else (*self.overrides, f"data.fold={self.fold}")
+
+    @cached_property
+    def config(self) -> ExperimentConfig:
+        """The resolved config; InputError if the YAMLs and overrides do not fit together."""
+        yamls = {group: [getattr(self, group)] for group in GROUPS} | {"predict": list(self.rules)}
+        config = load_experiment(yamls, self.settings, self.seed)
+        return config.with_window(config.data.crop_size)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the weights of this training from those of any other."""
+        return training_digest(self.config.to_dict())
+
+    @property
+    def name(self) -> str:
+        """The folder below OUTPUT that is --output_dir of this training alone: readable, and unlike any other's."""
+        seed = f".seed{self.seed}" if self.seed else ""
+        return f"{self.config.run_name}{seed}.{self.digest[:8]}"
+
+    def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
+        """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all)."""
+        flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
+        for group in GROUPS:
+            flags += [f"--{group}_yaml", getattr(self, group)]
+        flags += ["--predict_yaml", *(self.rules if rules is None else rules)]
+        flags += ["--seed", str(self.seed)] if self.seed else []
+        return [*flags, "--set", *self.settings] if self.settings else flags
+
+    def rule_config(self, rule: str) -> dict[str, Any]:
+        return next(r for r in self.config.to_dict()["predict"] if r["name"] == rule)
+
+
+def join_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells of several tables -> each training once, with the rules of all, argmax first."""
+    joined: dict[tuple, Cell] = {}
+    for cell in dict.fromkeys(cells):  # equal ones are many, and a config takes some milliseconds
+        key = (cell.digest, cell.test)
+        known = joined.get(key)
+        rules = dict.fromkeys((*(known.rules if known else ()), *cell.rules))
+        joined[key] = replace(known or cell, rules=tuple(sorted(rules, key=lambda rule: rule != "argmax")))
+    return list(joined.values())
+
+
+@dataclass(frozen=True)
+class State:
+    """What of a cell exists, the rules that have no results yet, and the trained weights that these can judge."""
+
+    kind: str
+    rules: tuple[str, ...] = ()
+    weights: Path | None = None
+
+
+class Existing:
+    """Trainings and results below a folder, found by what they say of their config, not by their names."""
+
+    def __init__(self, output: Path) -> None:
+        self._results: dict[str, list[tuple[Path, dict]]] = {}
+        for path in sorted(output.glob("**/results/*.json")):
+            content = _read_result(path)
+            if content is not None:
+                config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
+                self._results.setdefault(training_digest(config), []).append((path, content))
+        self._trained, self._begun = (
+            {_digest_of(path): path.with_suffix("") for path in sorted(output.glob(f"**/checkpoints/{name}.json"))}
+            for name in ("last.safetensors", "iter_*.pt")
+        )
+
+    def find(self, cell: Cell, rule: str) -> Path | None:
+        """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
+        config = cell.config.to_dict()
+        expected = {"test": config["test"], "predict": cell.rule_config(rule)}
+        for path, content in self._results.get(cell.digest, []):
+            judged = content["config"]
+            same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
+            if same and same_images(judged.get("data", {}), config["data"]) and is_finished(content["training"]):
+                return path
+        return None
+
+    def state(self, cell: Cell) -> State:
+        """How far the cell has come; a rule counts if its results are of the whole training."""
+        rules = tuple(rule for rule in cell.rules if self.find(cell, rule) is None)
+        if not rules:
+            return State(DONE)
+        if cell.digest in self._trained:
+            return State(TRAINED, rules, self._trained[cell.digest])
+        return State(INTERRUPTED if cell.digest in self._begun else MISSING, cell.rules)
+
+
+def _read_result(path: Path) -> dict | None:
+    """The JSON of a rule with its table beside it, or None if the file is of another kind."""
+    if not path.with_suffix(".csv").is_file() or path.stem.endswith(".cases"):
+        return None
+    content = read_json(path, "the results of a rule")
+    whole = {"rule", "metrics", "training", "config"} <= content.keys()
+    return content if whole and {*TRAINING_GROUPS, "seed"} <= content["training"].keys() else None
+
+
+def _digest_of(path: Path) -> str | None:
+    """The JSON beside a checkpoint -> the digest of the config that it belongs to."""
+    try:
+        return read_json(path, "the checksum of the file beside it").get("config_digest")
+    except InputError:  # damaged: as if it were not there
+        return None
+
+
+def is_finished(training: Mapping[str, Any]) -> bool:
+    """Whether the weights are those of the schedule's end; how long an epoch is, is not known here."""
+    iterations = training["schedule"]["train_iters"]
+    return iterations is None or training["iteration"] == iterations
+
+
+def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two groups of a config are alike but for their YAMLs' names."""
+    return {k: v for k, v in one.items() if k != "name"} == {k: v for k, v in other.items() if k != "name"}
+
+
+def same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two data configs evaluate the same images."""
+    keys = ("dataset", "val_split", "val_samples", "fold", "test_crop")
+    return all(one.get(key) == other.get(key) for key in keys)

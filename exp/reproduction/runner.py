@@ -1,0 +1,138 @@
+"""Cells one after the other on this machine, or as the tasks of a Slurm job array."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exp.errors import InputError
+from exp.interrupt import Interrupted, StopRequest
+from exp.reproduction.cells import DONE, TRAINED, Cell, Existing, State
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG = "reproduce.log"  # in a cell's folder: what its program printed
+SBATCH = """#!/usr/bin/env bash
+# Written by scripts/reproduce.py: task k of the array runs the flags in line k of cells.txt beside this file.
+#SBATCH --job-name=reproduce
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --array=0-{last}
+#SBATCH --output={folder}/slurm-%A_%a.out
+
+source {job}
+eval "flags=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {cells}))"
+launch "${{flags[@]}}"
+"""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs cells: data_dir and output as given to the program; processes: of torchrun, on this machine."""
+
+    data_dir: Path
+    output: Path
+    processes: int = 1
+    device: str = "auto"
+
+    def flags(self, cell: Cell, state: State) -> list[str]:
+        """The flags of exp/main.py that do what is missing: train and judge, or judge alone."""
+        flags = cell.flags(self.data_dir, self.output, state.rules or cell.rules)
+        if state.kind == TRAINED:
+            flags = ["--test-only", "--model_checkpoint", str(state.weights), *flags]
+        return ["--device", self.device, *flags] if self.device != "auto" else flags
+
+    def command(self, cell: Cell, state: State) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        return [
+            sys.executable,
+            *(launcher if self.processes > 1 else []),
+            str(ROOT / "exp" / "main.py"),
+            *self.flags(cell, state),
+        ]
+
+    def run(self, cell: Cell, state: State, stop: StopRequest) -> str | None:
+        """Run a cell to its end -> None, or why it failed. Interrupted if this program was asked to stop meanwhile."""
+        folder = self.output / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOG, "a", encoding="utf-8") as log:
+            process = subprocess.Popen(self.command(cell, state), stdout=log, stderr=subprocess.STDOUT)
+            status = _wait(process, stop)
+        if stop:
+            raise Interrupted(f"{stop.by}: {cell.name} has saved what it had")
+        if status == 0:
+            return None
+        return f"status {status}: {last_error(folder / LOG)} ({folder / LOG})"
+
+    def write_array(self, pairs: Sequence[tuple[Cell, State]], folder: Path) -> Path:
+        """Write <folder>/cells.txt and array.sbatch -> the latter; InputError where the folder has these already."""
+        folder.mkdir(parents=True, exist_ok=True)
+        cells, script = folder / "cells.txt", folder / "array.sbatch"
+        for path in (cells, script):
+            if path.exists():
+                raise InputError(f"{path}: is there already, expected a free name: move it, or use it as it is")
+        cells.write_text("".join(shlex.join(self.flags(*pair)) + "\n" for pair in pairs), encoding="utf-8")
+        names = {
+            "folder": str(folder),
+            "cells": shlex.quote(str(cells)),
+            "job": shlex.quote(str(ROOT / "scripts" / "slurm" / "job.sh")),
+        }
+        script.write_text(SBATCH.format(last=len(pairs) - 1, **names), encoding="utf-8")
+        return script
+
+
+def _wait(process: subprocess.Popen, stop: StopRequest) -> int:
+    """Wait for a process; it is asked to stop, too, once this one is."""
+    told = False
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if stop and not told:
+                process.send_signal(signal.SIGTERM)
+                told = True
+
+
+def last_error(log: Path) -> str:
+    """The last line of a program's output that tells an error, or else the last of all."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+    errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+    return (errors or lines)[-1][:500]
+
+
+def missing_cells(cells: Sequence[Cell], existing: Existing) -> list[tuple[Cell, State]]:
+    """The cells that are not done, with how far they are."""
+    states = [(cell, existing.state(cell)) for cell in cells]
+    return [(cell, state) for cell, state in states if state.kind != DONE]
+
+
+def laptop_data(data_dir: Path, output: Path) -> Path:
+    """A folder of the program's own below `output`, with links to camvid/ and hippocampus/ of data_dir.
+
+    The slices of hippocampus are prepared there unless data_dir has them; nothing of data_dir is changed.
+    """
+    for name in ("camvid", "hippocampus"):
+        if not (data_dir / name).is_dir():
+            raise InputError(f"--data_dir: {data_dir / name}: no such folder, expected it for laptop (see DATA.md)")
+    if (data_dir / "hippocampus" / "train").is_dir():
+        return data_dir
+    own = output / "data"
+    links = {own / "camvid": data_dir / "camvid"}
+    for name in ("images", "labels", "imagesTr", "labelsTr"):
+        if (data_dir / "hippocampus" / name).is_dir():
+            links[own / "hippocampus" / name] = data_dir / "hippocampus" / name
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            os.symlink(target.resolve(), link)
+    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "hippocampus", "--data_dir", own]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{own / 'hippocampus'}: not prepared: {done.stderr.strip().splitlines()[-1]}")
+    return own

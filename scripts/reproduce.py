@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Train and judge what a table of the paper needs:
+
+    python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --dry_run
+    python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --nproc_per_node 4
+    python scripts/reproduce.py all --data_dir DATA --output_dir OUTPUT --launcher slurm
+
+TABLE: readme_natural, readme_medical, table1 ... table7, all, or laptop (small networks on CamVid and hippocampus, for
+two CPU cores). Every training is run once, whichever tables need it, and judged by all of their rules in one pass. What
+is done is skipped, by what it says of its config; an interrupted training goes on; a failed one is told and does not
+stop the others. Started again, the same command does what is missing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.errors import InputError, run_and_report
+from exp.interrupt import catch_signals
+from exp.reproduction.cells import Cell, Existing, State
+from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
+from exp.reproduction.runner import Runner, laptop_data, missing_cells
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", metavar="TABLE")
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the data sets (see DATA.md)")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="a folder a training")
+    parser.add_argument("--dry_run", action="store_true", help="print what exists, what is missing, and the commands")
+    parser.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes a training (torchrun)")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
+    parser.add_argument("--weights", metavar="FILE", help="MobileNetV2's weights for laptop, where no hub is reached")
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="GROUP.KEY=VALUE", help="for all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    if args.nproc_per_node < 1:
+        raise InputError(f"--nproc_per_node: got {args.nproc_per_node}, expected 1 or more")
+    if not args.data_dir.is_dir():
+        raise InputError(f"--data_dir: {args.data_dir}: no such folder (DATA.md shows the expected tree)")
+    if args.weights is not None and not Path(args.weights).is_file():
+        raise InputError(f"--weights: {args.weights}: no such file, expected a state dict")
+    return args
+
+
+def choose_cells(args: argparse.Namespace) -> list[Cell]:
+    """The trainings of all tables asked for, each once, under the settings of the command line."""
+    weights = None if args.weights is None else str(Path(args.weights).resolve())
+    cells = [cell for name in args.tables for cell in table_cells(name)]
+    return join_cells(with_settings(cells, args.overrides, weights))
+
+
+def describe_data(cells: list[Cell], data_dir: Path) -> list[str]:
+    """A line a data set: how many images there are, or what is missing first."""
+    from exp.data import build_dataset  # with PyTorch behind it: not before it is needed
+
+    lines = []
+    for name in dict.fromkeys(cell.data for cell in cells):
+        config = next(cell for cell in cells if cell.data == name).config.data
+        try:
+            parts = [f"{len(build_dataset(config, str(data_dir), split))} {split}" for split in ("train", "val")]
+            fold = "" if config.fold is None else f", fold {config.fold}"
+            lines.append(f"data {name}: {' and '.join(parts)} images{fold}")
+        except InputError as error:
+            lines.append(f"data {name}: incomplete: {error}")
+    return lines
+
+
+def describe_cell(cell: Cell, state: State, runner: Runner) -> str:
+    rules = f" ({', '.join(state.rules)})" if state.rules else ""
+    command = "" if not state.rules else "\n    " + " ".join(runner.command(cell, state))
+    return f"{cell.name}: {state.kind}{rules}{command}"
+
+
+def run_local(pairs: list[tuple[Cell, State]], runner: Runner) -> int:
+    """Run what is missing one after the other -> how many failed."""
+    failed = 0
+    with catch_signals() as stop:
+        for number, (cell, state) in enumerate(pairs, start=1):
+            print(f"[{number}/{len(pairs)}] {cell.name}: {state.kind}", flush=True)
+            failure = runner.run(cell, state, stop)
+            if failure is not None:
+                failed += 1
+                print(f"  failed: {failure}", flush=True)
+    return failed
+
+
+def main() -> None:
+    args = parse_args()
+    output = args.output_dir
+    cells = choose_cells(args)
+    existing = Existing(output)
+    pairs = missing_cells(cells, existing)
+    data_dir = args.data_dir
+    if args.dry_run:
+        runner = Runner(data_dir, output, args.nproc_per_node, args.device)
+        for line in describe_data(cells, data_dir):
+            print(line)
+        for cell in cells:
+            print(describe_cell(cell, existing.state(cell), runner))
+        print(f"{len(cells)} trainings, {len(cells) - len(pairs)} of them done")
+        return
+    if LAPTOP in args.tables and pairs:
+        output.mkdir(parents=True, exist_ok=True)
+        data_dir = laptop_data(data_dir, output)
+    runner = Runner(data_dir.resolve(), output.resolve(), args.nproc_per_node, args.device)
+    if args.launcher == "slurm" and pairs:
+        script = runner.write_array(pairs, output.resolve() / f"array.{'.'.join(args.tables)}")
+        print(f"{len(pairs)} of {len(cells)} trainings are missing; submit them from the clone:\nsbatch {script}")
+        return
+    failed = run_local(pairs, runner)
+    print(f"{len(cells)} trainings, {len(cells) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
+    if failed:
+        raise InputError(f"{failed} of {len(pairs)} trainings failed (see above); the same command tries them again")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))
