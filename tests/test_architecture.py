@@ -86,6 +86,8 @@ ORDER = [  # data flows one way: a module imports from those before it
     "reproduction.cells",
     "reproduction.plans",
     "reproduction.runner",
+    "reproduction.measured",
+    "reproduction.report",
     "main",
 ]
 MODULES = {

@@ -93,12 +93,12 @@ class Existing:
     """Trainings and results below a folder, found by what they say of their config, not by their names."""
 
     def __init__(self, output: Path) -> None:
-        self._results: dict[str, list[tuple[Path, dict]]] = {}
+        self.results: dict[str, list[tuple[Path, dict]]] = {}
         for path in sorted(output.glob("**/results/*.json")):
             content = _read_result(path)
             if content is not None:
                 config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
-                self._results.setdefault(training_digest(config), []).append((path, content))
+                self.results.setdefault(training_digest(config), []).append((path, content))
         self._trained, self._begun = (
             {_digest_of(path): path.with_suffix("") for path in sorted(output.glob(f"**/checkpoints/{name}.json"))}
             for name in ("last.safetensors", "iter_*.pt")
@@ -108,7 +108,7 @@ class Existing:
         """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
         config = cell.config.to_dict()
         expected = {"test": config["test"], "predict": cell.rule_config(rule)}
-        for path, content in self._results.get(cell.digest, []):
+        for path, content in self.results.get(cell.digest, []):
             judged = content["config"]
             same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
             if same and same_images(judged.get("data", {}), config["data"]) and is_finished(content["training"]):

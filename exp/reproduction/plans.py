@@ -75,7 +75,13 @@ def figure_cells(figure: Figure) -> tuple[Cell, ...]:
 
 
 def find_counterpart(figure: Figure) -> Counterpart | str:
-    """A published figure -> where its measured value comes from, or why there is none."""
+    """A published figure -> where its measured value comes from, or why there is none.
+
+    Where print has another score or data set than is meant, it is that of what is meant.
+    """
+    for erratum in figure.errata:
+        meant = erratum.meant or {}
+        figure = replace(figure, data=meant.get("data", figure.data), column=meant.get("score", figure.column))
     cells = figure_cells(figure)
     if not cells:
         return load_unavailable()[figure.row]

@@ -1,0 +1,264 @@
+"""Published and measured figures side by side: Markdown, LaTeX and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exp.comparison import mean_interval, paired_differences
+from exp.durable import write_atomically
+from exp.metrics import compute_scores
+from exp.reproduction.cells import Existing
+from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.plans import ALL, find_counterpart, table_cells
+from exp.reproduction.published import Figure, Table, load_tables
+
+NOTHING = "–"  # noqa: RUF001
+HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
+CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
+SCORES = ("Acc", "mIoUI", "mIoUC", "mIoUD", "mDiceI", "mDiceD", "mDice3D")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. of: the rule, or what it gains over argmax. reason: why there is no measured value."""
+
+    table: str
+    row: str
+    data: str
+    score: str
+    of: str
+    published: float | None
+    measured: float | None
+    interval: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+
+    @property
+    def difference(self) -> float | None:
+        known = self.published is not None and self.measured is not None and self.score != "p"
+        return self.measured - self.published if known else None
+
+
+def table_rows(table: Table, measured: Measured) -> list[Row]:
+    """A published table -> its figures beside the measured ones, and after each rule's what it gains over argmax."""
+    rows = []
+    for figure in table.figures:
+        if figure.value is None:
+            continue
+        found = find_counterpart(figure)
+        notes = tuple(erratum.text for erratum in figure.errata)
+        place = (figure.table, figure.row, figure.data, figure.column)
+        if isinstance(found, str):
+            rows.append(Row(*place, figure.rule, figure.value, None, notes=notes, reason=found))
+            continue
+        rows.append(Row(*place, figure.rule, figure.value, measured.value(found), notes=notes))
+        base = _argmax_beside(figure, table)
+        if base is not None:
+            gain = measured.gain(find_counterpart(base), found)
+            published = figure.value - base.value
+            value, interval = (None, None) if gain is None else (gain.value, gain.interval)
+            rows.append(Row(*place, f"{figure.rule} - argmax", published, value, interval))
+    return rows
+
+
+def _argmax_beside(figure: Figure, table: Table) -> Figure | None:
+    """The figure of argmax that a rule's is to be compared with; None where the table has none of that meaning."""
+    if table.unit != "percent" or figure.rule == "argmax" or figure.column.endswith(("_std", "p")):
+        return None
+    place = (figure.row, figure.data, figure.column)
+    same = (f for f in table.figures if (f.row, f.data, f.column) == place and f.rule == "argmax")
+    return next(same, None)
+
+
+def other_trainings(measured: Measured) -> list[Training]:
+    """What lies below the folder and belongs to no table of the paper, such as laptop's; with argmax alone."""
+    paper = {cell.digest for cell in table_cells(ALL)}
+    return [t for t in _trainings(measured.existing, measured) if t[0] not in paper for t in t[1]]
+
+
+def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, list[Training]]]:
+    for digest, entries in sorted(existing.results.items()):
+        folders: dict[tuple, list] = {}
+        for path, content in entries:
+            folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
+        found = []
+        for (folder, iteration), members in sorted(folders.items()):
+            results = {content["rule"]: measured.load(path) for path, content in members}
+            base = results.pop("argmax", None)
+            same = [base, *(r for _, r in sorted(results.items()) if base is not None and r.names == base.names)]
+            if base is not None and folder.parent.name != "older":
+                content = members[0][1]
+                metric = content["config"]["test"]["metric"]
+                found.append(Training(folder, content["training"], iteration, metric, tuple(same)))
+        yield digest, found
+
+
+def format_number(value: float | None, signed: bool = False) -> str:
+    """Two decimals; what would be zero then, such as a p-value, with its exponent."""
+    if value is None:
+        return NOTHING
+    if 0 < abs(value) < 0.005:
+        return f"{value:.2e}"
+    return f"{value:{'+' if signed else ''}.2f}"
+
+
+def _cells(row: Row) -> list[str]:
+    gain = row.of.endswith("- argmax")
+    interval = NOTHING if row.interval is None else f"[{row.interval[0]:+.2f}, {row.interval[1]:+.2f}]"
+    return [
+        row.row,
+        row.data,
+        row.score,
+        row.of,
+        format_number(row.published, gain),
+        "not available" if row.reason else format_number(row.measured, gain),
+        format_number(row.difference, True),
+        interval,
+    ]
+
+
+def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Training]) -> str:
+    """Everything as one Markdown page."""
+    parts = ["# Published and measured\n"]
+    for name, (table, rows) in tables.items():
+        parts.append(f"## {name}: {table.title}\n")
+        if table.setting:
+            parts.append(f"{table.setting}. In {table.unit}.\n")
+        notes: dict[str, int] = {}
+        lines = [_line(HEADER), _line(["---"] * 4 + ["---:"] * 4)]
+        for row in rows:
+            marks = "".join(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in row.notes)
+            cells = _cells(row)
+            cells[4] += f" {marks}" if marks else ""
+            lines.append(_line(cells))
+        parts.append("\n".join(lines) + "\n")
+        parts += [f"[{number}] {text}\n" for text, number in notes.items()]
+        parts += [f"{row}: {reason}\n" for row, reason in _reasons(rows).items()]
+        missing = sum(row.measured is None and row.reason is None for row in rows)
+        if missing:
+            command = f"python scripts/reproduce.py {name} --data_dir DATA --output_dir OUTPUT"
+            parts.append(f"{missing} of {len(rows)} lines are not measured yet: `{command}` fills them.\n")
+    return "\n".join([*parts, *_other_parts(others)])
+
+
+def _reasons(rows: Sequence[Row]) -> dict[str, str]:
+    return {row.row: row.reason for row in rows if row.reason}
+
+
+def _other_parts(others: Sequence[Training]) -> list[str]:
+    if not others:
+        return []
+    parts = ["## Other trainings\n"]
+    for training in others:
+        parts += _training_parts(training)
+    groups: dict[tuple, list[Training]] = {}
+    for training in others:
+        groups.setdefault(training.unseeded, []).append(training)
+    for group in (g for g in groups.values() if len(g) > 1 and len(g[0].results) > 1):
+        parts += _seed_parts(group)
+    return parts
+
+
+def _training_parts(training: Training) -> list[str]:
+    scores = {r.rule: compute_scores(r.counts, r.cases) for r in training.results}
+    columns = [name for name in SCORES if name in scores["argmax"]]
+    title = f"### {training.name}, seed {training.config['seed']}, {training.iteration} iterations\n"
+    unit = "image" if training.results[0].cases is None else "case"
+    gain = f"{training.metric} against argmax"
+    lines = [_line(["rule", *columns, gain, f"{unit}s better / worse"])]
+    lines.append(_line(["---", *["---:"] * len(columns), "---", "---"]))
+    for result in training.results:
+        cells = [result.rule, *(f"{scores[result.rule][name]:.2f}" for name in columns)]
+        if result.rule == "argmax":
+            lines.append(_line([*cells, "", ""]))
+            continue
+        values = paired_differences(training.results[0], result, training.metric)
+        low, high = mean_interval(values) or (float("nan"),) * 2
+        better = f"{int((values > 0).sum())} / {int((values < 0).sum())}"
+        lines.append(_line([*cells, f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]", better]))
+    return [title, "\n".join(lines) + "\n"]
+
+
+def _seed_parts(group: Sequence[Training]) -> list[str]:
+    seeds = ", ".join(str(t.config["seed"]) for t in group)
+    title = f"### {group[0].name}: seeds {seeds}\n"
+    header = ["rule", "gain a seed", "p over seeds", "gain over images", "better / worse", "p over images"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for result in group[0].results[1:]:
+        found = compare_seeds(group, result.rule)
+        low, high = found.interval or (float("nan"),) * 2
+        cells = [
+            result.rule,
+            " ".join(f"{value:+.2f}" for value in found.values),
+            f"{found.seed_p:.2g}",
+            f"{found.mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            f"{found.wins} / {found.losses}",
+            f"{found.p_value:.2g}",
+        ]
+        lines.append(_line(cells))
+    note = (
+        f"{group[0].metric}. Over seeds: the paired t-test of {len(group)} gains. Over images (cases): each one's gain "
+        "averaged over the seeds, Wilcoxon's signed-rank test.\n"
+    )
+    return [title, "\n".join(lines) + "\n", note]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}  # fmt: skip # noqa: RUF001
+
+
+def latex_text(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def latex(tables: dict[str, tuple[Table, list[Row]]]) -> str:
+    """Tables of booktabs, one a published table, with errata as notes below."""
+    parts = ["% Needs \\usepackage{booktabs}.\n"]
+    for name, (table, rows) in tables.items():
+        lines = [
+            "\\begin{table}",
+            f"\\caption{{{latex_text(table.title)}}}",
+            f"\\label{{tab:{name.replace('_', '-')}}}",
+        ]
+        lines += ["\\begin{tabular}{llllrrrr}", "\\toprule", " & ".join(map(latex_text, HEADER)) + " \\\\", "\\midrule"]
+        notes: dict[str, int] = {}
+        for row in rows:
+            cells = [latex_text(cell) for cell in _cells(row)]
+            marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in row.notes)
+            cells[4] += f"\\textsuperscript{{{marks}}}" if marks else ""
+            lines.append(" & ".join(cells) + " \\\\")
+        lines += ["\\bottomrule", "\\end{tabular}"]
+        lines += [f"\\par\\textsuperscript{{{number}}} {latex_text(text)}" for text, number in notes.items()]
+        parts.append("\n".join([*lines, "\\end{table}\n"]))
+    return "\n".join(parts)
+
+
+def csv_text(tables: dict[str, tuple[Table, list[Row]]]) -> str:
+    """A line a figure, at full precision; empty where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for _, rows in tables.values():
+        for row in rows:
+            numbers = (row.published, row.measured, row.difference, *(row.interval or (None, None)))
+            place = (row.table, row.row, row.data, row.score, row.of)
+            writer.writerow([*place, *("" if n is None else repr(float(n)) for n in numbers), " ".join(row.notes)])
+    return text.getvalue()
+
+
+def write_report(output: Path) -> Path:
+    """Write <output>/report/tables.{md,tex,csv} from the results below `output` -> the folder."""
+    measured = Measured(output)
+    tables = {name: (table, table_rows(table, measured)) for name, table in load_tables().items()}
+    folder = output / "report"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "tables.md", markdown(tables, other_trainings(measured)))
+    write_atomically(folder / "tables.tex", latex(tables))
+    write_atomically(folder / "tables.csv", csv_text(tables))
+    return folder

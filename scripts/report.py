@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Published figures beside what was measured, from whatever results there are:
+
+    python scripts/report.py OUTPUT_DIR
+
+OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
+and .csv: every table of the paper with the published value, the measured one and their difference; what a rule gains
+over argmax, with a bootstrap interval; misprints as notes; and trainings that belong to no table, with all of their
+rules. Scores are computed anew from the counts of every image, so the same results give the same files, byte for byte.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.errors import InputError, run_and_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
+    args = parser.parse_args()
+    if not args.output_dir.is_dir():
+        raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
+    from exp.reproduction.report import write_report
+
+    print(f"report: {write_report(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(main))

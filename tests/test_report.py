@@ -1,0 +1,226 @@
+"""Published figures beside measured ones, from runs of any kind."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_config import compose
+from test_reproduce import SMALL, figure
+
+from exp.comparison import compare_rules
+from exp.data.pascal_voc import PascalVOC
+from exp.data.slices import Tumour
+from exp.metrics import EvalResult, compute_scores
+from exp.reproduction import plans
+from exp.reproduction.cells import Cell
+from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.plans import find_counterpart, table_cells
+from exp.reproduction.report import latex_text, write_report
+from exp.results import save_results
+
+
+def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
+    """Write results of a cell's rules as an evaluation does: random counts; later rules are a little better."""
+    config = cell.config.to_dict()
+    medical = cell.fold is not None
+    classes = Tumour.classes if medical else PascalVOC.classes
+    names = tuple(f"{cell.fold or 0}_{i:03d}" for i in range(12))
+    cases = tuple(f"case{cell.fold}_{i // 3}" for i in range(12)) if medical else None
+    rng = np.random.default_rng(shift + 10 * cell.seed + (cell.fold or 0))
+    counts = rng.integers(50, 100, (12, 3, len(classes)))
+    results, contexts = [], []
+    for place, rule in enumerate(config["predict"]):
+        better = counts.copy()
+        better[:, 0] += 3 * place + rng.integers(0, 5, better[:, 0].shape)
+        results.append(EvalResult(rule["name"], names, classes, better, cases))
+        training = {group: config[group] for group in ("model", "data", "loss", "schedule", "optim", "seed")}
+        steps = config["schedule"]["train_iters"] or 77
+        training |= {"iteration": steps if iteration is None else iteration, "weights": "raw"}
+        contexts.append({"training": training, "config": {g: config[g] for g in ("data", "test")} | {"predict": rule}})
+    folder = output / cell.name / cell.config.run_name / "results"
+    save_results(results, folder, contexts)
+    times = {"images": 12, "forward_passes": 12, "milliseconds_per_image": {"forward": 250.0}}
+    times["decision_milliseconds_per_image"] = {rule["name"]: 2.0 for rule in config["predict"]}
+    (folder / "timing.json").write_text(json.dumps(times))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    """Table 2's U-Net on LiTS in all folds, Table 7's VOC in all seeds, and a run of another kind with two seeds."""
+    folder = tmp_path_factory.mktemp("report") / "out"
+    for cell in table_cells("table2"):
+        if (cell.model, cell.data) == ("unet_resnet50d", "lits"):
+            judge(cell, folder)
+    for cell in table_cells("table7"):
+        if cell.data == "pascal_voc":
+            judge(cell, folder)
+    for seed in (0, 1):
+        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
+    write_report(folder)
+    return folder
+
+
+def csv_rows(output: Path) -> list[dict[str, str]]:
+    with open(output / "report" / "tables.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def one(output: Path, **wanted: str) -> dict[str, str]:
+    (row,) = (row for row in csv_rows(output) if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
+    files = sorted(output.glob("unet_resnet50d.lits_fold*/*/results/rankseg_ba.json"))
+    folds = [json.loads(path.read_text())["metrics"]["mDiceI"] for path in files]
+    assert len(folds) == 5
+    row = one(output, table="table2", row="unet_resnet50d", data="lits", of="rankseg_ba", score="mDiceI")
+    assert float(row["measured"]) == pytest.approx(np.mean(folds), rel=1e-12)
+    assert float(row["difference"]) == pytest.approx(np.mean(folds) - 50.08)
+    seeds = {
+        rule: [
+            json.loads(path.read_text())["metrics"]["mIoUI"]
+            for path in sorted(output.glob(f"upernet*.pascal_voc.*/*/results/{rule}.json"))
+        ]
+        for rule in ("argmax", "rankseg_rma_paper")
+    }
+    assert len(seeds["argmax"]) == 10
+    own = {"table": "table7", "data": "pascal_voc", "of": "rankseg_rma"}
+    assert float(one(output, **own, score="mIoUI_std")["measured"]) == pytest.approx(
+        np.std(seeds["rankseg_rma_paper"], ddof=1)
+    )
+    expected = stats.ttest_rel(seeds["argmax"], seeds["rankseg_rma_paper"]).pvalue
+    assert float(one(output, **own, score="p")["measured"]) == pytest.approx(expected)
+
+
+def test_gains_have_the_interval_of_the_evaluation(output: Path):
+    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    measured = Measured(output)
+    results = [measured.load(folder / f"{rule}.csv") for rule in ("argmax", "rankseg_rma_paper")]
+    expected = compare_rules(results, "mIoUI")[0]
+    row = one(output, table="table1", row=plans.UPERNET, data="pascal_voc", of="rankseg_rma - argmax", score="mIoUI")
+    assert float(row["measured"]) == pytest.approx(expected.difference)
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(expected.interval)
+    assert float(row["published"]) == pytest.approx(88.25 - 87.82)
+
+
+def test_classes_times_and_worst_cases(output: Path):
+    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    scores = json.loads((folder / "argmax.json").read_text())["metrics"]
+    row = one(output, table="table5", row=plans.UPERNET, data="pascal_voc", of="argmax", score="mIoUI5")
+    assert float(row["measured"]) == pytest.approx(scores["mIoUI5"])
+    times = {
+        row["of"]: row["measured"]
+        for row in csv_rows(output)
+        if row["table"] == "table3" and row["data"] == "pascal_voc"
+    }
+    assert {name: float(value) for name, value in times.items()} == pytest.approx(
+        {"argmax": 0.024, "rankseg_rma": 0.024, "forward": 3.0}
+    )
+
+
+def test_what_is_missing_says_how_to_get_it_and_what_cannot_be_why(output: Path):
+    text = (output / "report" / "tables.md").read_text()
+    assert "`python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT` fills them" in text
+    assert "cpt_swin_large: none of the libraries that this framework stands on has CPT" in text
+    assert (
+        one(output, table="table1", row="cpt_swin_large", data="ade20k", of="argmax", score="mIoUI")["measured"] == ""
+    )
+    assert "| cpt_swin_large | ade20k | mIoUI | argmax | 57.85 | not available | – | – |" in text  # noqa: RUF001
+
+
+def test_misprints_have_their_notes(output: Path):
+    section = (output / "report" / "tables.md").read_text().partition("## table2")[2].partition("## table3")[0]
+    assert "| unet_resnet50d | kits | mIoUI | rankseg_ba | 50.34 [1][" in section
+    assert "[1] Print" in section
+    row = one(output, table="readme_medical", row="unet_resnet50d", data="kits", of="argmax")
+    lits = one(output, table="table2", row="unet_resnet50d", data="lits", of="argmax", score="mDiceI")
+    assert row["measured"] == lits["measured"] != ""  # what it is meant to be of
+    assert "U-Net's mDiceI on LiTS" in row["erratum"]
+
+
+def test_the_same_results_give_the_same_bytes(output: Path, tmp_path: Path):
+    before = {path.name: path.read_bytes() for path in (output / "report").iterdir()}
+    assert set(before) == {"tables.md", "tables.tex", "tables.csv"}
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(output, copy)
+    shutil.rmtree(copy / "report")
+    for path in copy.glob("*/*/results/*.json"):  # only who trained what is taken from these
+        content = json.loads(path.read_text())
+        if "metrics" in content:
+            path.write_text(json.dumps({**content, "metrics": {}}))
+    write_report(copy)
+    assert {path.name: path.read_bytes() for path in (copy / "report").iterdir()} == before
+    assert str(output).encode() not in b"".join(before.values())
+
+
+def test_other_trainings_and_their_seeds(output: Path):
+    section = (output / "report" / "tables.md").read_text().partition("## Other trainings")[2]
+    assert section.count("### unet_mobilenetv3_small_100, shapes, ce, seed") == 2
+    assert "### unet_mobilenetv3_small_100, shapes, ce: seeds 0, 1" in section
+    assert "upernet" not in section
+
+
+def test_statistics_over_seeds():
+    def training(seed: int, gain: int) -> Training:
+        config = compose(seed=seed).to_dict()
+        counts = np.full((6, 3, 3), 50)
+        better = counts.copy()
+        better[:, 0] += gain + np.arange(6)[:, None]
+        results = [
+            EvalResult(rule, tuple("abcdef"), ("x", "y", "z"), c) for rule, c in (("argmax", counts), ("r", better))
+        ]
+        return Training(Path("f"), config, 3, "mIoUI", tuple(results))
+
+    group = [training(seed, gain) for seed, gain in ((0, 1), (1, 5), (2, 3))]
+    found = compare_seeds(group, "r")
+    scores = [
+        compute_scores(t.results[1].counts)["mIoUI"] - compute_scores(t.results[0].counts)["mIoUI"] for t in group
+    ]
+    assert found.values == pytest.approx(scores)
+    assert found.mean == pytest.approx(np.mean(scores))
+    assert (found.wins, found.losses, found.num_units) == (6, 0, 6)
+    assert found.seed_p == pytest.approx(stats.ttest_1samp(scores, 0).pvalue)
+    assert found.interval[0] < found.mean < found.interval[1]
+
+
+def test_latex_is_balanced_and_escaped(output: Path):
+    text = (output / "report" / "tables.tex").read_text()
+    assert text.count("\\begin{table}") == text.count("\\end{table}") == 9
+    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 9
+    body = [line for line in text.splitlines() if line.endswith("\\\\")]
+    assert all(line.replace("\\&", "").count(" & ") == 7 for line in body)
+    assert "unet\\_resnet50d" in text
+    assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (
+        r"a\_b \& 5\% of \$x \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+
+
+def test_unfinished_trainings_do_not_count(tmp_path: Path):
+    cell = table_cells("table4")[0]
+    judge(cell, tmp_path, iteration=30_000)
+    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
+    shutil.rmtree(tmp_path / cell.name)
+    judge(cell, tmp_path)
+    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
+
+
+def test_empty_and_damaged_folders(script, tmp_path: Path):
+    status, _, err = script("report", tmp_path / "no")
+    assert status == 2
+    assert "no such folder, expected one with runs below it" in err
+    status, printed, _ = script("report", tmp_path)
+    assert status == 0
+    assert f"report: {tmp_path / 'report'}" in printed
+    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    table = next(tmp_path.glob("*/*/results/argmax.csv"))
+    table.write_text("image,tp.a\nx,none\n")
+    status, _, err = script("report", tmp_path)
+    assert status == 2
+    assert f"{table}: " in err
+    assert err.count("\n") == 1
