@@ -12,6 +12,7 @@ stop the others. Started again, the same command does what is missing.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.errors import InputError, run_and_report
 from exp.interrupt import catch_signals
-from exp.reproduction.cells import Cell, Existing, State
+from exp.reproduction.cells import TRAINED, WAITING, Cell, Existing, State
 from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
 from exp.reproduction.runner import Runner, laptop_data, missing_cells
 
@@ -52,26 +53,16 @@ def choose_cells(args: argparse.Namespace) -> list[Cell]:
     return join_cells(with_settings(cells, args.overrides, weights))
 
 
-def describe_data(cells: list[Cell], data_dir: Path) -> list[str]:
-    """A line a data set: how many images there are, or what is missing first."""
-    from exp.data import build_dataset  # with PyTorch behind it: not before it is needed
-
-    lines = []
-    for name in dict.fromkeys(cell.data for cell in cells):
-        config = next(cell for cell in cells if cell.data == name).config.data
-        try:
-            parts = [f"{len(build_dataset(config, str(data_dir), split))} {split}" for split in ("train", "val")]
-            fold = "" if config.fold is None else f", fold {config.fold}"
-            lines.append(f"data {name}: {' and '.join(parts)} images{fold}")
-        except InputError as error:
-            lines.append(f"data {name}: incomplete: {error}")
-    return lines
-
-
 def describe_cell(cell: Cell, state: State, runner: Runner) -> str:
     rules = f" ({', '.join(state.rules)})" if state.rules else ""
-    command = "" if not state.rules else "\n    " + " ".join(runner.command(cell, state))
+    command = "" if not state.rules else "\n    " + shlex.join(runner.command(cell, state))
     return f"{cell.name}: {state.kind}{rules}{command}"
+
+
+def count(cells: list[Cell]) -> str:
+    """How many trainings, and further evaluations of them, in words."""
+    again = sum(cell.again is not None for cell in cells)
+    return f"{len(cells) - again} trainings" + (f" and {again} further evaluations" if again else "")
 
 
 def run_local(pairs: list[tuple[Cell, State]], runner: Runner) -> int:
@@ -79,7 +70,7 @@ def run_local(pairs: list[tuple[Cell, State]], runner: Runner) -> int:
     failed = 0
     with catch_signals() as stop:
         for number, (cell, state) in enumerate(pairs, start=1):
-            print(f"[{number}/{len(pairs)}] {cell.name}: {state.kind}", flush=True)
+            print(f"[{number}/{len(pairs)}] {cell.name}: {TRAINED if cell.again else state.kind}", flush=True)
             failure = runner.run(cell, state, stop)
             if failure is not None:
                 failed += 1
@@ -95,25 +86,30 @@ def main() -> None:
     pairs = missing_cells(cells, existing)
     data_dir = args.data_dir
     if args.dry_run:
+        from exp.reproduction.data_state import describe_data  # with PyTorch behind it: not before it is needed
+
         runner = Runner(data_dir, output, args.nproc_per_node, args.device)
         for line in describe_data(cells, data_dir):
             print(line)
         for cell in cells:
             print(describe_cell(cell, existing.state(cell), runner))
-        print(f"{len(cells)} trainings, {len(cells) - len(pairs)} of them done")
+        print(f"{count(cells)}, {len(cells) - len(pairs)} of them done")
         return
     if LAPTOP in args.tables and pairs:
         output.mkdir(parents=True, exist_ok=True)
         data_dir = laptop_data(data_dir, output)
     runner = Runner(data_dir.resolve(), output.resolve(), args.nproc_per_node, args.device)
     if args.launcher == "slurm" and pairs:
-        script = runner.write_array(pairs, output.resolve() / f"array.{'.'.join(args.tables)}")
-        print(f"{len(pairs)} of {len(cells)} trainings are missing; submit them from the clone:\nsbatch {script}")
+        ready = [pair for pair in pairs if pair[1].kind != WAITING]
+        script = runner.write_array(ready, output.resolve() / f"array.{'.'.join(args.tables)}")
+        print(f"{count(cells)}, {len(ready)} to run; submit them from the clone:\nsbatch {script}")
+        if len(ready) < len(pairs):
+            print(f"{len(pairs) - len(ready)} evaluations wait for their trainings: this command again, after that")
         return
     failed = run_local(pairs, runner)
-    print(f"{len(cells)} trainings, {len(cells) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
+    print(f"{count(cells)}, {len(cells) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
     if failed:
-        raise InputError(f"{failed} of {len(pairs)} trainings failed (see above); the same command tries them again")
+        raise InputError(f"{failed} of {len(pairs)} failed (see above); the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from test_slurm import start as start_job
 from trees import write_voc
 
 from exp.reproduction import plans
-from exp.reproduction.cells import DONE, INTERRUPTED, MISSING, TRAINED, Cell, Existing, join_cells
+from exp.reproduction.cells import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Cell, Existing, join_cells
+from exp.reproduction.laptop import fixed, tempered
 from exp.reproduction.plans import Counterpart, figure_cells, find_counterpart, table_cells
 from exp.reproduction.published import load_errata, load_tables, load_unavailable
 
@@ -53,14 +54,16 @@ SMALL = Cell(
         ("table6", 3, 5),
         ("table7", 30, 3),
         ("all", 88, None),
-        ("laptop", 7, None),
+        ("laptop", 23, None),
     ],
 )
 def test_each_table_has_its_trainings(table: str, number: int, rules: int | None):
     cells = table_cells(table)
     assert len(cells) == number
-    assert len({cell.name for cell in cells}) == number
-    assert all(cell.rules[0] == "argmax" for cell in cells)
+    assert len({(cell.name, cell.again) for cell in cells}) == number
+    trainings = [cell for cell in cells if cell.again is None]
+    assert len({cell.name for cell in trainings}) == len(trainings) == len({cell.digest for cell in cells})
+    assert all(cell.rules[0] == "argmax" for cell in trainings)
     if rules:
         assert {len(cell.rules) for cell in cells} == {rules}
 
@@ -142,14 +145,14 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     status, printed, _ = script("reproduce", *flags, "--dry_run")
     assert status == 0
     assert printed.count("to be trained (argmax)") == 3
-    assert "data shapes: 8 train and 3 val images" in printed
+    assert "data shapes: complete: 8 train and 3 val images, made on the fly" in printed
     assert not output.exists()
 
     status, printed, err = script("reproduce", *flags)
     assert status == 2
     assert "3 trainings, 0 done before, 2 now, 1 failed" in printed
     assert "failed: status 2: error: schedule.batch_size: got 99" in printed
-    assert "1 of 3 trainings failed" in err
+    assert "1 of 3 failed" in err
     existing = Existing(output)
     assert [existing.state(cell).kind for cell in tiny_laptop] == [DONE, DONE, MISSING]
     status, printed, _ = script("reproduce", *flags, "--dry_run")
@@ -170,11 +173,46 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     # Nothing counts that was judged or trained otherwise, or not to its end.
     for change in ({"test": "test_dice"}, {"overrides": (*SMALL.overrides, "schedule.train_iters=4")}):
         assert existing_state(output, replace(SMALL, **change)) != DONE
-    result = next(output.glob("moved/*/results/argmax.json"))
-    content = json.loads(result.read_text())
-    content["training"]["iteration"] = 2
-    result.write_text(json.dumps(content))
+    for result in output.glob("*/*/results/argmax.json"):
+        content = json.loads(result.read_text())
+        content["training"]["iteration"] = 2
+        result.write_text(json.dumps(content))
     assert existing_state(output, SMALL) == TRAINED
+
+
+def test_further_evaluations_follow_their_training(script, tmp_path: Path, monkeypatch):
+    """A fitted temperature, the rules under it, and thresholds of the training images; each once."""
+    sys.modules.pop("reproduce", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    longer = tuple(text.replace("train_iters=3", "train_iters=40") for text in SMALL.overrides)
+    small = replace(SMALL, rules=("argmax", "rankseg_rma", "rankseg_rma_dataset"), overrides=longer)
+    cells = [small, *tempered(small), *fixed(small)]
+    monkeypatch.setattr(plans, "laptop_cells", lambda: cells)
+    monkeypatch.setattr("exp.reproduction.runner.laptop_data", lambda data_dir, output: data_dir)
+    output = tmp_path / "out"
+    flags = ["laptop", "--data_dir", tmp_path, "--output_dir", output, "--device", "cpu"]
+    assert [Existing(output).state(cell).kind for cell in cells] == [MISSING, *[WAITING] * 4]
+    status, printed, _ = script("reproduce", *flags, "--launcher", "slurm")
+    assert "1 trainings and 4 further evaluations, 1 to run" in printed
+    assert "4 evaluations wait for their trainings" in printed
+
+    status, printed, err = script("reproduce", *flags)
+    assert status == 0, printed + err
+    assert [existing_state(output, cell) for cell in cells] == [DONE] * 5
+    assert "1 trainings and 4 further evaluations, 5 done before, 0 now, 0 failed" in script("reproduce", *flags)[1]
+    fitted = json.loads(next(output.glob("*/temperature/*/results/temperature.json")).read_text())["temperature"]
+    judged = json.loads(next(output.glob("*/temperature/*/results/rankseg_rma.json")).read_text())
+    assert judged["config"]["test"]["temperature"] == fitted != 1.0
+    thresholds = json.loads(next(output.glob("*/fixed/*/results/rankseg_rma_fixed.json")).read_text())
+    path = Path(thresholds["config"]["predict"]["thresholds"])
+    assert json.loads(path.read_text())["config"]["data"]["val_split"] == "train"
+    plain = json.loads(next(output.glob("*/unet*/results/rankseg_rma.json")).read_text())
+    assert plain["config"]["test"]["temperature"] == 1.0
+    assert len(list(output.glob("**/checkpoints/last.safetensors"))) == 1  # trained once
+
+    # A temperature that is not this one's leaves its results to be made again; so does a training that is gone.
+    next(output.glob("*/temperature/*/results/temperature.json")).unlink()
+    assert [existing_state(output, cell) for cell in cells] == [DONE, TRAINED, TRAINED, DONE, DONE]
 
 
 def existing_state(output: Path, cell: Cell) -> str:
@@ -229,13 +267,13 @@ def test_a_dry_run_tells_what_the_data_folder_lacks(script, tmp_path: Path):
     flags = ["table4", "table6", "--data_dir", data, "--output_dir", tmp_path / "out", "--dry_run"]
     status, printed, _ = script("reproduce", *flags)
     assert status == 0
-    assert f"data pascal_voc: incomplete: {data}/VOCdevkit/VOC2012: no such folder" in printed
+    assert f"data pascal_voc: empty: {data}/VOCdevkit/VOC2012: no such folder" in printed
     assert "3 trainings, 0 of them done" in printed
     write_voc(data, {"trainaug": 6, "val": 3})
-    assert "data pascal_voc: 6 train and 3 val images" in script("reproduce", *flags)[1]
+    assert "data pascal_voc: partial: 6 train and 3 val images; 9 of 12031 images" in script("reproduce", *flags)[1]
     next((data / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir()).unlink()
-    assert "data pascal_voc: incomplete: " in script("reproduce", *flags)[1]
-    assert "data cityscapes: incomplete: " in script("reproduce", *flags)[1]
+    assert "data pascal_voc: partial: " in script("reproduce", *flags)[1]
+    assert "data cityscapes: empty: " in script("reproduce", *flags)[1]
 
 
 def test_wrong_flags_end_in_one_line(script, tmp_path: Path):
@@ -277,9 +315,10 @@ def test_job_arrays_run_one_cell_a_task(script, tmp_path: Path, tiny_laptop):
     printed, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert [existing_state(output, cell) for cell in tiny_laptop] == [MISSING, DONE, MISSING]
-    status, _, err = script("reproduce", *flags)
-    assert status == 2
-    assert "cells.txt: is there already" in err
+    status, printed, _ = script("reproduce", *flags)
+    assert status == 0
+    assert f"sbatch {output / 'array.laptop.2' / 'array.sbatch'}" in printed
+    assert len((output / "array.laptop.2" / "cells.txt").read_text().splitlines()) == 2
 
 
 def test_figures_without_a_row_here_need_no_training():

@@ -12,7 +12,23 @@ from exp.text_files import read_json
 
 GROUPS = ("model", "data", "loss", "schedule", "optim", "test")
 # States of a cell, from nothing to everything.
+WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be judged", "done"
+DATASET_RULE = "rankseg_rma_dataset"  # whose thresholds rankseg_rma_fixed takes
+
+
+@dataclass(frozen=True)
+class Again:
+    """A further evaluation of trained weights, in a folder of its own beside the run.
+
+    settings: --set of this evaluation alone. fit: a temperature is fitted on the training images, which is what it is
+    for. thresholds: the folder of the evaluation whose thresholds rankseg_rma_fixed takes.
+    """
+
+    folder: str
+    settings: tuple[str, ...] = ()
+    fit: bool = False
+    thresholds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Cell:
     fold: int | None = None
     seed: int = 0
     overrides: tuple[str, ...] = ()
+    again: Again | None = None
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Everything behind --set."""
-        return self.overrides if self.fold is None else (*self.overrides, f"data.fold={self.fold}")
+        """Everything behind --set, but for paths below OUTPUT."""
+        fold = () if self.fold is None else (f"data.fold={self.fold}",)
+        return (*self.overrides, *fold, *(self.again.settings if self.again else ()))
 
     @cached_property
     def config(self) -> ExperimentConfig:
@@ -54,16 +72,24 @@ class Cell:
     def name(self) -> str:
         """The folder below OUTPUT that is --output_dir of this training alone: readable, and unlike any other's."""
         seed = f".seed{self.seed}" if self.seed else ""
-        return f"{self.config.run_name}{seed}.{self.digest[:8]}"
+        again = f"/{self.again.folder}" if self.again else ""
+        return f"{self.config.run_name}{seed}.{self.digest[:8]}{again}"
 
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
-        """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all)."""
+        """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all); of a further
+        evaluation without --test-only and the checkpoint."""
         flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
         for group in GROUPS:
             flags += [f"--{group}_yaml", getattr(self, group)]
         flags += ["--predict_yaml", *(self.rules if rules is None else rules)]
         flags += ["--seed", str(self.seed)] if self.seed else []
-        return [*flags, "--set", *self.settings] if self.settings else flags
+        flags += ["--fit_temperature", "train"] if self.again and self.again.fit else []
+        settings = [*self.settings]
+        if self.again and self.again.thresholds:
+            beside = output / replace(self, again=replace(self.again, folder=self.again.thresholds)).name
+            file = f"{DATASET_RULE}.{self.config.data.train_split}.thresholds.json"
+            settings.append(f"predict.thresholds={beside / self.config.run_name / 'results' / file}")
+        return [*flags, "--set", *settings] if settings else flags
 
     def rule_config(self, rule: str) -> dict[str, Any]:
         return next(r for r in self.config.to_dict()["predict"] if r["name"] == rule)
@@ -73,7 +99,7 @@ def join_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Cells of several tables -> each training once, with the rules of all, argmax first."""
     joined: dict[tuple, Cell] = {}
     for cell in dict.fromkeys(cells):  # equal ones are many, and a config takes some milliseconds
-        key = (cell.digest, cell.test)
+        key = (cell.digest, cell.test, cell.again)
         known = joined.get(key)
         rules = dict.fromkeys((*(known.rules if known else ()), *cell.rules))
         joined[key] = replace(known or cell, rules=tuple(sorted(rules, key=lambda rule: rule != "argmax")))
@@ -99,6 +125,8 @@ class Existing:
             if content is not None:
                 config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
                 self.results.setdefault(training_digest(config), []).append((path, content))
+        files = sorted(output.glob("**/results/temperature.json"))
+        self.temperatures = dict(filter(None, map(_read_temperature, files)))
         self._trained, self._begun = (
             {_digest_of(path): path.with_suffix("") for path in sorted(output.glob(f"**/checkpoints/{name}.json"))}
             for name in ("last.safetensors", "iter_*.pt")
@@ -107,7 +135,10 @@ class Existing:
     def find(self, cell: Cell, rule: str) -> Path | None:
         """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
         config = cell.config.to_dict()
-        expected = {"test": config["test"], "predict": cell.rule_config(rule)}
+        test = config["test"]
+        if test["temperature"] == "fitted":
+            test["temperature"] = self.temperatures.get(cell.digest)
+        expected = {"test": test, "predict": cell.rule_config(rule)}
         for path, content in self.results.get(cell.digest, []):
             judged = content["config"]
             same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
@@ -116,12 +147,17 @@ class Existing:
         return None
 
     def state(self, cell: Cell) -> State:
-        """How far the cell has come; a rule counts if its results are of the whole training."""
-        rules = tuple(rule for rule in cell.rules if self.find(cell, rule) is None)
-        if not rules:
+        """How far the cell has come; a rule counts if its results are of the whole training.
+
+        Where one is missing all are judged again: by the same probabilities, and timed and compared together.
+        """
+        fitted = cell.again is not None and cell.again.fit and cell.digest in self.temperatures
+        if fitted or all(self.find(cell, rule) is not None for rule in cell.rules):
             return State(DONE)
         if cell.digest in self._trained:
-            return State(TRAINED, rules, self._trained[cell.digest])
+            return State(TRAINED, cell.rules, self._trained[cell.digest])
+        if cell.again is not None:
+            return State(WAITING, cell.rules)
         return State(INTERRUPTED if cell.digest in self._begun else MISSING, cell.rules)
 
 
@@ -132,6 +168,17 @@ def _read_result(path: Path) -> dict | None:
     content = read_json(path, "the results of a rule")
     whole = {"rule", "metrics", "training", "config"} <= content.keys()
     return content if whole and {*TRAINING_GROUPS, "seed"} <= content["training"].keys() else None
+
+
+def _read_temperature(path: Path) -> tuple[str, float] | None:
+    """temperature.json -> the digest of the training that it was fitted for, and the temperature."""
+    try:
+        content = read_json(path, "a fitted temperature")
+        training = content["training"]
+        config = {group: training[group] for group in (*TRAINING_GROUPS, "seed")}
+        return (training_digest(config), content["temperature"]) if is_finished(training) else None
+    except (InputError, KeyError, TypeError):  # damaged: as if it were not there
+        return None
 
 
 def _digest_of(path: Path) -> str | None:
@@ -149,8 +196,9 @@ def is_finished(training: Mapping[str, Any]) -> bool:
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two groups of a config are alike but for their YAMLs' names."""
-    return {k: v for k, v in one.items() if k != "name"} == {k: v for k, v in other.items() if k != "name"}
+    """Whether two groups of a config are alike but for their YAMLs' names and where a thresholds file lay."""
+    left_out = ("name", "thresholds")
+    return {k: v for k, v in one.items() if k not in left_out} == {k: v for k, v in other.items() if k not in left_out}
 
 
 def same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

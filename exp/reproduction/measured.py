@@ -121,19 +121,23 @@ class Training:
     iteration: int
     metric: str
     results: tuple[EvalResult, ...]
+    temperature: float = 1.0  # of the evaluation
 
     @cached_property
     def name(self) -> str:
         parts = [self.config[group]["name"] for group in ("model", "data", "loss")]
-        fold = self.config["data"].get("fold")
-        return ", ".join([*parts, *([] if fold is None else [f"fold {fold}"])])
+        fold, noise = (self.config["data"].get(key) for key in ("fold", "label_noise"))
+        parts += [] if fold is None else [f"fold {fold}"]
+        parts += [] if noise is None else [f"label noise {noise:g}"]
+        return ", ".join([*parts, *([] if self.temperature == 1 else ["after temperature scaling"])])
 
     @property
     def unseeded(self) -> tuple:
         """What trainings that differ in their seed alone have in common."""
         names = tuple(result.rule for result in self.results)
         plain = {key: value for key, value in self.config.items() if key != "seed"}
-        return str(sorted(plain.items(), key=str)), self.iteration, self.metric, names, self.results[0].names
+        judged = (self.metric, self.temperature == 1)  # fitted ones differ from seed to seed
+        return str(sorted(plain.items(), key=str)), self.iteration, judged, names, self.results[0].names
 
 
 def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from exp.errors import InputError
 from exp.reproduction.cells import Cell, join_cells
+from exp.reproduction.laptop import laptop_cells
 from exp.reproduction.published import Figure, load_tables, load_unavailable
 from exp.strict_yaml import closest
 
@@ -108,37 +109,6 @@ def table_cells(name: str) -> list[Cell]:
         raise InputError(f"{name}: unknown table{closest(name, [*tables, ALL, LAPTOP])}")
     chosen = tables.values() if name == ALL else [tables[name]]
     return join_cells(cell for table in chosen for figure in table.figures for cell in figure_cells(figure))
-
-
-def laptop_cells() -> Iterable[Cell]:
-    """The same comparison with small networks on CamVid and hippocampus, for two CPU cores."""
-    scopes = ("argmax", "rankseg_rma", "rankseg_rma_iou", "rankseg_rma_dataset", "rankseg_rma_dataset_iou")
-    camvid = Cell(
-        "deeplabv3plus_mobilenetv2_100",
-        "camvid",
-        "600_iters",
-        "adamw_lr6e-4",
-        scopes,
-        overrides=("schedule.train_iters=120", "schedule.num_workers=1", "model.output_stride=16"),
-    )
-    yield from (replace(camvid, seed=seed) for seed in range(5))
-    yield replace(camvid, model="upernet_mobilenetv2_100", overrides=camvid.overrides[:2])
-    yield Cell(
-        "unet_resnet18d",
-        "hippocampus",
-        "600_iters",
-        "adamw_lr6e-4",
-        ("argmax", "rankseg_rma", "rankseg_rma_case", "rankseg_rma_dataset"),
-        test="test_dice",
-        fold=0,
-        overrides=(
-            "model.pretrained=false",
-            "model.decoder_channels=[128,64,32,16,16]",
-            "schedule.train_iters=400",
-            "schedule.batch_size=16",
-            "schedule.num_workers=1",
-        ),
-    )
 
 
 def with_settings(cells: Iterable[Cell], overrides: Sequence[str], weights: str | None) -> list[Cell]:

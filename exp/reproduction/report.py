@@ -88,8 +88,9 @@ def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, li
             same = [base, *(r for _, r in sorted(results.items()) if base is not None and r.names == base.names)]
             if base is not None and folder.parent.name != "older":
                 content = members[0][1]
-                metric = content["config"]["test"]["metric"]
-                found.append(Training(folder, content["training"], iteration, metric, tuple(same)))
+                test = content["config"]["test"]
+                judged = {"metric": test["metric"], "temperature": test["temperature"]}
+                found.append(Training(folder, content["training"], iteration, results=tuple(same), **judged))
         yield digest, found
 
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from exp.errors import InputError
 from exp.interrupt import Interrupted, StopRequest
-from exp.reproduction.cells import DONE, TRAINED, Cell, Existing, State
+from exp.reproduction.cells import DONE, TRAINED, WAITING, Cell, Existing, State
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "reproduce.log"  # in a cell's folder: what its program printed
@@ -46,6 +47,8 @@ class Runner:
         flags = cell.flags(self.data_dir, self.output, state.rules or cell.rules)
         if state.kind == TRAINED:
             flags = ["--test-only", "--model_checkpoint", str(state.weights), *flags]
+        if state.kind == WAITING:
+            flags = ["--test-only", "--model_checkpoint", "WEIGHTS", *flags]  # for a person to read
         return ["--device", self.device, *flags] if self.device != "auto" else flags
 
     def command(self, cell: Cell, state: State) -> list[str]:
@@ -59,6 +62,10 @@ class Runner:
 
     def run(self, cell: Cell, state: State, stop: StopRequest) -> str | None:
         """Run a cell to its end -> None, or why it failed. Interrupted if this program was asked to stop meanwhile."""
+        if cell.again is not None:  # its training may have come to its end just before
+            state = Existing(self.output).state(cell)
+            if state.kind == WAITING:
+                return "there are no weights: its training is not complete"
         folder = self.output / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOG, "a", encoding="utf-8") as log:
@@ -71,12 +78,11 @@ class Runner:
         return f"status {status}: {last_error(folder / LOG)} ({folder / LOG})"
 
     def write_array(self, pairs: Sequence[tuple[Cell, State]], folder: Path) -> Path:
-        """Write <folder>/cells.txt and array.sbatch -> the latter; InputError where the folder has these already."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write cells.txt and array.sbatch into <folder>, or <folder>.2 and so on if that is there -> the latter."""
+        numbered = (folder.with_name(f"{folder.name}.{number}") for number in count(2))
+        folder = next(path for path in chain([folder], numbered) if not path.exists())
+        folder.mkdir(parents=True)
         cells, script = folder / "cells.txt", folder / "array.sbatch"
-        for path in (cells, script):
-            if path.exists():
-                raise InputError(f"{path}: is there already, expected a free name: move it, or use it as it is")
         cells.write_text("".join(shlex.join(self.flags(*pair)) + "\n" for pair in pairs), encoding="utf-8")
         names = {
             "folder": str(folder),

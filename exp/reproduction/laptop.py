@@ -1,0 +1,86 @@
+"""The paper's comparison, and what goes beyond it, with small networks on CamVid and hippocampus, for two CPU cores."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from exp.reproduction.cells import DATASET_RULE, Again, Cell
+
+SEEDS = range(5)
+ITERS = 100
+SHORTER = (25, 50)  # iterations of trainings of their own, with a schedule of that length
+NOISE_LEVELS = (0.0, 0.4)
+SCOPES = ("argmax", "rankseg_rma", "rankseg_rma_iou", DATASET_RULE, "rankseg_rma_dataset_iou")
+CAMVID = Cell(
+    "deeplabv3plus_mobilenetv2_100",
+    "camvid",
+    "600_iters",
+    "adamw_lr6e-4",
+    SCOPES,
+    overrides=(
+        f"schedule.train_iters={ITERS}",
+        "schedule.num_workers=1",
+        "test.crop_size=[360,480]",  # whole images: windows of the training crop take 1.8 times the pixels
+        "model.output_stride=16",
+    ),
+)
+HIPPOCAMPUS = Cell(
+    "unet_resnet18d",
+    "hippocampus",
+    "600_iters",
+    "adamw_lr6e-4",
+    ("argmax", "rankseg_rma", "rankseg_rma_iou", "rankseg_rma_case", DATASET_RULE),
+    test="test_dice",
+    fold=0,
+    overrides=(
+        "model.pretrained=false",
+        "model.decoder_channels=[128,64,32,16,16]",
+        "schedule.train_iters=400",
+        "schedule.batch_size=16",
+        "schedule.num_workers=1",
+    ),
+)
+NOISY = Cell(
+    "unet_mobilenetv3_small_100",
+    "shapes_noisy_binary",
+    "quickstart",
+    "adamw_lr6e-4",
+    ("argmax", "rankseg_rma", DATASET_RULE),
+    test="test_dice",
+)
+
+
+def laptop_cells() -> Iterator[Cell]:
+    """Two networks on CamVid, one of them with five seeds, a U-Net on hippocampus, and the evidence beyond the paper.
+
+    That is: every seed again under a fitted temperature, thresholds of the training images, the same network trained
+    for shorter, and shapes with more and less noise in the labels. A training comes before its further evaluations.
+    """
+    for seed in SEEDS:
+        cell = replace(CAMVID, seed=seed)
+        yield cell
+        yield from tempered(cell)
+    yield from fixed(CAMVID)
+    yield replace(CAMVID, model="upernet_mobilenetv2_100", overrides=CAMVID.overrides[:-1])
+    yield HIPPOCAMPUS
+    for iters in SHORTER:
+        yield replace(CAMVID, overrides=(f"schedule.train_iters={iters}", *CAMVID.overrides[1:]))
+    for level in NOISE_LEVELS:
+        yield replace(NOISY, overrides=(f"data.label_noise={level}",))
+
+
+def tempered(cell: Cell) -> tuple[Cell, Cell]:
+    """A training -> the fit of a temperature on its training images, and its rules under that."""
+    fit = Again("temperature", ("data.val_samples=20",), fit=True)
+    return (
+        replace(cell, rules=("argmax",), again=fit),
+        replace(cell, again=Again("temperature", ("test.temperature=fitted",))),
+    )
+
+
+def fixed(cell: Cell) -> tuple[Cell, Cell]:
+    """A training -> the thresholds of some of its training images, and the images to evaluate under these."""
+    split = f"data.val_split={cell.config.data.train_split}"
+    return (
+        replace(cell, rules=(DATASET_RULE,), again=Again("thresholds", (split, "data.val_samples=100"))),
+        replace(cell, rules=("argmax", "rankseg_rma_fixed"), again=Again("fixed", thresholds="thresholds")),
+    )
