@@ -6,7 +6,8 @@
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
 and .csv: every table of the paper with the published value, the measured one and their difference; what a rule gains
 over argmax, with a bootstrap interval; misprints as notes; and trainings that belong to no table, with all of their
-rules. Scores are computed anew from the counts of every image, so the same results give the same files, byte for byte.
+rules. index.html has the same and plots, pictures and curves, in one file that needs nothing else. Scores are computed
+anew from the counts of every image, so the same results give the same files, byte for byte.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.output_dir.is_dir():
         raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
-    from exp.reproduction.report import write_report
+    from exp.reproduction.page import write_report
 
     print(f"report: {write_report(args.output_dir)}")
 

@@ -90,6 +90,8 @@ ORDER = [  # data flows one way: a module imports from those before it
     "reproduction.runner",
     "reproduction.measured",
     "reproduction.report",
+    "reproduction.figures",
+    "reproduction.page",
     "main",
 ]
 MODULES = {

@@ -19,8 +19,9 @@ from exp.metrics import EvalResult, compute_scores
 from exp.reproduction import plans
 from exp.reproduction.cells import Cell
 from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.page import write_report
 from exp.reproduction.plans import find_counterpart, table_cells
-from exp.reproduction.report import latex_text, write_report
+from exp.reproduction.report import latex_text
 from exp.results import save_results
 
 
@@ -146,7 +147,7 @@ def test_misprints_have_their_notes(output: Path):
 
 def test_the_same_results_give_the_same_bytes(output: Path, tmp_path: Path):
     before = {path.name: path.read_bytes() for path in (output / "report").iterdir()}
-    assert set(before) == {"tables.md", "tables.tex", "tables.csv"}
+    assert set(before) == {"tables.md", "tables.tex", "tables.csv", "index.html"}
     copy = tmp_path / "elsewhere"
     shutil.copytree(output, copy)
     shutil.rmtree(copy / "report")

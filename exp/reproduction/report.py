@@ -1,18 +1,16 @@
-"""Published and measured figures side by side: Markdown, LaTeX and CSV."""
+"""Published and measured figures side by side, as rows and as Markdown, LaTeX and CSV."""
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from exp.comparison import mean_interval, paired_differences
-from exp.durable import write_atomically
 from exp.metrics import compute_scores
 from exp.reproduction.cells import Existing
 from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.plans import ALL, find_counterpart, table_cells
-from exp.reproduction.published import Figure, Table, load_tables
+from exp.reproduction.published import Figure, Table
 
 NOTHING = "–"  # noqa: RUF001
 HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
@@ -85,7 +83,7 @@ def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, li
             folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
         found = []
         for (folder, iteration), members in sorted(folders.items()):
-            results = {content["rule"]: measured.load(path) for path, content in members}
+            results = {path.stem: measured.load(path) for path, _ in members}
             base = results.pop("argmax", None)
             same = [base, *(r for _, r in sorted(results.items()) if base is not None and r.names == base.names)]
             if base is not None and folder.parent.name != "older":
@@ -105,9 +103,9 @@ def format_number(value: float | None, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.2f}"
 
 
-def _cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
+    """A row as text, a cell a column of HEADER."""
     gain = row.of.endswith("- argmax")
-    interval = NOTHING if row.interval is None else f"[{row.interval[0]:+.2f}, {row.interval[1]:+.2f}]"
     return [
         row.row,
         row.data,
@@ -116,7 +114,7 @@ def _cells(row: Row) -> list[str]:
         format_number(row.published, gain),
         "not available" if row.reason else format_number(row.measured, gain),
         format_number(row.difference, True),
-        interval,
+        format_interval(row.interval),
     ]
 
 
@@ -131,7 +129,7 @@ def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Traini
         lines = [_line(HEADER), _line(["---"] * 4 + ["---:"] * 4)]
         for row in rows:
             marks = "".join(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in row.notes)
-            cells = _cells(row)
+            cells = row_cells(row)
             cells[4] += f" {marks}" if marks else ""
             lines.append(_line(cells))
         parts.append("\n".join(lines) + "\n")
@@ -163,47 +161,60 @@ def _other_parts(others: Sequence[Training]) -> list[str]:
 
 
 def _training_parts(training: Training) -> list[str]:
+    header, rows = training_table(training)
+    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+    title = f"### {training.name}, seed {training.config['seed']}, {training.iteration} iterations\n"
+    return [title, "\n".join(lines) + "\n"]
+
+
+def training_table(training: Training) -> tuple[list[str], list[list[str]]]:
+    """A training -> the head, and a row a rule: scores, gain over argmax with its interval, units better and worse."""
     scores = {r.rule: compute_scores(r.counts, r.cases) for r in training.results}
     columns = [name for name in SCORES if name in scores["argmax"]]
-    title = f"### {training.name}, seed {training.config['seed']}, {training.iteration} iterations\n"
     unit = "image" if training.results[0].cases is None else "case"
-    gain = f"{training.metric} against argmax"
-    lines = [_line(["rule", *columns, gain, f"{unit}s better / worse"])]
-    lines.append(_line(["---", *["---:"] * len(columns), "---", "---"]))
+    rows = []
     for result in training.results:
         cells = [result.rule, *(f"{scores[result.rule][name]:.2f}" for name in columns)]
         if result.rule == "argmax":
-            lines.append(_line([*cells, "", ""]))
+            rows.append([*cells, "", ""])
             continue
         values = paired_differences(training.results[0], result, training.metric)
-        low, high = mean_interval(values) or (float("nan"),) * 2
         better = f"{int((values > 0).sum())} / {int((values < 0).sum())}"
-        lines.append(_line([*cells, f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]", better]))
-    return [title, "\n".join(lines) + "\n"]
+        rows.append([*cells, f"{values.mean():+.2f} {format_interval(mean_interval(values))}", better])
+    return ["rule", *columns, f"{training.metric} against argmax", f"{unit}s better / worse"], rows
 
 
 def _seed_parts(group: Sequence[Training]) -> list[str]:
     seeds = ", ".join(str(t.config["seed"]) for t in group)
-    title = f"### {group[0].name}: seeds {seeds}\n"
-    header = ["rule", "gain a seed", "p over seeds", "gain over images", "better / worse", "p over images"]
-    lines = [_line(header), _line(["---"] * len(header))]
-    for result in group[0].results[1:]:
-        found = compare_seeds(group, result.rule)
-        low, high = found.interval or (float("nan"),) * 2
-        cells = [
-            result.rule,
-            " ".join(f"{value:+.2f}" for value in found.values),
-            f"{found.seed_p:.2g}",
-            f"{found.mean:+.2f} [{low:+.2f}, {high:+.2f}]",
-            f"{found.wins} / {found.losses}",
-            f"{found.p_value:.2g}",
-        ]
-        lines.append(_line(cells))
+    header, rows = seed_table(group)
+    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
     note = (
         f"{group[0].metric}. Over seeds: the paired t-test of {len(group)} gains. Over images (cases): each one's gain "
         "averaged over the seeds, Wilcoxon's signed-rank test.\n"
     )
-    return [title, "\n".join(lines) + "\n", note]
+    return [f"### {group[0].name}: seeds {seeds}\n", "\n".join(lines) + "\n", note]
+
+
+def seed_table(group: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
+    """Trainings of several seeds -> the head, and a row a rule: its gains over seeds, and over images."""
+    rows = []
+    for result in group[0].results[1:]:
+        found = compare_seeds(group, result.rule)
+        rows.append(
+            [
+                result.rule,
+                " ".join(f"{value:+.2f}" for value in found.values),
+                f"{found.seed_p:.2g}",
+                f"{found.mean:+.2f} {format_interval(found.interval)}",
+                f"{found.wins} / {found.losses}",
+                f"{found.p_value:.2g}",
+            ]
+        )
+    return ["rule", "gain a seed", "p over seeds", "gain over images", "better / worse", "p over images"], rows
+
+
+def format_interval(interval: tuple[float, float] | None) -> str:
+    return NOTHING if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -230,7 +241,7 @@ def latex(tables: dict[str, tuple[Table, list[Row]]]) -> str:
         lines += ["\\begin{tabular}{llllrrrr}", "\\toprule", " & ".join(map(latex_text, HEADER)) + " \\\\", "\\midrule"]
         notes: dict[str, int] = {}
         for row in rows:
-            cells = [latex_text(cell) for cell in _cells(row)]
+            cells = [latex_text(cell) for cell in row_cells(row)]
             marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in row.notes)
             cells[4] += f"\\textsuperscript{{{marks}}}" if marks else ""
             lines.append(" & ".join(cells) + " \\\\")
@@ -251,15 +262,3 @@ def csv_text(tables: dict[str, tuple[Table, list[Row]]]) -> str:
             place = (row.table, row.row, row.data, row.score, row.of)
             writer.writerow([*place, *("" if n is None else repr(float(n)) for n in numbers), " ".join(row.notes)])
     return text.getvalue()
-
-
-def write_report(output: Path) -> Path:
-    """Write <output>/report/tables.{md,tex,csv} from the results below `output` -> the folder."""
-    measured = Measured(output)
-    tables = {name: (table, table_rows(table, measured)) for name, table in load_tables().items()}
-    folder = output / "report"
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / "tables.md", markdown(tables, other_trainings(measured)))
-    write_atomically(folder / "tables.tex", latex(tables))
-    write_atomically(folder / "tables.csv", csv_text(tables))
-    return folder
