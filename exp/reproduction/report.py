@@ -73,7 +73,13 @@ def _argmax_beside(figure: Figure, table: Table) -> Figure | None:
 def other_trainings(measured: Measured) -> list[Training]:
     """What lies below the folder and belongs to no table of the paper, such as laptop's; with argmax alone."""
     paper = {cell.digest for cell in table_cells(ALL)}
-    return [t for t in _trainings(measured.existing, measured) if t[0] not in paper for t in t[1]]
+    found = [
+        training
+        for digest, trainings in _trainings(measured.existing, measured)
+        if digest not in paper
+        for training in trainings
+    ]
+    return sorted(found, key=lambda t: (t.name, t.iteration, t.config["seed"], str(t.folder)))
 
 
 def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, list[Training]]]:
