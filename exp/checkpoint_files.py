@@ -1,17 +1,19 @@
 """Files of a run's checkpoints: written whole with a checksum beside them, checked before they are read, rotated."""
 
-import errno
 import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from exp.durable import free_bytes, replacing, sync
-from exp.errors import InputError
+from exp.errors import DISK_ERRORS, InputError
 from exp.text_files import read_json
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
@@ -44,10 +46,23 @@ def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str,
             }
             with replacing(facts_path(path)) as temporary_facts:
                 temporary_facts.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's error behind one of its own
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and _has_room(path, needed):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = find_disk_error(error)
+        if reason is None and _has_room(path, needed):
             raise
-        raise _no_room(path, needed, " ".join(str(error).split())[:200]) from None
+        raise _no_room(path, needed, reason or " ".join(str(error).split())[:200]) from None
+
+
+def find_disk_error(error: BaseException | None) -> str | None:
+    """What the system said of a full disk or quota, which the writers of tensors hide behind errors of their own."""
+    if error is None:
+        return None
+    if getattr(error, "errno", None) in DISK_ERRORS:
+        return error.strerror
+    for number in DISK_ERRORS:
+        if os.strerror(number) in str(error) or f"os error {number}" in str(error):
+            return os.strerror(number)
+    return find_disk_error(error.__cause__ or error.__context__)
 
 
 def facts_path(path: Path) -> Path:
@@ -109,7 +124,13 @@ def set_aside_damaged(folder: Path, whole: Path) -> None:
         if int(PATTERN.match(path.name)[1]) > int(PATTERN.match(whole.name)[1]):
             for old in (path, facts_path(path)):
                 if old.exists():
-                    os.replace(old, old.with_name(old.name + DAMAGED))
+                    os.replace(old, _free_name(old))
+
+
+def _free_name(path: Path) -> Path:
+    """iter_N.pt -> iter_N.pt.damaged, or .damaged.2 and so on where that is there."""
+    names = (path.with_name(f"{path.name}{DAMAGED}{'' if n == 1 else f'.{n}'}") for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def remove_older(folder: Path, keep: int) -> None:

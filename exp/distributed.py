@@ -22,7 +22,18 @@ from exp.interrupt import Interrupted, StopRequest, catch_signals
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=30)
+NCCL_MARGIN = timedelta(minutes=5)
 STOP_KEY = "stop"
+GRACE = 2.0  # seconds for others to say that they, too, miss somebody
+# In messages of gloo, nccl and the store.
+LOST_CONNECTION = (
+    "onnection",
+    "imed out",
+    "imeout",
+    "Broken pipe",
+    "ocket",
+    "NCCL",
+)
 MEETING_PAUSE = 0.02  # seconds between two looks
 
 
@@ -125,35 +136,45 @@ class Dist:
         if self.world_size == 1:
             yield
             return
-        self.store.set(f"at/{self.rank}", str(iteration))
         try:
             yield
+            self.store.set(f"done/{self.rank}", str(iteration))
         except RuntimeError as error:
-            late = self._late(iteration)
+            reason = " ".join(str(error).split())[:200]
+            if not any(word in reason for word in LOST_CONNECTION):  # this process's own trouble, such as its memory
+                raise
+            self.store.set(f"failed/{self.rank}", "")
+            late = self._absent(iteration)
             if not late:
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{', '.join(late)} did not arrive at iteration {iteration} ({reason})") from error
+            raise InputError(f"{', '.join(late)} did not come through iteration {iteration} ({reason})") from error
 
-    def _late(self, iteration: int) -> list[str]:
-        """The processes that have not begun the iteration, and where they are."""
+    def _absent(self, iteration: int) -> list[str]:
+        """The processes that have neither done the iteration nor found, as this one, that others are missing."""
+        until = time.monotonic() + GRACE
         try:
-            places = {
-                rank: int(self.store.get(f"at/{rank}")) if self.store.check([f"at/{rank}"]) else None
-                for rank in range(self.world_size)
-            }
+            while True:
+                done = {r: self._read(f"done/{r}") for r in range(self.world_size) if r != self.rank}
+                missing = {r: at for r, at in done.items() if at is None or int(at) < iteration}
+                missing = {r: at for r, at in missing.items() if self._read(f"failed/{r}") is None}
+                if not missing or time.monotonic() > until:
+                    return [f"rank {r} (last done: {'none' if at is None else at})" for r, at in missing.items()]
+                time.sleep(MEETING_PAUSE)
         except RuntimeError:  # the store went with the process that kept it
             return []
-        late = {rank: place for rank, place in places.items() if place is None or place < iteration}
-        return [f"rank {rank} (last seen at {'none' if at is None else at})" for rank, at in late.items()]
+
+    def _read(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What action() returns on rank 0, on every rank; so with its InputError."""
+        """What action() returns on rank 0, on every rank; so with its InputError, and what the system refuses it."""
+        if self.world_size == 1:
+            return action()
         result, error = None, None
         if self.is_main:
             try:
                 result = action()
-            except InputError as raised:
+            except (InputError, OSError) as raised:
                 error = str(raised)
         result, error = self.gather((result, error))[0]
         if error is not None:
@@ -166,10 +187,14 @@ class Dist:
             torch.cuda.synchronize(self.device)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself)."""
+        """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself).
+
+        Those on another device than the processes', such as the counter of an average, are alike on all.
+        """
         if self.world_size > 1:
             for buffer in model.buffers():
-                torch_dist.broadcast(buffer, src=0)
+                if buffer.device.type == self.device.type:
+                    torch_dist.broadcast(buffer, src=0)
 
     def split_batch(self, batch_size: int) -> int:
         """The global batch size -> this process's share; InputError if it does not divide."""
@@ -249,7 +274,9 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
     store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
     store = meet(store, rank, world_size, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # nccl's own watchdog ends the process without a word: `control` notices before it who does not come.
+    patience = timeout + NCCL_MARGIN if device.type == "cuda" else timeout
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
     control = torch_dist.new_group(backend="gloo", timeout=timeout)
     return Dist(rank, world_size, device, patient, control, torch_dist.PrefixStore("exp", store), stop)

@@ -1,9 +1,12 @@
 """What a user can cause is told in one line; everything else keeps its traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
 from exp.interrupt import STATUS, Interrupted
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -36,6 +39,11 @@ def run_and_report(main: Callable[[], None]) -> int:
         PermissionError,
     ) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {printable(str(error))}; make room and start the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

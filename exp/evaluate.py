@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exp.calibration import count_calibration
+from exp.calibration import count_calibration, mean_entropy
 from exp.config import ExperimentConfig
 from exp.data import SegmentationDataset, build_dataset, build_normalize
 from exp.data.loader import Batch, build_test_loader
@@ -60,13 +60,15 @@ def _milliseconds(seconds: float, number: int) -> float:
 class Evaluation:
     """What one evaluation found, the same on every rank.
 
-    calibration: the counts of exp/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
+    calibration: the counts of exp/calibration.py per image, (N, C + 1, 3, bins); None if not asked for. entropy: with
+    it, (N,) how uncertain the network is of each image (mean_entropy).
     thresholds: those of each rule of a wider scope, by case (None: of the whole data set); `Evaluator.under` takes
         them for further images.
     """
 
     results: tuple[EvalResult, ...]
     calibration: np.ndarray | None
+    entropy: np.ndarray | None
     timing: Timing
     thresholds: Mapping[str, Mapping[str | None, Thresholds]]
 
@@ -120,9 +122,11 @@ class Evaluator:
         parts = self.dist.gather((rows, timing))
         gathered = {index: row for part, _ in parts for index, row in part.items()}
         table = [gathered[index] for index in range(len(self.dataset))]
-        results = self._results(np.stack([counts for counts, _ in table]))
-        calibration = np.stack([counts for _, counts in table]) if self.calibration else None
-        return Evaluation(results, calibration, add_timings([timing for _, timing in parts]), judge.thresholds)
+        results = self._results(np.stack([counts for counts, *_ in table]))
+        calibration = np.stack([counts for _, counts, _ in table]) if self.calibration else None
+        entropy = np.array([value for *_, value in table]) if self.calibration else None
+        timing = add_timings([timing for _, timing in parts])
+        return Evaluation(results, calibration, entropy, timing, judge.thresholds)
 
     def _timed_decisions(self, prob: Tensor, index: int, timing: Timing) -> dict[str, Tensor]:
         """Probabilities of an image -> (H, W) int64 labels a rule."""
@@ -134,17 +138,18 @@ class Evaluator:
 
     def _count(
         self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, timing: Timing
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """An image's decisions, probabilities and label -> (R, 3, C) int64 counts, and those of its calibration."""
+    ) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+        """An image's decisions, probabilities and label -> (R, 3, C) int64 counts, those of its calibration, and its
+        mean entropy."""
         label = label.to(self.dist.device, non_blocking=True)
         with self._clock(timing.steps, "score"):
             counts = (
                 torch.stack([count(pred, label, len(self.dataset.classes)) for pred in preds.values()]).cpu().numpy()
             )
         if not self.calibration:
-            return counts, None
+            return counts, None, None
         with self._clock(timing.steps, "calibration"):
-            return counts, count_calibration(prob, label)
+            return counts, count_calibration(prob, label), mean_entropy(prob, label)
 
     def _pooled(self) -> dict[str, PooledRule]:
         return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}

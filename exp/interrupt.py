@@ -38,9 +38,19 @@ def catch_signals() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except Interrupted:  # the process is leaving: further signals, such as torchrun's, are not to change its status
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+
+
+def _restore(handlers: dict) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def obey_parent_alone() -> None:

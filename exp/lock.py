@@ -13,6 +13,7 @@ from pathlib import Path
 from exp.errors import InputError
 
 HEARTBEAT = 10.0  # seconds between two signs of life of an owner
+ENDED = "ended"
 PATIENCE = 60.0  # without one for so long the owner on another machine is taken for dead
 
 
@@ -49,9 +50,11 @@ def this_process(doing: str) -> Owner:
 
 
 def started(pid: int) -> str:
-    """The start time of a process in clock ticks since boot; "" where there is no /proc."""
+    """The start time of a process in clock ticks since boot; "" where there is no /proc, ENDED for one that has ended
+    and that nobody has asked for its status."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return ENDED if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return ""
 
@@ -89,13 +92,15 @@ class FolderLock:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._me = this_process(self.doing)
-        while not self._create():
+        while not self._created():
             owner = self._read_owner()
-            if owner is not None and not self._is_stale(owner):
+            if owner is not None and not self._is_gone(owner):
                 raise InputError(
                     f"{self.folder}: process {owner.pid} on {owner.host} is at work there ({owner.doing}: "
                     f"{owner.command}), expected no other; {self.path} is its lock"
                 )
+            if owner is not None:
+                self._remove_lock_of(owner)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
@@ -103,27 +108,39 @@ class FolderLock:
         self._done.set()
         if self._read_owner() == self._me:
             self.path.unlink(missing_ok=True)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
         for path in self._made:
-            if any(path.iterdir()):
+            if not path.is_dir() or any(path.iterdir()):
                 break
             path.rmdir()
+
+    def _created(self) -> bool:
+        try:
+            return self._create()
+        except OSError:
+            self._remove_folders()
+            raise
 
     def _create(self) -> bool:
         """Make the lock with its content in one step, unless there is one."""
         draft = self.path.with_name(f"{self.name}.{self._me.host}.{self._me.pid}")
-        draft.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
         try:
+            draft.write_text(json.dumps(asdict(self._me)) + "\n", encoding="utf-8")
             os.link(draft, self.path)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
+            if not draft.is_file():
+                raise
             try:
                 with open(self.path, "x", encoding="utf-8") as file:
                     file.write(draft.read_text(encoding="utf-8"))
             except FileExistsError:
                 return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _read_owner(self) -> Owner | None:
@@ -138,27 +155,27 @@ class FolderLock:
                 "no run is using the folder"
             ) from None
 
-    def _is_stale(self, owner: Owner) -> bool:
-        """Whether the owner is gone; then the lock is too."""
+    def _is_gone(self, owner: Owner) -> bool:
         gone = owner.is_gone(self._me)
-        if gone is None:
-            gone = self._is_silent()
-        if not gone:
-            return False
-        print(
-            f"{self.path}: taken over from process {owner.pid} on {owner.host}, which has ended without giving it up",
-            file=sys.stderr,
-        )
+        return self._is_silent() if gone is None else gone
+
+    def _remove_lock_of(self, owner: Owner) -> None:
+        """Remove the lock of an owner that is gone, if it is still that one's."""
         claimed = self.path.with_name(f"{self.name}.{self._me.host}.{self._me.pid}.stale")
         try:
             os.rename(self.path, claimed)  # of several that find it stale, one alone succeeds
         except FileNotFoundError:
-            return True
-        if json.loads(claimed.read_text(encoding="utf-8")) != asdict(owner):  # another was quicker: its lock is none
-            os.rename(claimed, self.path)
-            return False
+            return
+        if json.loads(claimed.read_text(encoding="utf-8")) == asdict(owner):
+            print(
+                f"{self.path}: taken over from process {owner.pid} on {owner.host}, which has ended without giving it "
+                "up",
+                file=sys.stderr,
+            )
+        else:  # another was quicker: this is its lock, which goes back unless a third has made one meanwhile
+            with suppress(FileExistsError):
+                os.link(claimed, self.path)
         claimed.unlink()
-        return True
 
     def _is_silent(self) -> bool:
         """Whether nobody touches the lock within `patience` seconds; the clocks of two machines are not compared."""
@@ -178,5 +195,6 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._done.wait(self.heartbeat):
-            with suppress(OSError):  # a disk that is full or gone is reported by what has to write to it
-                os.utime(self.path)
+            with suppress(OSError, InputError):  # a disk that is full or gone is reported by what has to write to it
+                if self._read_owner() == self._me:
+                    os.utime(self.path)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from exp.durable import append_line
+from exp.errors import printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +117,8 @@ class RunLogger(NullLogger):
         return SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
 
     def step(self, iteration: int) -> None:
-        self._bar.update(iteration - self._bar.n)
+        with suppress(OSError):
+            self._bar.update(iteration - self._bar.n)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
@@ -131,10 +133,11 @@ class RunLogger(NullLogger):
                 f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
                 f"{values['train/data_wait_share']:.0%}, {values['train/peak_memory_gib']:.1f} GiB"
             )
-            self._bar.set_postfix_str(text)
+            with suppress(OSError):
+                self._bar.set_postfix_str(text)
             if self._bar.disable:
                 left = timedelta(seconds=round(values["train/remaining_seconds"]))
-                print(f"iteration {iteration} of {self._total}: {text}, {left} left", file=sys.stderr, flush=True)
+                say(f"iteration {iteration} of {self._total}: {text}, {left} left")
 
     def image(self, iteration: int, name: str, image: np.ndarray) -> None:
         """(H, W, 3) uint8 -> TensorBoard."""
@@ -148,18 +151,25 @@ class RunLogger(NullLogger):
             yield
         except OSError as error:
             if name not in self._unwritten:
-                text = f"warning: {self._run_dir / name}: cannot be written: {error}; training goes on without"
-                print(text, file=sys.stderr, flush=True)
+                say(f"warning: {self._run_dir / name}: cannot be written: {error}; training goes on without")
             self._unwritten.add(name)
 
     def message(self, text: str) -> None:
-        self._bar.write(text)
+        with suppress(OSError):
+            self._bar.write(text)
 
     def close(self) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
         if "_writer" in vars(self):
             with self._survived("tensorboard"):
                 self._writer.close()
+
+
+def say(text: str) -> None:
+    """A line to stderr; where that cannot be written, on a full disk say, training goes on without."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> NullLogger:

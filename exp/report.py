@@ -14,7 +14,7 @@ from exp.evaluate import Evaluation, Evaluator, format_timing
 from exp.output_folders import claim_folder
 from exp.pictures import choose_pictures, predict_panel, save_panel
 from exp.provenance import describe_code
-from exp.results import report_results
+from exp.results import IMAGES, images_csv, report_results
 from exp.scopes import thresholds_json
 
 
@@ -36,6 +36,8 @@ class Report:
         results, metric, calibration = self.folder / "results", self.config.test.metric, evaluation.calibration
         contexts = self._contexts()
         print(report_results(evaluation.results, results, contexts, metric=metric, calibration=calibration))
+        if evaluation.entropy is not None:
+            write_atomically(results / IMAGES, images_csv(evaluation.results[0].names, evaluation.entropy))
         write_atomically(results / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n")
         print(format_timing(evaluation.timing))
         self._save_thresholds(evaluation, contexts)

@@ -22,7 +22,7 @@ from exp.text_files import read_json, read_text
 COUNTS = ("tp", "fp", "fn")
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
-COMPARISON, CALIBRATION = "comparison.json", "calibration.json"
+COMPARISON, CALIBRATION, IMAGES = "comparison.json", "calibration.json", "images.csv"
 METHOD = (
     f"per unit: rule - base, in percent points. interval: {LEVEL:.0%}, bootstrap over units, BCa, of {NUM_RESAMPLES} "
     f"resamples (D scores: {NUM_POOLED_RESAMPLES}). p_value: Wilcoxon's signed-rank test, two-sided, units without a "
@@ -177,6 +177,24 @@ def _score_csv(
         values = ["" if math.isnan(column[i]) else repr(float(column[i])) for column in scores.values()]
         writer.writerow([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
     return text.getvalue()
+
+
+def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
+    """A row an image: its name and the network's mean entropy, nats (empty where no pixel counts)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "entropy"])
+    writer.writerows([name, "" if math.isnan(value) else repr(float(value))] for name, value in zip(names, entropy))
+    return text.getvalue()
+
+
+def load_entropy(path: Path) -> dict[str, float]:
+    """images.csv -> the mean entropy by image, without those that have none."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row an image"), newline="")))
+        return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}), expected the columns image and entropy") from None
 
 
 def load_result(path: Path) -> EvalResult:

@@ -225,8 +225,8 @@ class Run:
             )
         if due(done):
             validation(done)
-        saving(done)  # again: the checkpoint says that its weights are judged
         saving.export_last(done)
+        saving(done)  # again: the checkpoint says that its weights are judged, and that nothing is left to do
         if faults := step.faults.describe():
             logger.message(faults)
         model, training = validation.model, self._describe_training(done, self.config.to_dict())

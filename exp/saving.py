@@ -47,20 +47,17 @@ class Saving:
             "world_size": dist.world_size,
         }
         training["faults"]["images"] = sum(images for _, images in parts)
-        if dist.is_main:
-            epoch = training["sampler"]["epoch"]
-            self.saver.save(iteration, epoch, training, self.config.schedule.keep_checkpoints)
+        epoch, keep = training["sampler"]["epoch"], self.config.schedule.keep_checkpoints
+        dist.on_main(lambda: self.saver.save(iteration, epoch, training, keep))
 
     def save_best(self, iteration: int) -> None:
         """Write best.pt and best.safetensors."""
         self._check_weights(iteration)
-        if self.dist.is_main:
-            self.saver.save_best(iteration, self._position(iteration)["epoch"])
+        self.dist.on_main(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
 
     def export_last(self, iteration: int) -> None:
         """Write last.safetensors; after a save of the same weights."""
-        if self.dist.is_main:
-            self.saver.export(LAST, iteration, self._position(iteration)["epoch"])
+        self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
 
     def _position(self, iteration: int) -> dict[str, Any]:
         return describe_position(self.dataset, self.config.schedule.batch_size, iteration)

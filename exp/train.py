@@ -1,7 +1,6 @@
 """One training loop, explicit arguments."""
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from exp.data.loader import Batch
 from exp.distributed import Dist
 from exp.errors import InputError
 from exp.interrupt import Interrupted
-from exp.logger import Meter, NullLogger
+from exp.logger import Meter, NullLogger, say
 from exp.losses import build_criterion
 from exp.models import Segmentor
 from exp.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
@@ -265,7 +264,7 @@ class Watch:
         self._steps += 1
         if batch.damaged:
             self.step.faults.images += len(batch.damaged)
-            print(f"warning: iteration {done}: skipped: {'; '.join(batch.damaged)}", file=sys.stderr, flush=True)
+            say(f"warning: iteration {done}: skipped: {'; '.join(batch.damaged)}")
         fetch = self.dist.fetch(outcome.marks)
         self.look()
         self._last = done, fetch, batch
@@ -290,11 +289,11 @@ class Watch:
         what = "loss" if some_loss else "gradient"
         text = f"iteration {done}: got a {what} that is no number, nothing updated; its images: {', '.join(suspects)}"
         if self.dist.is_main:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            say(f"warning: {text}")
         if faults.in_row >= self.limit + (SCALER_TRIES if searching else 0):
             raise InputError(
-                f"optim.lr: {text}. {faults.in_row} such steps in a row (schedule.nonfinite_limit): try a lower rate, "
-                "or look at these images; the newest checkpoint is from before"
+                f"optim.lr: {text}. {faults.in_row} such steps in a row (schedule.nonfinite_limit): look at "
+                "these images, or try a lower rate in another --output_dir; the newest checkpoint has good weights"
             )
 
     def report(self) -> dict[str, float]:

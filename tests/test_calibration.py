@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exp import calibration
-from exp.calibration import calibration_scores, count_calibration
+from exp.calibration import calibration_scores, count_calibration, mean_entropy
 
 
 def literal_error(rows: list[tuple[float, bool]], num_bins: int) -> float:
@@ -113,3 +113,16 @@ def test_inputs_are_not_changed():
     count_calibration(prob, label)
     assert torch.equal(prob, before[0])
     assert torch.equal(label, before[1])
+
+
+def test_the_entropy_is_the_mean_over_the_pixels_that_count():
+    torch.manual_seed(0)
+    prob = torch.randn(1, 5, 9, 13).softmax(1)
+    label = torch.zeros(9, 13, dtype=torch.uint8)
+    label[:4] = 255
+    rows = [-(p * p.log()).sum() for y in (4, 8) for x in (0, 4, 8, 12) for p in [prob[0, :, y, x].double()]]
+    assert mean_entropy(prob, label) == pytest.approx(torch.stack(rows).mean().item(), rel=1e-6)
+    assert math.isnan(mean_entropy(prob, torch.full((9, 13), 255, dtype=torch.uint8)))
+    certain = torch.zeros(1, 2, 4, 4)
+    certain[0, 1] = 1
+    assert mean_entropy(certain, torch.zeros(4, 4, dtype=torch.uint8)) == 0

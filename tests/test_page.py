@@ -51,6 +51,8 @@ def output(tmp_path_factory) -> Path:
     run = next(path.parent for path in folder.glob("*/*/results") if ".seed1." not in str(path))
     bins = {"pixels": [0, 50, 100], "confidence": [None, 0.5, 0.9], "accuracy": [None, 0.4, 0.8]}
     (run / "results" / "calibration.json").write_text(json.dumps({"metrics": {}, "top_label": bins}))
+    names = "".join(f"0_{i:03d},{0.1 * i}\n" for i in range(12))
+    (run / "results" / "images.csv").write_text("image,entropy\n" + names)
     rows = [{"iteration": i, "train/loss": 1 / i, "val/argmax/mIoUI": 40.0 + i} for i in (1, 2, 3)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 4, "tr')
     for kind in ("gain", "loss", "random"):
@@ -70,11 +72,20 @@ def test_the_page_has_everything_and_needs_nothing(output: Path):
     assert page.foreign == []
     assert "script" not in page.tags
     assert page.tags["table"] == 9 + 2 + 1  # published, trainings, their seeds
-    # Three plots and the times of each training; of one the calibration, two curves and three pictures.
-    assert page.tags["img"] == page.tags["figcaption"] == 14
+    # Three plots and the times of each training; of one the entropy, the calibration, two curves and three pictures.
+    assert page.tags["img"] == page.tags["figcaption"] == 15
+    assert text.count("these results came without the entropy of the images") == 1
     for heading in ("table1: Natural images", "table7: Ten seeds", ": 2 seeds", "shapes, ce, seed 1"):
         assert heading in text
-    for alt in ("Reliability", "Training loss", "Validation scores", "largest gain", "largest loss", "at random"):
+    for alt in (
+        "Reliability",
+        "uncertainty",
+        "Training loss",
+        "Validation scores",
+        "largest gain",
+        "largest loss",
+        "at random",
+    ):
         assert alt in text
     assert NASTY not in text
     assert "&lt;img src=x onerror=alert(1)&gt;" in text

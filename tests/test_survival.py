@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -23,7 +22,6 @@ from exp.checkpoint_files import find_checkpoint, list_checkpoints
 from exp.evaluate import Evaluator
 from exp.interrupt import STATUS
 from exp.lock import FolderLock
-from exp.logger import RunLogger
 from exp.train import TrainStep
 
 EVERYTHING = ["optim.ema_decay=0.9", "optim.clip_norm=1", "schedule.amp=bf16", "schedule.val_iters=3"]
@@ -207,6 +205,45 @@ def test_curves_that_cannot_be_written_end_no_training(program, tmp_path: Path, 
     assert "mIoUI" in printed
 
 
+def test_a_full_disk_under_stderr_ends_no_training(tmp_path: Path):
+    command = [sys.executable, Path(__file__).parents[1] / "exp" / "main.py", *TINY, "--output_dir", tmp_path]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=full, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "mIoUI" in done.stdout
+
+
+def test_a_lock_that_finds_no_room_is_one_line(program, tmp_path: Path, monkeypatch):
+    def full(self: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    status, _, err = program(*TINY, "--output_dir", tmp_path)
+    assert status == 2
+    assert "No space left on device" in err
+    assert err.count("\n") <= 2
+
+
+def test_limits_of_a_files_size_are_told_by_the_real_writers(tmp_path: Path):
+    """What PyTorch and safetensors make of a disk that refuses to take more, shown with a limit of the process's."""
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from torch import nn\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from exp.checkpoint import Saver; from exp.errors import InputError\n"
+        "saver = Saver(Path(sys.argv[1]), nn.Linear(300, 300), None, {}, ['a'], {})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "for save in (lambda: saver.save(1, 0, {}, 2), lambda: saver.export('last', 1, 0)):\n"
+        "    try:\n        save()\n    except InputError as error:\n        print(error)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout
+    assert all("not saved (File too large)" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 64 MB."""
@@ -257,21 +294,22 @@ def test_a_damaged_training_image_stops_the_run_or_is_skipped(program, tmp_path:
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-2])["train/images_skipped"] in (1, 2)
 
 
-def test_a_loader_process_that_is_killed_ends_the_run(program, tmp_path: Path, monkeypatch):
-    step = RunLogger.step
-
-    def kill_worker(self: RunLogger, iteration: int) -> None:
-        step(self, iteration)
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGKILL)
-
-    monkeypatch.setattr(RunLogger, "step", kill_worker)
-    start = time.monotonic()
-    status, _, err = program(*TINY, "schedule.train_iters=500", "schedule.num_workers=1", "--output_dir", tmp_path)
-    assert status == 2
+def test_a_loader_process_that_is_killed_ends_the_run(tmp_path: Path):
+    """In a process of its own, which the news of a dead child reaches by a signal."""
+    code = (
+        "import multiprocessing, os, signal, sys\n"
+        "from exp.logger import RunLogger; from exp.main import main; from exp.errors import run_and_report\n"
+        "RunLogger.step = lambda self, i: [os.kill(c.pid, signal.SIGKILL) for c in multiprocessing.active_children()]\n"
+        "sys.exit(run_and_report(main))"
+    )
+    flags = [*TINY, "schedule.train_iters=500", "schedule.num_workers=1", "--output_dir", tmp_path]
+    root, start = Path(__file__).parents[1], time.monotonic()
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
     assert time.monotonic() - start < 60
-    assert "error: schedule.num_workers: a process that loads images died" in err
-    assert "Killed" in err or "exited unexpectedly" in err
+    assert "error: schedule.num_workers: a process that loads images died" in done.stderr
+    assert "Killed" in done.stderr or "exited unexpectedly" in done.stderr
 
 
 def test_steps_without_numbers_are_named_by_their_images(program, tmp_path: Path, monkeypatch):

@@ -165,7 +165,7 @@ def worker_deaths_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # others are errors of the program in a worker
             raise
         reason = " ".join(str(error).split())
         raise InputError(

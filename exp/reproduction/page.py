@@ -27,6 +27,7 @@ from exp.reproduction.report import (
     table_rows,
     training_table,
 )
+from exp.results import IMAGES, load_entropy
 from exp.text_files import read_json
 
 STYLES = Path(__file__).with_name("page.css")
@@ -131,8 +132,23 @@ def _comparisons(training: Training) -> str:
         (figures.histogram_gains(gains, rule, metric), f"Gains of {rule}"),
         (figures.gains_by(gains, sizes, label, rule, metric), f"Gain of {rule} against the size of objects"),
     ]
-    note = "<p>Gain against the network's uncertainty: evaluations do not record the entropy of an image.</p>"
+    entropy, note = _entropy(training.folder / IMAGES, base), ""
+    if entropy is not None:
+        known = both & ~np.isnan(entropy)
+        svg = figures.gains_by((second - first)[known], entropy[known], "mean entropy of the image, nats", rule, metric)
+        plots.append((svg, f"Gain of {rule} against the network's uncertainty"))
+    else:
+        note = "<p>Gain against the network's uncertainty: these results came without the entropy of the images.</p>"
     return f'<div class="plots">{"".join(_image(svg, alt) for svg, alt in plots)}</div>{note}'
+
+
+def _entropy(path: Path, result: EvalResult) -> np.ndarray | None:
+    """(N,) the mean entropy of the images, NaN where one has none; None without a file of the same images."""
+    if not path.is_file():
+        return None
+    by_name = load_entropy(path)
+    values = np.array([by_name.get(name, np.nan) for name in result.names])
+    return None if np.isnan(values).all() else values
 
 
 def object_size(result: EvalResult) -> np.ndarray:

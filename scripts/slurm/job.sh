@@ -42,6 +42,8 @@ launch() {
     cpus="${SLURM_CPUS_PER_TASK:-$processes}"
     export SRUN_CPUS_PER_TASK="$cpus" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cpus + processes - 1) / processes))}"
     echo "job $SLURM_JOB_ID: $nodes node(s) x $processes process(es), meeting at $host:$port" >&2
+    # torchrun passes these on to its processes, which save and leave; by default SIGUSR1 would kill it alone.
+    export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
     trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$processes" \
