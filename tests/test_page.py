@@ -14,9 +14,11 @@ from PIL import Image
 from test_report import judge
 from test_reproduce import SMALL
 
-from exp.metrics import EvalResult
-from exp.reproduction.page import object_size, read_log, write_report
-from exp.results import save_results
+from exp.errors import InputError
+from exp.metrics import EvalResult, class_scores
+from exp.reproduction.measured import Training
+from exp.reproduction.page import build_page, gains_of_objects, read_log, write_report
+from exp.results import load_result, save_results
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
@@ -103,12 +105,24 @@ def test_sizes_of_objects_and_logs_with_a_cut_line(tmp_path: Path):
     counts = np.zeros((2, 3, 3), np.int64)
     counts[0, 0] = [80, 10, 0]
     counts[0, 2] = [0, 0, 10]  # FN: in the label, though never found
-    counts[1, 0] = [100, 0, 0]
-    result = EvalResult("argmax", ("a", "b"), ("ground", "x", "y"), counts)
-    assert object_size(result).tolist() == [10, 0]
+    counts[1, 0] = [200, 0, 0]
+    counts[1, 1, 1] = 5  # FP alone: not in the label
+    better = counts.copy()
+    better[0, 0, 2], better[0, 2, 2] = 4, 6
+    base, other = (
+        EvalResult(rule, ("a", "b"), ("ground", "x", "y"), c) for rule, c in (("argmax", counts), ("r", better))
+    )
+    sizes, gains, score = gains_of_objects(base, other, "mDiceI")
+    assert score == "Dice"
+    assert sizes.tolist() == [80, 10, 10, 100]
+    assert gains.tolist() == pytest.approx([0, 0, 100 * 8 / 14, 0])
+    both = [replace(result, classes=("ground", "x"), counts=result.counts[:, :, ::2]) for result in (base, other)]
+    sizes, gains, _ = gains_of_objects(*both, "mIoUI")  # two classes: the foreground alone
+    assert sizes.tolist() == pytest.approx([100 / 9])
+    assert gains.tolist() == pytest.approx([class_scores(both[1].counts)["IoU"][0, 1]])
     path = tmp_path / "log.jsonl"
     assert read_log(path) == ({}, {})
-    path.write_text('{"iteration": 1, "train/loss": 3}\n{"iteration": 1, "train/loss": 2}\n{"iter')
+    path.write_text('{"iteration": 1, "train/loss": 3}\n{"iteration": 1, "train/loss": 2}\n7\n{"iter')
     assert read_log(path) == ({1: 2}, {})
 
 
@@ -119,6 +133,31 @@ def test_a_training_whose_scores_are_undefined_is_shown(tmp_path: Path):
     result = EvalResult("argmax", ("a",), ("x", "y", "z"), np.zeros((1, 3, 3), np.int64))
     save_results([result], tmp_path / "run" / "results", [context])
     assert (write_report(tmp_path) / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("results/calibration.json", "{}", "expected the calibration of an evaluation"),
+        ("results/timing.json", "{}", "expected the times of an evaluation"),
+        ("results/timing.json", '{"milliseconds_per_image": {"forward": "x"}, "forward_passes": 1, "images": 1, '
+         '"decision_milliseconds_per_image": {}}', "expected numbers"),
+        ("pictures/gain/a.png", "PNG", "of no known kind"),
+        ("pictures/gain/a.png", "\x89PNG\r\n\x1a\n cut", "truncated"),
+    ],
+)  # fmt: skip
+def test_damaged_files_of_a_run_are_told(tmp_path: Path, name: str, content: str, told: str):
+    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    results = next(tmp_path.glob("*/*/results"))
+    training = Training(results, SMALL.config.to_dict(), 3, "mIoUI", (load_result(results / "argmax.csv"),))
+    path = results.parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError) as failure:
+        build_page({}, [training])
+    assert str(failure.value).startswith(f"{path}: ")
+    assert told in str(failure.value)
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.slow

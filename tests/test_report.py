@@ -21,7 +21,7 @@ from exp.reproduction.cells import Cell
 from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.page import write_report
 from exp.reproduction.plans import find_counterpart, table_cells
-from exp.reproduction.report import latex_text
+from exp.reproduction.report import latex_text, other_trainings, training_titles
 from exp.results import save_results
 
 
@@ -141,6 +141,9 @@ def test_what_is_missing_says_how_to_get_it_and_what_cannot_be_why(output: Path)
 def test_misprints_have_their_notes(output: Path):
     section = (output / "report" / "tables.md").read_text().partition("## table2")[2].partition("## table3")[0]
     assert "| unet_resnet50d | kits | mIoUI | rankseg_ba | 50.34 [1][" in section
+    medical = (output / "report" / "tables.md").read_text().partition("## readme_medical")[2].partition("## table1")[0]
+    assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma | 40.09 |" in medical
+    assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma - argmax | +1.64 [1] |" in medical  # argmax's note
     assert "[1] Print" in section
     row = one(output, table="readme_medical", row="unet_resnet50d", data="kits", of="argmax")
     lits = one(output, table="table2", row="unet_resnet50d", data="lits", of="argmax", score="mDiceI")
@@ -166,8 +169,29 @@ def test_the_same_results_give_the_same_bytes(output: Path, tmp_path: Path):
 def test_other_trainings_and_their_seeds(output: Path):
     section = (output / "report" / "tables.md").read_text().partition("## Other trainings")[2]
     assert section.count("### unet_mobilenetv3_small_100, shapes, ce, seed") == 2
+    assert section.index("shapes, ce, seed 0, ") < section.index("shapes, ce, seed 1, ")
     assert "### unet_mobilenetv3_small_100, shapes, ce: seeds 0, 1" in section
     assert "upernet" not in section
+    folders = [next(output.glob(f"unet_mobilenetv3*shapes*{end}/*/results")) for end in (".seed1.*", "[!1].????????")]
+    scores = {
+        rule: [json.loads((folder / f"{rule}.json").read_text())["metrics"]["mIoUI"] for folder in folders]
+        for rule in ("argmax", "rankseg_rma")
+    }
+    for values in scores.values():
+        assert f"| {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |" in section
+    gains = np.subtract(scores["rankseg_rma"], scores["argmax"])
+    assert f"| {gains.mean():+.2f} ± {gains.std(ddof=1):.2f} |" in section
+    assert "n = 2 seeds" in section
+    assert "n = 12 images" in section
+
+
+def test_evaluations_of_one_training_have_titles_of_their_own(tmp_path: Path):
+    judge(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
+    run = next(tmp_path.glob("*/*/results")).parent
+    shutil.copytree(run, run.parent / "fixed" / run.name)
+    titles = training_titles(other_trainings(Measured(tmp_path)))
+    title = "unet_mobilenetv3_small_100, shapes, ce, seed 0, 3 iterations"
+    assert titles == [title, f"{title} (fixed)"]
 
 
 def test_statistics_over_seeds():
@@ -195,9 +219,11 @@ def test_statistics_over_seeds():
 
 def test_latex_is_balanced_and_escaped(output: Path):
     text = (output / "report" / "tables.tex").read_text()
-    assert text.count("\\begin{table}") == text.count("\\end{table}") == 9
-    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 9
-    body = [line for line in text.splitlines() if line.endswith("\\\\")]
+    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == 9
+    assert text.replace("\\{", "").replace("\\}", "").count("{") == text.replace("\\{", "").replace("\\}", "").count(
+        "}"
+    )
+    body = [line for line in text.splitlines() if line.endswith("\\\\") and not line.startswith("\\label")]
     assert all(line.replace("\\&", "").count(" & ") == 7 for line in body)
     assert "unet\\_resnet50d" in text
     assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (

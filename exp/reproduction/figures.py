@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito, 2008.
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#999999"
+MANY = 2000  # dots; as a picture within the SVG, which a path a dot would bloat
 SERIES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (BLACK, "D", ":"))
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
          "svg.fonttype": "path"}  # fmt: skip
@@ -22,7 +23,7 @@ def _draw(width: float = 3.6, height: float = 3.0) -> tuple[Figure, matplotlib.a
 def _svg(figure: Figure) -> bytes:
     """A figure -> SVG, the same bytes for the same plot."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
@@ -32,7 +33,7 @@ def scatter_scores(base: np.ndarray, other: np.ndarray, rule: str, metric: str) 
         figure, axes = _draw()
         low, high = min(base.min(), other.min()), max(base.max(), other.max())
         axes.plot([low, high], [low, high], color=GREY, linewidth=1)
-        axes.scatter(base, other, s=12, color=BLUE, marker="o", linewidths=0, alpha=0.7)
+        axes.scatter(base, other, s=12, color=BLUE, linewidths=0, alpha=0.7, rasterized=len(base) > MANY)
         axes.set_xlabel(f"{metric} of an image, argmax")
         axes.set_ylabel(f"{metric}, {rule}")
         return _svg(figure)
@@ -51,15 +52,16 @@ def histogram_gains(gains: np.ndarray, rule: str, metric: str) -> bytes:
         return _svg(figure)
 
 
-def gains_by(gains: np.ndarray, values: np.ndarray, label: str, rule: str, metric: str) -> bytes:
-    """(N,) gains and a property of the images -> dots, and the mean gain of each fifth of the images."""
+def gains_by(gains: np.ndarray, values: np.ndarray, label: str, rule: str, metric: str, log: bool = False) -> bytes:
+    """(N,) gains and a property of each -> dots, and the mean gain of each fifth. log: the property's axis is."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _draw()
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.scatter(values, gains, s=12, color=BLUE, linewidths=0, alpha=0.6)
+        axes.scatter(values, gains, s=12, color=BLUE, linewidths=0, alpha=0.6, rasterized=len(values) > MANY)
         groups = [g for g in np.array_split(np.argsort(values, kind="stable"), 5) if len(g)]
         places, means = [values[g].mean() for g in groups], [gains[g].mean() for g in groups]
         axes.plot(places, means, color=ORANGE, marker="s", linestyle="--", label="mean of each fifth")
+        axes.set_xscale("log" if log and len(values) else "linear")
         axes.set_xlabel(label)
         axes.set_ylabel(f"{metric}, {rule} - argmax")
         axes.legend(frameon=False)

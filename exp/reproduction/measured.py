@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from exp.comparison import mean_interval, paired_differences, signed_rank
+from exp.errors import InputError
 from exp.metrics import EvalResult, compute_scores, per_class_scores
 from exp.reproduction.cells import Cell, Existing
 from exp.reproduction.plans import Counterpart
@@ -48,6 +50,7 @@ class Measured:
     """What was measured below `output`; results are recognised by their configs and computed from their CSVs."""
 
     def __init__(self, output: Path) -> None:
+        self.output = output
         self.existing = Existing(output)
         self._results: dict[Path, EvalResult] = {}
 
@@ -91,7 +94,7 @@ class Measured:
         path = self.existing.find(cell, rule)
         if path is None or not path.with_name("timing.json").is_file():
             return None
-        timing = read_json(path.with_name("timing.json"), "the times of an evaluation")
+        timing = read_times(path.with_name("timing.json"))
         if step == "forward":
             return timing["milliseconds_per_image"]["forward"] * timing["forward_passes"] / 1000
         each = timing["decision_milliseconds_per_image"].get(rule)
@@ -112,9 +115,23 @@ class Measured:
         return Gain(second - first, mean_interval(values))
 
 
+def read_times(path: Path) -> dict[str, Any]:
+    """timing.json -> its content; InputError unless the fields that tables and page take are numbers."""
+    expected = "the times of an evaluation"
+    timing = read_json(path, expected)
+    try:
+        forward, decisions = timing["milliseconds_per_image"]["forward"], timing["decision_milliseconds_per_image"]
+        numbers = [forward, timing["forward_passes"], timing["images"], *decisions.values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise InputError(f"{path}: got {numbers}, expected numbers, {expected}")
+    return timing
+
+
 @dataclass(frozen=True)
 class Training:
-    """The rules that judged one training in one results folder, argmax first."""
+    """The rules that judged one training in one results folder, argmax first. place: its run, below the output."""
 
     folder: Path
     config: dict
@@ -122,6 +139,7 @@ class Training:
     metric: str
     results: tuple[EvalResult, ...]
     temperature: float = 1.0  # of the evaluation
+    place: str = ""
 
     @cached_property
     def name(self) -> str:
@@ -130,6 +148,10 @@ class Training:
         parts += [] if fold is None else [f"fold {fold}"]
         parts += [] if noise is None else [f"label noise {noise:g}"]
         return ", ".join([*parts, *([] if self.temperature == 1 else ["after temperature scaling"])])
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.config['seed']}, {self.iteration} iterations"
 
     @property
     def unseeded(self) -> tuple:

@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from exp.durable import write_atomically
-from exp.metrics import EvalResult, image_scores
+from exp.errors import InputError
+from exp.image_files import PILLOW_ERRORS, open_image, read_bytes
+from exp.metrics import EvalResult, class_scores, image_scores
 from exp.reproduction import figures
-from exp.reproduction.measured import Measured, Training
+from exp.reproduction.measured import Measured, Training, read_times
 from exp.reproduction.published import Table, load_tables
 from exp.reproduction.report import (
     HEADER,
@@ -23,9 +24,11 @@ from exp.reproduction.report import (
     markdown,
     other_trainings,
     row_cells,
+    seed_note,
     seed_table,
     table_rows,
     training_table,
+    training_titles,
 )
 from exp.results import IMAGES, load_entropy
 from exp.text_files import read_json
@@ -53,8 +56,9 @@ def write_report(output: Path) -> Path:
 def build_page(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Training]) -> str:
     """Published tables with their rows, and trainings of their own -> HTML."""
     seeded = [group for group in group_seeds(others) if len(group) > 1 and len(group[0].results) > 1]
-    sections = [(f"training-{i}", _title(t), _training(t)) for i, t in enumerate(others)]
-    sections += [(f"seeds-{i}", f"{g[0].name}: {len(g)} seeds", _table(*seed_table(g))) for i, g in enumerate(seeded)]
+    titles = training_titles(others)
+    sections = [(f"training-{i}", title, _training(t)) for i, (title, t) in enumerate(zip(titles, others))]
+    sections += [(f"seeds-{i}", f"{g[0].name}: {len(g)} seeds", _seeds(g)) for i, g in enumerate(seeded)]
     sections += [
         (name, f"{name}: {table.title}", _published(name, table, rows)) for name, (table, rows) in tables.items()
     ]
@@ -79,10 +83,6 @@ def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:
     for training in trainings:
         groups.setdefault(training.unseeded, []).append(training)
     return list(groups.values())
-
-
-def _title(training: Training) -> str:
-    return f"{training.name}, seed {training.config['seed']}"
 
 
 def _published(name: str, table: Table, rows: Sequence[Row]) -> str:
@@ -110,8 +110,12 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _seeds(group: Sequence[Training]) -> str:
+    return _table(*seed_table(group)) + f"<p>{escape(seed_note(group))}</p>"
+
+
 def _training(training: Training) -> str:
-    parts = [_table(*training_table(training))]
+    parts = [f"<p>From <code>{escape(training.place)}</code>.</p>", _table(*training_table(training))]
     if len(training.results) > 1:
         parts.append(_comparisons(training))
     run = training.folder.parent
@@ -125,12 +129,15 @@ def _comparisons(training: Training) -> str:
     rule, metric = other.rule, training.metric
     first, second = (image_scores(result.counts)[metric] for result in (base, other))
     both = ~(np.isnan(first) | np.isnan(second))
-    gains, sizes = (second - first)[both], object_size(base)[both]
-    label = "mean share of the image of an object's class, %"
+    gains = (second - first)[both]
+    sizes, objects, score = gains_of_objects(base, other, metric)
     plots = [
         (figures.scatter_scores(first[both], second[both], rule, metric), f"{metric} of each image under both rules"),
         (figures.histogram_gains(gains, rule, metric), f"Gains of {rule}"),
-        (figures.gains_by(gains, sizes, label, rule, metric), f"Gain of {rule} against the size of objects"),
+        (
+            figures.gains_by(objects, sizes, "area of a class in an image, %", rule, score, log=True),
+            f"Gain of {rule} against the size of objects: a dot for each class in each image",
+        ),
     ]
     entropy, note = _entropy(training.folder / IMAGES, base), ""
     if entropy is not None:
@@ -151,22 +158,31 @@ def _entropy(path: Path, result: EvalResult) -> np.ndarray | None:
     return None if np.isnan(values).all() else values
 
 
-def object_size(result: EvalResult) -> np.ndarray:
-    """(N,) the mean share of an image's counted pixels, in percent, that a class in its label has; the first class, the
-    background of most data sets, is left out where others are there."""
-    sizes = (result.counts[:, 0] + result.counts[:, 2]).astype(float)  # TP + FN
-    total = np.maximum(sizes.sum(1), 1)
-    objects = sizes[:, 1:]
-    present = np.maximum((objects > 0).sum(1), 1)
-    return 100 * objects.sum(1) / present / total
+def gains_of_objects(base: EvalResult, other: EvalResult, metric: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Two rules -> of each class in each image's label its share of the counted pixels, in percent, (K,); what its
+    score gains, in percent points, (K,); and which score that is: the metric's. With two classes the foreground alone.
+
+    By class, as the mean over an image's classes tells little of size where all classes are in all images.
+    """
+    score = metric.removeprefix("m")[:-1]
+    sizes = base.counts[:, 0] + base.counts[:, 2]  # TP + FN
+    chosen = sizes > 0
+    chosen[:, 0] &= sizes.shape[1] > 2
+    shares = 100 * sizes / np.maximum(sizes.sum(1, keepdims=True), 1)
+    first, second = (class_scores(result.counts)[score] for result in (base, other))
+    return shares[chosen], (second - first)[chosen], score
 
 
 def _calibration(folder: Path) -> list[str]:
     path = folder / "calibration.json"
     if not path.is_file():
         return []
-    top = read_json(path, "the calibration of an evaluation")["top_label"]
-    svg = figures.reliability(top["confidence"], top["accuracy"], top["pixels"])
+    expected = "the calibration of an evaluation"
+    top = read_json(path, expected).get("top_label")
+    try:
+        svg = figures.reliability(top["confidence"], top["accuracy"], top["pixels"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
     return [_image(svg, "Reliability diagram of the network")]
 
 
@@ -174,7 +190,7 @@ def _times(folder: Path) -> list[str]:
     path = folder / "timing.json"
     if not path.is_file():
         return []
-    timing = read_json(path, "the times of an evaluation")
+    timing = read_times(path)
     steps = {"forward pass": timing["milliseconds_per_image"]["forward"], **timing["decision_milliseconds_per_image"]}
     return [_image(figures.bars(steps), "Milliseconds of network and rules")]
 
@@ -201,6 +217,8 @@ def read_log(path: Path) -> tuple[dict[int, float], dict[str, dict[int, float]]]
             row = json.loads(line)
         except ValueError:  # cut off by a crash
             continue
+        if not isinstance(row, dict) or "iteration" not in row:
+            continue
         if row.get("train/loss") is not None:
             losses[row["iteration"]] = row["train/loss"]
         for rule in SHOWN_RULES:
@@ -219,8 +237,12 @@ def _gallery(folder: Path) -> str:
 
 
 def _small_panel(path: Path) -> bytes:
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    try:
+        picture = open_image(read_bytes(path), path).convert("RGB")
+    except InputError:
+        raise
+    except PILLOW_ERRORS as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected a picture of --save_pred") from None
     picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)

@@ -4,6 +4,9 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
 
 from exp.comparison import mean_interval, paired_differences
 from exp.metrics import compute_scores
@@ -57,7 +60,8 @@ def table_rows(table: Table, measured: Measured) -> list[Row]:
             gain = measured.gain(find_counterpart(base), found)
             published = figure.value - base.value
             value, interval = (None, None) if gain is None else (gain.value, gain.interval)
-            rows.append(Row(*place, f"{figure.rule} - argmax", published, value, interval))
+            both = tuple(dict.fromkeys((*(erratum.text for erratum in base.errata), *notes)))
+            rows.append(Row(*place, f"{figure.rule} - argmax", published, value, interval, notes=both))
     return rows
 
 
@@ -71,15 +75,19 @@ def _argmax_beside(figure: Figure, table: Table) -> Figure | None:
 
 
 def other_trainings(measured: Measured) -> list[Training]:
-    """What lies below the folder and belongs to no table of the paper, such as laptop's; with argmax alone."""
+    """What lies below the folder and belongs to no table of the paper, such as laptop's; by name, length and seed."""
     paper = {cell.digest for cell in table_cells(ALL)}
-    found = [
-        training
-        for digest, trainings in _trainings(measured.existing, measured)
-        if digest not in paper
-        for training in trainings
-    ]
-    return sorted(found, key=lambda t: (t.name, t.iteration, t.config["seed"], str(t.folder)))
+    found = [t for digest, ts in _trainings(measured.existing, measured) if digest not in paper for t in ts]
+    return sorted(found, key=lambda t: (t.name, t.iteration, t.config["seed"], len(t.place), t.place))
+
+
+def training_titles(trainings: Sequence[Training]) -> list[str]:
+    """A title each; further evaluations of one training have the names of their folders in it."""
+    titles: list[str] = []
+    for training in trainings:
+        folder = PurePosixPath(training.place).parent.name
+        titles.append(f"{training.title} ({folder})" if training.title in titles else training.title)
+    return titles
 
 
 def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, list[Training]]]:
@@ -95,7 +103,8 @@ def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, li
             if base is not None and folder.parent.name != "older":
                 content = members[0][1]
                 test = content["config"]["test"]
-                judged = {"metric": test["metric"], "temperature": test["temperature"]}
+                place = folder.parent.relative_to(measured.output).as_posix()
+                judged = {"metric": test["metric"], "temperature": test["temperature"], "place": place}
                 found.append(Training(folder, content["training"], iteration, results=tuple(same), **judged))
         yield digest, found
 
@@ -156,8 +165,8 @@ def _other_parts(others: Sequence[Training]) -> list[str]:
     if not others:
         return []
     parts = ["## Other trainings\n"]
-    for training in others:
-        parts += _training_parts(training)
+    for title, training in zip(training_titles(others), others):
+        parts += _training_parts(title, training)
     groups: dict[tuple, list[Training]] = {}
     for training in others:
         groups.setdefault(training.unseeded, []).append(training)
@@ -166,11 +175,10 @@ def _other_parts(others: Sequence[Training]) -> list[str]:
     return parts
 
 
-def _training_parts(training: Training) -> list[str]:
+def _training_parts(title: str, training: Training) -> list[str]:
     header, rows = training_table(training)
     lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-    title = f"### {training.name}, seed {training.config['seed']}, {training.iteration} iterations\n"
-    return [title, "\n".join(lines) + "\n"]
+    return [f"### {title}\n", "\n".join(lines) + "\n"]
 
 
 def training_table(training: Training) -> tuple[list[str], list[list[str]]]:
@@ -194,21 +202,32 @@ def _seed_parts(group: Sequence[Training]) -> list[str]:
     seeds = ", ".join(str(t.config["seed"]) for t in group)
     header, rows = seed_table(group)
     lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-    note = (
-        f"{group[0].metric}. Over seeds: the paired t-test of {len(group)} gains. Over images (cases): each one's gain "
-        "averaged over the seeds, Wilcoxon's signed-rank test.\n"
+    return [f"### {group[0].name}: seeds {seeds}\n", "\n".join(lines) + "\n", seed_note(group) + "\n"]
+
+
+def seed_note(group: Sequence[Training]) -> str:
+    """What the table of several seeds compares, and how many of each there are."""
+    found = compare_seeds(group, group[0].results[1].rule)
+    units = "images" if group[0].results[0].cases is None else "cases"
+    return (
+        f"{group[0].metric}, gains over argmax; ± is the standard deviation over the seeds. Over seeds: the paired "
+        f"t-test, n = {len(group)} seeds. Over {units}: each one's gain averaged over the seeds, Wilcoxon's signed-rank"
+        f" test and the interval, n = {found.num_units} {units} (the same in all seeds)."
     )
-    return [f"### {group[0].name}: seeds {seeds}\n", "\n".join(lines) + "\n", note]
 
 
 def seed_table(group: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
-    """Trainings of several seeds -> the head, and a row a rule: its gains over seeds, and over images."""
-    rows = []
+    """Trainings of several seeds -> the head, and a row a rule: its score, and its gains over seeds and images."""
+    metric = group[0].metric
+    scores = {result.rule: _seed_scores(group, result.rule) for result in group[0].results}
+    rows = [["argmax", scores["argmax"], *[""] * 6]]
     for result in group[0].results[1:]:
         found = compare_seeds(group, result.rule)
         rows.append(
             [
                 result.rule,
+                scores[result.rule],
+                f"{np.mean(found.values):+.2f} ± {np.std(found.values, ddof=1):.2f}",
                 " ".join(f"{value:+.2f}" for value in found.values),
                 f"{found.seed_p:.2g}",
                 f"{found.mean:+.2f} {format_interval(found.interval)}",
@@ -216,7 +235,16 @@ def seed_table(group: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
                 f"{found.p_value:.2g}",
             ]
         )
-    return ["rule", "gain a seed", "p over seeds", "gain over images", "better / worse", "p over images"], rows
+    unit = "images" if group[0].results[0].cases is None else "cases"
+    header = ["rule", metric, "gain over seeds", "gain a seed", "p over seeds"]
+    return [*header, f"gain over {unit}", "better / worse", f"p over {unit}"], rows
+
+
+def _seed_scores(group: Sequence[Training], rule: str) -> str:
+    """The mean of a rule's score over the seeds, and its standard deviation."""
+    results = [next(r for r in training.results if r.rule == rule) for training in group]
+    values = [compute_scores(r.counts, r.cases)[group[0].metric] for r in results]
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def format_interval(interval: tuple[float, float] | None) -> str:
@@ -236,24 +264,22 @@ def latex_text(text: str) -> str:
 
 
 def latex(tables: dict[str, tuple[Table, list[Row]]]) -> str:
-    """Tables of booktabs, one a published table, with errata as notes below."""
-    parts = ["% Needs \\usepackage{booktabs}.\n"]
+    """Tables that may break over pages, one a published table, with errata as notes below."""
+    parts = ["% Needs \\usepackage{booktabs,longtable}.\n"]
+    head = " & ".join(map(latex_text, HEADER)) + " \\\\"
     for name, (table, rows) in tables.items():
-        lines = [
-            "\\begin{table}",
-            f"\\caption{{{latex_text(table.title)}}}",
-            f"\\label{{tab:{name.replace('_', '-')}}}",
-        ]
-        lines += ["\\begin{tabular}{llllrrrr}", "\\toprule", " & ".join(map(latex_text, HEADER)) + " \\\\", "\\midrule"]
+        lines = ["{\\footnotesize", "\\begin{longtable}{llllrrrr}", f"\\caption{{{latex_text(table.title)}}}"]
+        lines += [f"\\label{{tab:{name.replace('_', '-')}}} \\\\"]
+        lines += ["\\toprule", head, "\\midrule", "\\endhead", "\\bottomrule", "\\endfoot"]
         notes: dict[str, int] = {}
         for row in rows:
             cells = [latex_text(cell) for cell in row_cells(row)]
             marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in row.notes)
             cells[4] += f"\\textsuperscript{{{marks}}}" if marks else ""
             lines.append(" & ".join(cells) + " \\\\")
-        lines += ["\\bottomrule", "\\end{tabular}"]
-        lines += [f"\\par\\textsuperscript{{{number}}} {latex_text(text)}" for text, number in notes.items()]
-        parts.append("\n".join([*lines, "\\end{table}\n"]))
+        lines.append("\\end{longtable}")
+        lines += [f"\\noindent\\textsuperscript{{{n}}} {latex_text(text)}\\par" for text, n in notes.items()]
+        parts.append("\n".join([*lines, "}\n"]))
     return "\n".join(parts)
 
 
