@@ -125,12 +125,16 @@ class Existing:
             if content is not None:
                 config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
                 self.results.setdefault(training_digest(config), []).append((path, content))
-        files = sorted(output.glob("**/results/temperature.json"))
-        self.temperatures = dict(filter(None, map(_read_temperature, files)))
-        self._trained, self._begun = (
-            {_digest_of(path): path.with_suffix("") for path in sorted(output.glob(f"**/checkpoints/{name}.json"))}
-            for name in ("last.safetensors", "iter_*.pt")
-        )
+        self._begun = {_read_facts(path)[0] for path in output.glob("**/checkpoints/iter_*.pt.json")}
+        self._trained, self._ends = {}, {}
+        for path in sorted(output.glob("**/checkpoints/last.safetensors.json")):
+            digest, iteration = _read_facts(path)
+            self._trained[digest], self._ends[digest] = path.with_suffix(""), iteration
+        self.temperatures = {}
+        for path in sorted(output.glob("**/results/temperature.json")):
+            digest, iteration, temperature = _read_temperature(path)
+            if digest is not None and self._is_finished(digest, iteration):
+                self.temperatures[digest] = temperature
 
     def find(self, cell: Cell, rule: str) -> Path | None:
         """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
@@ -142,9 +146,14 @@ class Existing:
         for path, content in self.results.get(cell.digest, []):
             judged = content["config"]
             same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
-            if same and same_images(judged.get("data", {}), config["data"]) and is_finished(content["training"]):
+            finished = self._is_finished(cell.digest, content["training"]["iteration"])
+            if same and finished and same_images(judged.get("data", {}), config["data"]):
                 return path
         return None
+
+    def _is_finished(self, digest: str, iteration: int) -> bool:
+        """Whether weights of so many iterations are those that the training ended with, as last.safetensors says."""
+        return self._ends.get(digest) == iteration
 
     def state(self, cell: Cell) -> State:
         """How far the cell has come; a rule counts if its results are of the whole training.
@@ -170,29 +179,24 @@ def _read_result(path: Path) -> dict | None:
     return content if whole and {*TRAINING_GROUPS, "seed"} <= content["training"].keys() else None
 
 
-def _read_temperature(path: Path) -> tuple[str, float] | None:
-    """temperature.json -> the digest of the training that it was fitted for, and the temperature."""
+def _read_temperature(path: Path) -> tuple[str | None, int, float]:
+    """temperature.json -> the digest of the training that it was fitted for, its iterations, and the temperature."""
     try:
         content = read_json(path, "a fitted temperature")
         training = content["training"]
         config = {group: training[group] for group in (*TRAINING_GROUPS, "seed")}
-        return (training_digest(config), content["temperature"]) if is_finished(training) else None
+        return training_digest(config), training["iteration"], content["temperature"]
     except (InputError, KeyError, TypeError):  # damaged: as if it were not there
-        return None
+        return None, 0, 1.0
 
 
-def _digest_of(path: Path) -> str | None:
-    """The JSON beside a checkpoint -> the digest of the config that it belongs to."""
+def _read_facts(path: Path) -> tuple[str | None, int | None]:
+    """The JSON beside a checkpoint -> the digest of the config that it belongs to, and its iterations."""
     try:
-        return read_json(path, "the checksum of the file beside it").get("config_digest")
+        facts = read_json(path, "the checksum of the file beside it")
     except InputError:  # damaged: as if it were not there
-        return None
-
-
-def is_finished(training: Mapping[str, Any]) -> bool:
-    """Whether the weights are those of the schedule's end; how long an epoch is, is not known here."""
-    iterations = training["schedule"]["train_iters"]
-    return iterations is None or training["iteration"] == iterations
+        return None, None
+    return facts.get("config_digest"), facts.get("iteration")
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
