@@ -251,7 +251,12 @@ def test_empty_and_damaged_folders(script, tmp_path: Path):
     assert status == 0
     assert f"report: {tmp_path / 'report'}" in printed
     judge(replace(SMALL, rules=("argmax",)), tmp_path)
-    table = next(tmp_path.glob("*/*/results/argmax.csv"))
+    for text in ('{"rule": "argmax", "training": 5, "config": {}}', '{"rule": "argmax"}'):  # results of something else
+        (tmp_path / "other" / "results").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / "results" / "argmax.json").write_text(text)
+        (tmp_path / "other" / "results" / "argmax.csv").write_text("image\n")
+        assert script("report", tmp_path)[0] == 0
+    table = next(tmp_path.glob(f"{SMALL.name}/*/results/argmax.csv"))
     table.write_text("image,tp.a\nx,none\n")
     status, _, err = script("report", tmp_path)
     assert status == 2

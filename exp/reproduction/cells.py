@@ -175,8 +175,9 @@ def _read_result(path: Path) -> dict | None:
     if not path.with_suffix(".csv").is_file() or path.stem.endswith(".cases"):
         return None
     content = read_json(path, "the results of a rule")
-    whole = {"rule", "metrics", "training", "config"} <= content.keys()
-    return content if whole and {*TRAINING_GROUPS, "seed"} <= content["training"].keys() else None
+    training, config = content.get("training"), content.get("config")
+    whole = "rule" in content and isinstance(config, dict) and isinstance(training, dict)
+    return content if whole and {*TRAINING_GROUPS, "seed", "iteration"} <= training.keys() else None
 
 
 def _read_temperature(path: Path) -> tuple[str | None, int, float]:
