@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.errors import InputError, run_and_report
 from exp.interrupt import catch_signals
-from exp.reproduction.cells import TRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.cells import TRAINED, UNTRAINED, WAITING, Cell, Existing, State
 from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
 from exp.reproduction.runner import Runner, laptop_data, missing_cells
 
@@ -100,11 +100,14 @@ def main() -> None:
         data_dir = laptop_data(data_dir, output)
     runner = Runner(data_dir.resolve(), output.resolve(), args.nproc_per_node, args.device)
     if args.launcher == "slurm" and pairs:
-        ready = [pair for pair in pairs if pair[1].kind != WAITING]
+        ready = [pair for pair in pairs if pair[1].kind not in (WAITING, UNTRAINED)]
         script = runner.write_array(ready, output.resolve() / f"array.{'.'.join(args.tables)}")
         print(f"{count(cells)}, {len(ready)} to run; submit them from the clone:\nsbatch {script}")
         if len(ready) < len(pairs):
-            print(f"{len(pairs) - len(ready)} evaluations wait for their trainings: this command again, after that")
+            print(
+                f"{len(pairs) - len(ready)} evaluations wait for their trainings, or need none: after the array, this "
+                "command again, or without --launcher here"
+            )
         return
     failed = run_local(pairs, runner)
     print(f"{count(cells)}, {len(cells) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")

@@ -14,6 +14,9 @@ GROUPS = ("model", "data", "loss", "schedule", "optim", "test")
 # States of a cell, from nothing to everything.
 WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be judged", "done"
+UNTRAINED = "to be judged without a network"
+PANELS = 2  # of each kind: the pictures of the report
+PICTURED_RULE = "rankseg_rma"
 DATASET_RULE = "rankseg_rma_dataset"  # whose thresholds rankseg_rma_fixed takes
 
 
@@ -22,13 +25,15 @@ class Again:
     """A further evaluation of trained weights, in a folder of its own beside the run.
 
     settings: --set of this evaluation alone. fit: a temperature is fitted on the training images, which is what it is
-    for. thresholds: the folder of the evaluation whose thresholds rankseg_rma_fixed takes.
+    for. thresholds: the folder of the evaluation whose thresholds rankseg_rma_fixed takes. true: not the network's
+    probabilities are judged, but those from which the labels of the same images were drawn.
     """
 
     folder: str
     settings: tuple[str, ...] = ()
     fit: bool = False
     thresholds: str | None = None
+    true: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,17 @@ class Cell:
 
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
         """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all); of a further
-        evaluation without --test-only and the checkpoint."""
+        evaluation without --test-only and the checkpoint, or those of scripts/evaluate_bayes.py."""
+        rules = self.rules if rules is None else rules
+        if self.again and self.again.true:
+            flags = ["--data_yaml", self.data, "--predict_yaml", *rules, "--output_dir", str(output / self.name)]
+            settings = [text for text in self.settings if text.startswith("data.")]
+            return [*flags, "--metric", self.config.test.metric, *(["--set", *settings] if settings else [])]
         flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
         for group in GROUPS:
             flags += [f"--{group}_yaml", getattr(self, group)]
-        flags += ["--predict_yaml", *(self.rules if rules is None else rules)]
+        flags += ["--predict_yaml", *rules]
+        flags += ["--save_pred", str(PANELS)] if self.again is None else []
         flags += ["--seed", str(self.seed)] if self.seed else []
         flags += ["--fit_temperature", "train"] if self.again and self.again.fit else []
         settings = [*self.settings]
@@ -96,14 +107,19 @@ class Cell:
 
 
 def join_cells(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells of several tables -> each training once, with the rules of all, argmax first."""
+    """Cells of several tables -> each training once, with the rules of all: argmax first, and last the one whose gains
+    over it choose the pictures."""
     joined: dict[tuple, Cell] = {}
     for cell in dict.fromkeys(cells):  # equal ones are many, and a config takes some milliseconds
         key = (cell.digest, cell.test, cell.again)
         known = joined.get(key)
         rules = dict.fromkeys((*(known.rules if known else ()), *cell.rules))
-        joined[key] = replace(known or cell, rules=tuple(sorted(rules, key=lambda rule: rule != "argmax")))
+        joined[key] = replace(known or cell, rules=tuple(sorted(rules, key=_place)))
     return list(joined.values())
+
+
+def _place(rule: str) -> int:
+    return {"argmax": 0, PICTURED_RULE: 2}.get(rule, 1)
 
 
 @dataclass(frozen=True)
@@ -120,9 +136,12 @@ class Existing:
 
     def __init__(self, output: Path) -> None:
         self.results: dict[str, list[tuple[Path, dict]]] = {}
+        self.true: list[tuple[Path, dict]] = []
         for path in sorted(output.glob("**/results/*.json")):
             content = _read_result(path)
-            if content is not None:
+            if content is not None and content.get("probabilities") == "true":
+                self.true.append((path, content))
+            elif content is not None:
                 config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
                 self.results.setdefault(training_digest(config), []).append((path, content))
         self._begun = {_read_facts(path)[0] for path in output.glob("**/checkpoints/iter_*.pt.json")}
@@ -139,6 +158,8 @@ class Existing:
     def find(self, cell: Cell, rule: str) -> Path | None:
         """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
         config = cell.config.to_dict()
+        if cell.again is not None and cell.again.true:
+            return self.find_true(config["data"], cell.rule_config(rule))
         test = config["test"]
         if test["temperature"] == "fitted":
             test["temperature"] = self.temperatures.get(cell.digest)
@@ -148,6 +169,16 @@ class Existing:
             same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
             finished = self._is_finished(cell.digest, content["training"]["iteration"])
             if same and finished and same_images(judged.get("data", {}), config["data"]):
+                return path
+        return None
+
+    def find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
+        """The JSON of a rule on the true probabilities of a data config's validation images."""
+        left_out = {"name", "crop_size", "train_samples", "train_split"}  # what these images do not depend on
+        for path, content in self.true:
+            judged = content["config"]
+            same = all(judged["data"].get(key) == value for key, value in data.items() if key not in left_out)
+            if same and same_settings(judged["predict"], predict):
                 return path
         return None
 
@@ -163,6 +194,8 @@ class Existing:
         fitted = cell.again is not None and cell.again.fit and cell.digest in self.temperatures
         if fitted or all(self.find(cell, rule) is not None for rule in cell.rules):
             return State(DONE)
+        if cell.again is not None and cell.again.true:
+            return State(UNTRAINED, cell.rules)
         if cell.digest in self._trained:
             return State(TRAINED, cell.rules, self._trained[cell.digest])
         if cell.again is not None:
@@ -176,8 +209,12 @@ def _read_result(path: Path) -> dict | None:
         return None
     content = read_json(path, "the results of a rule")
     training, config = content.get("training"), content.get("config")
-    whole = "rule" in content and isinstance(config, dict) and isinstance(training, dict)
-    return content if whole and {*TRAINING_GROUPS, "seed", "iteration"} <= training.keys() else None
+    if "rule" not in content or not isinstance(config, dict):
+        return None
+    if content.get("probabilities") == "true":
+        return content if all(isinstance(config.get(group), dict) for group in ("data", "predict")) else None
+    whole = isinstance(training, dict) and {*TRAINING_GROUPS, "seed", "iteration"} <= training.keys()
+    return content if whole else None
 
 
 def _read_temperature(path: Path) -> tuple[str | None, int, float]:

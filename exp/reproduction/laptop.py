@@ -8,7 +8,7 @@ from exp.reproduction.cells import DATASET_RULE, Again, Cell
 SEEDS = range(5)
 ITERS = 100
 SHORTER = (25, 50)  # iterations of trainings of their own, with a schedule of that length
-NOISE_LEVELS = (0.0, 0.4)
+NOISE_LEVELS = (0.0, 0.2, 0.4)
 SCOPES = ("argmax", "rankseg_rma", "rankseg_rma_iou", DATASET_RULE, "rankseg_rma_dataset_iou")
 CAMVID = Cell(
     "deeplabv3plus_mobilenetv2_100",
@@ -46,7 +46,7 @@ NOISY = Cell(
     "adamw_lr6e-4",
     ("argmax", "rankseg_rma", DATASET_RULE),
     test="test_dice",
-    overrides=("schedule.train_iters=150",),
+    overrides=("schedule.train_iters=150", "data.val_samples=100"),
 )
 
 
@@ -54,7 +54,8 @@ def laptop_cells() -> Iterator[Cell]:
     """Two networks on CamVid, one of them with five seeds, a U-Net on hippocampus, and the evidence beyond the paper.
 
     That is: every seed again under a fitted temperature, thresholds of the training images, the same network trained
-    for shorter, and shapes with more and less noise in the labels. A training comes before its further evaluations.
+    for shorter, and shapes with more and less noise in the labels, under the network's probabilities and under those
+    from which the labels were drawn. A training comes before its further evaluations.
     """
     for seed in SEEDS:
         cell = replace(CAMVID, seed=seed)
@@ -67,7 +68,9 @@ def laptop_cells() -> Iterator[Cell]:
     for iters in SHORTER:
         yield replace(CAMVID, overrides=(f"schedule.train_iters={iters}", *CAMVID.overrides[1:]))
     for level in NOISE_LEVELS:
-        yield replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
+        cell = replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
+        yield cell
+        yield replace(cell, rules=(*NOISY.rules, "rankseg_exact"), again=Again("true", true=True))
 
 
 def tempered(cell: Cell) -> tuple[Cell, Cell]:

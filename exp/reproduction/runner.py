@@ -12,7 +12,7 @@ from pathlib import Path
 
 from exp.errors import InputError
 from exp.interrupt import Interrupted, StopRequest
-from exp.reproduction.cells import DONE, TRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.cells import DONE, TRAINED, UNTRAINED, WAITING, Cell, Existing, State
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "reproduce.log"  # in a cell's folder: what its program printed
@@ -49,9 +49,11 @@ class Runner:
             flags = ["--test-only", "--model_checkpoint", str(state.weights), *flags]
         if state.kind == WAITING:
             flags = ["--test-only", "--model_checkpoint", "WEIGHTS", *flags]  # for a person to read
-        return ["--device", self.device, *flags] if self.device != "auto" else flags
+        return ["--device", self.device, *flags] if self.device != "auto" and state.kind != UNTRAINED else flags
 
     def command(self, cell: Cell, state: State) -> list[str]:
+        if state.kind == UNTRAINED:
+            return [sys.executable, str(ROOT / "scripts" / "evaluate_bayes.py"), *self.flags(cell, state)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         return [
             sys.executable,
