@@ -61,7 +61,7 @@ def compare_rules(results: Sequence[EvalResult], metric: str, seed: int = 0) -> 
         tested = [_compare(base, other, name, seed) for other in others]
         adjusted = holm([c.p_value for c in tested])
         comparisons += [replace(c, p_holm=p) for c, p in zip(tested, adjusted)]
-    return comparisons + [_compare_pooled(base, other, f"{family}D", seed) for other in others]
+    return comparisons + [compare_pooled(base, other, f"{family}D", seed) for other in others]
 
 
 def _compare(base: EvalResult, other: EvalResult, metric: str, seed: int) -> Comparison:
@@ -105,8 +105,9 @@ def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RE
     return bca_interval(values.mean(), _resample(means, num, num_resamples, num, seed), left_out)
 
 
-def _compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int) -> Comparison:
-    """Two results -> the difference of their data-set score, its interval by resampling images or cases."""
+def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int = 0) -> Comparison:
+    """Two results of the same images -> the difference of a score of the data set (mAccD, mIoUD, mDiceD or Acc), its
+    interval by resampling images or cases."""
     units = [
         np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
         for r in (base, other)

@@ -122,9 +122,8 @@ def compute_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> di
     an image. What is 0/0 (a class that is nowhere, an image without a pixel that counts) is left out; NaN if nothing
     is left.
     """
-    tp, _, fn = pooled = counts.sum(0)
-    scores = {"Acc": 100.0 * tp.sum() / (tp.sum() + fn.sum()) if (tp + fn).any() else float("nan")}
-    whole = pooled_scores(pooled)
+    whole = pooled_scores(counts.sum(0))
+    scores = {"Acc": whole["Acc"]}
     within = [_scores_within(part) for part in split_cases(counts, cases)[1]]
     for name in SCORES:
         scores[f"m{name}D"] = whole[f"m{name}D"]
@@ -136,12 +135,16 @@ def compute_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> di
 
 
 def pooled_scores(pooled: np.ndarray) -> dict[str, np.ndarray]:
-    """(..., 3, C) counts summed over a data set -> mAccD, mIoUD, mDiceD, each (...): the mean over the classes.
+    """(..., 3, C) counts summed over a data set -> Acc, mAccD, mIoUD, mDiceD, each (...): the mean over the classes.
 
-    Two classes: the foreground's. A class that is nowhere is left out; NaN if none is left.
+    Two classes: the foreground's, but for Acc, that of all pixels. A class that is nowhere is left out; NaN if none is
+    left.
     """
     foreground = slice(1, 2) if pooled.shape[-1] == 2 else slice(None)
-    return {f"m{name}D": _nanmean(v[..., foreground], axis=-1) for name, v in class_scores(pooled).items()}
+    scores = {f"m{name}D": _nanmean(v[..., foreground], axis=-1) for name, v in class_scores(pooled).items()}
+    right = pooled[..., 0, :].sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"Acc": 100 * right / (right + pooled[..., 2, :].sum(-1)), **scores}
 
 
 def _scores_within(counts: np.ndarray) -> dict[str, float]:

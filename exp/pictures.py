@@ -106,16 +106,17 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _paste_columns(columns: list[list[tuple[str, np.ndarray]]], size: tuple[int, int], title: str) -> Image.Image:
-    """Columns of one or two (caption, (H, W, 3) pixels) -> a white panel, COLUMNS of them side by side."""
+    """Columns of one or two (caption, (H, W, 3) pixels) -> a white panel, up to COLUMNS of them side by side."""
     width, height = size
     blocks = -(-len(columns) // COLUMNS)
-    across = min(len(columns), COLUMNS) * (width + GAP) - GAP
+    beside = -(-len(columns) // blocks)  # as many in each block
+    across = beside * (width + GAP) - GAP
     panel = Image.new("RGB", (across, LINE + blocks * 2 * (LINE + height + GAP) - GAP), "white")
     _write(panel, (0, 0), across, title)
     for i, tiles in enumerate(columns):
-        left = i % COLUMNS * (width + GAP)
+        left = i % beside * (width + GAP)
         for row, (caption, pixels) in enumerate(tiles):
-            top = LINE + (i // COLUMNS * 2 + row) * (LINE + height + GAP)
+            top = LINE + (i // beside * 2 + row) * (LINE + height + GAP)
             _write(panel, (left, top), width, caption)
             shrinks = caption == "image" and pixels.shape[1] > width
             how = Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST

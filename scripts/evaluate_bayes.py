@@ -64,7 +64,7 @@ def main() -> None:
     reader = build_true_reader(data)
     classes = reader.dataset.classes
     judged = judge(reader.files(), reader, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
-    origin = {"probabilities": "true", **describe_code()}
+    origin = {"probabilities": "true", "metric": args.metric, **describe_code()}
     contexts = [{**origin, "config": {"data": asdict(data), "predict": asdict(c)}} for c in predict]
     folder = args.output_dir / "results"
     print(report_results(judged.results, folder, contexts, metric=args.metric, calibration=judged.calibration))

@@ -2,12 +2,14 @@
 """Published figures beside what was measured, from whatever results there are:
 
     python scripts/report.py OUTPUT_DIR
+    python scripts/report.py OUTPUT_DIR --readme README.md
 
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
 and .csv: every table of the paper with the published value, the measured one and their difference; what a rule gains
 over argmax, with a bootstrap interval; misprints as notes; and trainings that belong to no table, with all of their
 rules. index.html has the same and plots, pictures and curves, in one file that needs nothing else. Scores are computed
-anew from the counts of every image, so the same results give the same files, byte for byte.
+anew from the counts of every image, so the same results give the same files, byte for byte. --readme FILE writes a
+shorter account between two marks of that file: what was and was not reproduced, the rules, and every loss.
 """
 
 import argparse
@@ -22,12 +24,17 @@ from exp.errors import InputError, run_and_report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="renew the results between the marks in this file")
     args = parser.parse_args()
     if not args.output_dir.is_dir():
         raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
+    if args.readme is not None and not args.readme.is_file():
+        raise InputError(f"--readme {args.readme}: no such file, expected one with marks for results")
     from exp.reproduction.page import write_report
 
-    print(f"report: {write_report(args.output_dir)}")
+    print(f"report: {write_report(args.output_dir, args.readme)}")
+    if args.readme is not None:
+        print(f"results: {args.readme}")
 
 
 if __name__ == "__main__":

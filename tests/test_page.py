@@ -18,6 +18,7 @@ from exp.errors import InputError
 from exp.metrics import EvalResult, class_scores
 from exp.reproduction.measured import Training
 from exp.reproduction.page import build_page, gains_of_objects, read_log, write_report
+from exp.reproduction.trainings import Trainings
 from exp.results import load_result, save_results
 
 CHROMIUM = shutil.which("chromium")
@@ -77,7 +78,7 @@ def test_the_page_has_everything_and_needs_nothing(output: Path):
     # Three plots and the times of each training; of one the entropy, the calibration, two curves and three pictures.
     assert page.tags["img"] == page.tags["figcaption"] == 15
     assert text.count("these results came without the entropy of the images") == 1
-    for heading in ("table1: Natural images", "table7: Ten seeds", ": 2 seeds", "shapes, ce, seed 1"):
+    for heading in ("table1: Natural images", "table7: Ten seeds", ": seeds 0, 1", "shapes, ce, seed 1"):
         assert heading in text
     for alt in (
         "Reliability",
@@ -154,7 +155,7 @@ def test_damaged_files_of_a_run_are_told(tmp_path: Path, name: str, content: str
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError) as failure:
-        build_page({}, [training])
+        build_page({}, Trainings((training,), (), ()))
     assert str(failure.value).startswith(f"{path}: ")
     assert told in str(failure.value)
     assert "\n" not in str(failure.value)

@@ -73,8 +73,8 @@ def test_captions_and_legend_are_written():
 def test_more_rules_than_columns_go_below():
     image, label = np.zeros((320, 320, 3), np.uint8), np.ones((320, 320), np.uint8)
     panel = draw_panel(image, label, {f"rule_{i}": label * (i % 3) for i in range(COLUMNS + 2)}, PALETTE)
-    assert panel.shape == (LINE + 4 * (LINE + 320 + GAP) - GAP, COLUMNS * (320 + GAP) - GAP, 3)
-    assert middle(panel, 0, 2, 320, 320) == PALETTE[(COLUMNS - 1) % 3]
+    assert panel.shape == (LINE + 4 * (LINE + 320 + GAP) - GAP, 4 * (320 + GAP) - GAP, 3)
+    assert middle(panel, 1, 2, 320, 320) == PALETTE[4 % 3]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ SMALL = Cell(
         ("table6", 3, 5),
         ("table7", 30, 3),
         ("all", 88, None),
-        ("laptop", 23, None),
+        ("laptop", 27, None),
     ],
 )
 def test_each_table_has_its_trainings(table: str, number: int, rules: int | None):

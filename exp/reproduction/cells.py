@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,7 @@ class Cell:
     @cached_property
     def config(self) -> ExperimentConfig:
         """The resolved config; InputError if the YAMLs and overrides do not fit together."""
-        yamls = {group: [getattr(self, group)] for group in GROUPS} | {"predict": list(self.rules)}
-        config = load_experiment(yamls, self.settings, self.seed)
-        return config.with_window(config.data.crop_size)
+        return _load_config(tuple(getattr(self, group) for group in GROUPS), self.rules, self.settings, self.seed)
 
     @cached_property
     def digest(self) -> str:
@@ -104,6 +102,16 @@ class Cell:
 
     def rule_config(self, rule: str) -> dict[str, Any]:
         return next(r for r in self.config.to_dict()["predict"] if r["name"] == rule)
+
+
+@lru_cache(maxsize=1024)
+def _load_config(
+    names: tuple[str, ...], rules: tuple[str, ...], settings: tuple[str, ...], seed: int
+) -> ExperimentConfig:
+    """YAML names of GROUPS and what else a config follows from; a table's figures ask for few of them, many times."""
+    yamls = {group: [name] for group, name in zip(GROUPS, names)} | {"predict": list(rules)}
+    config = load_experiment(yamls, settings, seed)
+    return config.with_window(config.data.crop_size)
 
 
 def join_cells(cells: Iterable[Cell]) -> list[Cell]:

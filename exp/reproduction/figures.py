@@ -9,8 +9,16 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito, 2008.
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#999999"
+PINK, SKY = "#CC79A7", "#56B4E9"
 MANY = 2000  # dots; as a picture within the SVG, which a path a dot would bloat
-SERIES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (BLACK, "D", ":"))
+SERIES = (
+    (BLUE, "o", "-"),
+    (ORANGE, "s", "--"),
+    (GREEN, "^", "-."),
+    (BLACK, "D", ":"),
+    (PINK, "v", "-"),
+    (SKY, "P", "--"),
+)
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
          "svg.fonttype": "path"}  # fmt: skip
 
@@ -91,6 +99,27 @@ def bars(milliseconds: Mapping[str, float]) -> bytes:
         axes.bar_label(drawn, fmt="%.1f", padding=3)
         axes.margins(x=0.15)
         axes.set_xlabel("milliseconds an image")
+        return _svg(figure)
+
+
+def gains_along(series: Mapping[str, Sequence[tuple[float, float, float, float]]], label: str, metric: str) -> bytes:
+    """By name (value, gain, low, high) of what varies -> lines with intervals as bars, side by side; six at most."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _draw(4.6, 3.6)
+        axes.axhline(0, color=GREY, linewidth=1)
+        values = sorted({value for points in series.values() for value, *_ in points})
+        places = {value: place for place, value in enumerate(values)}
+        drawn = list(zip(series.items(), SERIES))
+        for number, ((name, points), (colour, marker, dash)) in enumerate(drawn):
+            aside = 0.05 * (number - (len(drawn) - 1) / 2)
+            lengths = [[gain - low for _, gain, low, _ in points], [high - gain for _, gain, _, high in points]]
+            axes.errorbar([places[value] + aside for value, *_ in points], [gain for _, gain, *_ in points],
+                          np.maximum(lengths, 0), color=colour, marker=marker, markersize=5, linestyle=dash, capsize=2,
+                          linewidth=1, label=name)  # fmt: skip
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{metric} against argmax")
+        axes.legend(frameon=False, fontsize=7)
         return _svg(figure)
 
 

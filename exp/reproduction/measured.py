@@ -1,6 +1,7 @@
 """Results below a folder -> measured counterparts of published figures, computed from the counts of every image."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from exp.comparison import mean_interval, paired_differences, signed_rank
+from exp.comparison import Comparison, compare_pooled, compare_rules, mean_interval, paired_differences, signed_rank
 from exp.errors import InputError
 from exp.metrics import EvalResult, compute_scores, per_class_scores
 from exp.reproduction.cells import Cell, Existing
@@ -32,8 +33,9 @@ class Gain:
 class SeedGain:
     """One score's gain over several seeds of one training.
 
-    values: a seed each. mean, interval, p_value, wins, losses: of the gains of the images (cases), each averaged over
-    the seeds; p by Wilcoxon's signed-rank test. seed_p: of the seeds' gains, by the paired t-test.
+    values: a seed each, one or more. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
+    averaged over the seeds; p by Wilcoxon's signed-rank test. seed_p: of the seeds' gains, by the paired t-test; NaN
+    for one seed.
     """
 
     values: tuple[float, ...]
@@ -44,6 +46,12 @@ class SeedGain:
     wins: int
     losses: int
     seed_p: float
+
+
+def _place(rule: str) -> tuple[int, str]:
+    """Where a rule stands among the further ones: that of the paper first."""
+    first = ("rankseg_rma", "rankseg_rma_paper")
+    return first.index(rule) if rule in first else len(first), rule
 
 
 class Measured:
@@ -64,6 +72,43 @@ class Measured:
     def find(self, cell: Cell, rule: str) -> EvalResult | None:
         path = self.existing.find(cell, rule)
         return None if path is None else self.load(path)
+
+    def trainings(self) -> Iterable[tuple[str, list["Training"]]]:
+        """The digest of each training that argmax has judged, and its evaluations, a folder each."""
+        for digest, entries in sorted(self.existing.results.items()):
+            folders: dict[tuple, list[tuple[Path, dict]]] = {}
+            for path, content in entries:
+                folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
+            found = (self._training(folder, members) for (folder, _), members in sorted(folders.items()))
+            yield digest, [training for training in found if training is not None]
+
+    def true_maps(self) -> list["Training"]:
+        """Rules judged on the probabilities from which labels were drawn, a folder each."""
+        folders: dict[Path, list[tuple[Path, dict]]] = {}
+        for path, content in self.existing.true:
+            folders.setdefault(path.parent, []).append((path, content))
+        found = (self._training(folder, members) for folder, members in sorted(folders.items()))
+        return [training for training in found if training is not None]
+
+    def _training(self, folder: Path, members: Sequence[tuple[Path, dict]]) -> "Training | None":
+        """Results of one folder -> its training; None without argmax, or of what a later evaluation replaced."""
+        results = {path.stem: self.load(path) for path, _ in members}
+        base = results.pop("argmax", None)
+        if base is None or folder.parent.name == "older":
+            return None
+        same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
+        content = members[0][1]
+        data = {"data": content["config"]["data"], "seed": 0, "iteration": 0}
+        config, test = content.get("training", data), content["config"].get("test", {})
+        return Training(
+            folder,
+            config,
+            config["iteration"],
+            test.get("metric", content.get("metric", "mDiceI")),
+            (base, *same),
+            test.get("temperature", 1.0),
+            folder.parent.relative_to(self.output).as_posix(),
+        )
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are judged."""
@@ -143,23 +188,48 @@ class Training:
 
     @cached_property
     def name(self) -> str:
-        parts = [self.config[group]["name"] for group in ("model", "data", "loss")]
+        groups = ("data",) if self.is_true else ("model", "data", "loss")
+        parts = ["true probabilities"] if self.is_true else []
+        parts += [self.config[group]["name"] for group in groups]
         fold, noise = (self.config["data"].get(key) for key in ("fold", "label_noise"))
         parts += [] if fold is None else [f"fold {fold}"]
         parts += [] if noise is None else [f"label noise {noise:g}"]
         return ", ".join([*parts, *([] if self.temperature == 1 else ["after temperature scaling"])])
 
     @property
+    def is_true(self) -> bool:
+        """Whether the probabilities are those from which the labels were drawn; then `config` has `data` alone."""
+        return "model" not in self.config
+
+    @property
     def title(self) -> str:
+        if self.is_true:
+            return self.name
         return f"{self.name}, seed {self.config['seed']}, {self.iteration} iterations"
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every further rule beside argmax: by the metric of an image (case), of a volume in 3D, of the data set, and
+        by the accuracy of all pixels."""
+        base, *others = self.results
+        return *compare_rules(self.results, self.metric), *(compare_pooled(base, other, "Acc") for other in others)
 
     @property
     def unseeded(self) -> tuple:
         """What trainings that differ in their seed alone have in common."""
+        return *self.likeness(), self.iteration
+
+    def likeness(self, left_out: str | None = None) -> tuple:
+        """What tells a training from others, but for the seed and, if asked, for "iterations" or "label noise"."""
         names = tuple(result.rule for result in self.results)
-        plain = {key: value for key, value in self.config.items() if key != "seed"}
+        config = {key: value for key, value in self.config.items() if key not in ("seed", "iteration")}
+        config |= {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
+        if left_out == "iterations":
+            config["schedule"].pop("train_iters", None)
+        elif left_out == "label noise":
+            config["data"].pop("label_noise", None)
         judged = (self.metric, self.temperature == 1)  # fitted ones differ from seed to seed
-        return str(sorted(plain.items(), key=str)), self.iteration, judged, names, self.results[0].names
+        return json.dumps(config, sort_keys=True), judged, names, self.results[0].names
 
 
 def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
@@ -178,5 +248,5 @@ def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
         p_value=signed_rank(images),
         wins=int((images > 0).sum()),
         losses=int((images < 0).sum()),
-        seed_p=float(stats.ttest_1samp(gains, 0).pvalue),
+        seed_p=float(stats.ttest_1samp(gains, 0).pvalue) if len(gains) > 1 else float("nan"),
     )

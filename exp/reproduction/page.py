@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,54 +14,67 @@ from exp.errors import InputError
 from exp.image_files import PILLOW_ERRORS, open_image, read_bytes
 from exp.metrics import EvalResult, class_scores, image_scores
 from exp.reproduction import figures
+from exp.reproduction.evidence import Series
 from exp.reproduction.measured import Measured, Training, read_times
 from exp.reproduction.published import Table, load_tables
-from exp.reproduction.report import (
-    HEADER,
-    Row,
-    csv_text,
-    latex,
-    markdown,
-    other_trainings,
-    row_cells,
-    seed_note,
-    seed_table,
-    table_rows,
-    training_table,
-    training_titles,
-)
+from exp.reproduction.readme import update_readme
+from exp.reproduction.report import HEADER, Row, csv_text, latex, markdown, other_sections, row_cells, table_rows
+from exp.reproduction.trainings import Section, Trainings, find_trainings, training_section, training_titles
 from exp.results import IMAGES, load_entropy
 from exp.text_files import read_json
 
 STYLES = Path(__file__).with_name("page.css")
-PANEL_WIDTH = 720  # pixels
+PANEL_WIDTH = 1000  # pixels
 SHOWN_RULES = ("argmax", "rankseg_rma")  # of the validations in training
 KINDS = {"gain": "largest gain", "loss": "largest loss", "random": "at random"}
 
 
-def write_report(output: Path) -> Path:
-    """Write <output>/report/tables.{md,tex,csv} and index.html from the results below `output` -> the folder."""
+def write_report(output: Path, readme: Path | None = None) -> Path:
+    """Write <output>/report/tables.{md,tex,csv} and index.html from the results below `output` -> the folder.
+
+    readme: a file in which the results between two marks are renewed, too.
+    """
     measured = Measured(output)
     tables = {name: (table, table_rows(table, measured)) for name, table in load_tables().items()}
-    others = other_trainings(measured)
+    trainings = find_trainings(measured)
+    others = other_sections(trainings)
     folder = output / "report"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "tables.md", markdown(tables, others))
-    write_atomically(folder / "tables.tex", latex(tables))
-    write_atomically(folder / "tables.csv", csv_text(tables))
-    write_atomically(folder / "index.html", build_page(tables, others))
+    write_atomically(folder / "tables.tex", latex(tables, others))
+    write_atomically(folder / "tables.csv", csv_text(tables, trainings))
+    write_atomically(folder / "index.html", build_page(tables, trainings, others))
+    if readme is not None:
+        update_readme(readme, [row for _, rows in tables.values() for row in rows], trainings)
     return folder
 
 
-def build_page(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Training]) -> str:
-    """Published tables with their rows, and trainings of their own -> HTML."""
-    seeded = [group for group in group_seeds(others) if len(group) > 1 and len(group[0].results) > 1]
-    titles = training_titles(others)
-    sections = [(f"training-{i}", title, _training(t)) for i, (title, t) in enumerate(zip(titles, others))]
-    sections += [(f"seeds-{i}", f"{g[0].name}: {len(g)} seeds", _seeds(g)) for i, g in enumerate(seeded)]
-    sections += [
+def build_page(
+    tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings, others: Sequence[Section] | None = None
+) -> str:
+    """Published tables with their rows, trainings, and the sections of those that are in no table -> HTML.
+
+    What was measured comes first: the published tables if any of their lines was, else the other trainings.
+    """
+    more = {f"training-{i}": _plots(training) for i, training in enumerate(trainings.all_others)}
+    more |= {f"series-{i}": _series_plot(series) for i, series in enumerate(trainings.series)}
+    sections = [
+        (section.key, section.title, _section(section, more.get(section.key, "")))
+        for section in (other_sections(trainings) if others is None else others)
+    ]
+    published = [
         (name, f"{name}: {table.title}", _published(name, table, rows)) for name, (table, rows) in tables.items()
     ]
+    shown = [t for t in trainings.paper if t.config["seed"] == 0 and t.config["data"].get("fold") in (None, 0)]
+    for i, (title, training) in enumerate(zip(training_titles(shown), shown)):
+        section = training_section(f"paper-{i}", title, training)
+        published.append((section.key, title, _section(section, _plots(training))))
+    measured = any(row.measured is not None for _, rows in tables.values() for row in rows)
+    return _document([*published, *sections] if measured else [*sections, *published])
+
+
+def _document(sections: Sequence[tuple[str, str, str]]) -> str:
+    """(key, title, HTML) of sections -> the page."""
     contents = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in sections)
     body = "".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>{content}</section>' for key, title, content in sections
@@ -77,12 +90,22 @@ def build_page(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Trai
     )
 
 
-def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:
-    """Trainings that differ in their seed alone, together."""
-    groups: dict[tuple, list[Training]] = {}
-    for training in trainings:
-        groups.setdefault(training.unseeded, []).append(training)
-    return list(groups.values())
+def _section(section: Section, more: str) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in section.notes)
+    return _html_table(section.header, [[escape(cell) for cell in row] for row in section.rows]) + notes + more
+
+
+def _series_plot(series: Series) -> str:
+    """Gains of every rule, under each source of probabilities, along what varies."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for step in series.steps:
+        for rule in step.rules[1:]:
+            found = step.gain(rule)
+            if found.interval is not None:
+                name = f"{rule}, {step.source}" if step.source else rule
+                lines.setdefault(name, []).append((step.value, found.mean, *found.interval))
+    svg = figures.gains_along(lines, series.label, series.training.metric)
+    return f'<div class="plots">{_image(svg, f"{series.title}, with 95 % intervals")}</div>'
 
 
 def _published(name: str, table: Table, rows: Sequence[Row]) -> str:
@@ -100,22 +123,15 @@ def _published(name: str, table: Table, rows: Sequence[Row]) -> str:
     return setting + _html_table(HEADER, body) + (f"<ol>{foot}</ol>" if foot else "") + (fill if missing else "")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return _html_table(header, [[escape(cell) for cell in row] for row in rows])
-
-
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _seeds(group: Sequence[Training]) -> str:
-    return _table(*seed_table(group)) + f"<p>{escape(seed_note(group))}</p>"
-
-
-def _training(training: Training) -> str:
-    parts = [f"<p>From <code>{escape(training.place)}</code>.</p>", _table(*training_table(training))]
+def _plots(training: Training) -> str:
+    """Where the training lies, its plots and its pictures."""
+    parts = [f"<p>From <code>{escape(training.place)}</code>.</p>"]
     if len(training.results) > 1:
         parts.append(_comparisons(training))
     run = training.folder.parent

@@ -4,21 +4,30 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
-import numpy as np
-
-from exp.comparison import mean_interval, paired_differences
 from exp.metrics import compute_scores
-from exp.reproduction.cells import Existing
-from exp.reproduction.measured import Measured, Training, compare_seeds
-from exp.reproduction.plans import ALL, find_counterpart, table_cells
+from exp.reproduction.measured import Measured, Training
+from exp.reproduction.plans import find_counterpart
 from exp.reproduction.published import Figure, Table
+from exp.reproduction.text import (
+    format_interval,
+    format_number,
+    latex_table,
+    latex_text,
+    markdown_line,
+    markdown_table,
+)
+from exp.reproduction.trainings import (
+    SCORES,
+    Section,
+    Trainings,
+    joint_sections,
+    training_section,
+    training_titles,
+)
 
-NOTHING = "–"  # noqa: RUF001
 HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
 CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
-SCORES = ("Acc", "mIoUI", "mIoUC", "mIoUD", "mDiceI", "mDiceD", "mDice3D")
 
 
 @dataclass(frozen=True)
@@ -74,50 +83,6 @@ def _argmax_beside(figure: Figure, table: Table) -> Figure | None:
     return next(same, None)
 
 
-def other_trainings(measured: Measured) -> list[Training]:
-    """What lies below the folder and belongs to no table of the paper, such as laptop's; by name, length and seed."""
-    paper = {cell.digest for cell in table_cells(ALL)}
-    found = [t for digest, ts in _trainings(measured.existing, measured) if digest not in paper for t in ts]
-    return sorted(found, key=lambda t: (t.name, t.iteration, t.config["seed"], len(t.place), t.place))
-
-
-def training_titles(trainings: Sequence[Training]) -> list[str]:
-    """A title each; further evaluations of one training have the names of their folders in it."""
-    titles: list[str] = []
-    for training in trainings:
-        folder = PurePosixPath(training.place).parent.name
-        titles.append(f"{training.title} ({folder})" if training.title in titles else training.title)
-    return titles
-
-
-def _trainings(existing: Existing, measured: Measured) -> Iterable[tuple[str, list[Training]]]:
-    for digest, entries in sorted(existing.results.items()):
-        folders: dict[tuple, list] = {}
-        for path, content in entries:
-            folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
-        found = []
-        for (folder, iteration), members in sorted(folders.items()):
-            results = {path.stem: measured.load(path) for path, _ in members}
-            base = results.pop("argmax", None)
-            same = [base, *(r for _, r in sorted(results.items()) if base is not None and r.names == base.names)]
-            if base is not None and folder.parent.name != "older":
-                content = members[0][1]
-                test = content["config"]["test"]
-                place = folder.parent.relative_to(measured.output).as_posix()
-                judged = {"metric": test["metric"], "temperature": test["temperature"], "place": place}
-                found.append(Training(folder, content["training"], iteration, results=tuple(same), **judged))
-        yield digest, found
-
-
-def format_number(value: float | None, signed: bool = False) -> str:
-    """Two decimals; what would be zero then, such as a p-value, with its exponent."""
-    if value is None:
-        return NOTHING
-    if 0 < abs(value) < 0.005:
-        return f"{value:.2e}"
-    return f"{value:{'+' if signed else ''}.2f}"
-
-
 def row_cells(row: Row) -> list[str]:
     """A row as text, a cell a column of HEADER."""
     gain = row.of.endswith("- argmax")
@@ -133,7 +98,16 @@ def row_cells(row: Row) -> list[str]:
     ]
 
 
-def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Training]) -> str:
+def other_sections(trainings: Trainings) -> list[Section]:
+    """A table each for trainings of which the paper has none, and for what they say together, which comes first."""
+    titles = training_titles(trainings.all_others)
+    own = [
+        training_section(f"training-{i}", title, t) for i, (title, t) in enumerate(zip(titles, trainings.all_others))
+    ]
+    return [*joint_sections(trainings), *own]
+
+
+def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section]) -> str:
     """Everything as one Markdown page."""
     parts = ["# Published and measured\n"]
     for name, (table, rows) in tables.items():
@@ -141,12 +115,12 @@ def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Traini
         if table.setting:
             parts.append(f"{table.setting}. In {table.unit}.\n")
         notes: dict[str, int] = {}
-        lines = [_line(HEADER), _line(["---"] * 4 + ["---:"] * 4)]
+        lines = [markdown_line(HEADER), markdown_line(["---"] * 4 + ["---:"] * 4)]
         for row in rows:
             marks = "".join(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in row.notes)
             cells = row_cells(row)
             cells[4] += f" {marks}" if marks else ""
-            lines.append(_line(cells))
+            lines.append(markdown_line(cells))
         parts.append("\n".join(lines) + "\n")
         parts += [f"[{number}] {text}\n" for text, number in notes.items()]
         parts += [f"{row}: {reason}\n" for row, reason in _reasons(rows).items()]
@@ -154,143 +128,67 @@ def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Traini
         if missing:
             command = f"python scripts/reproduce.py {name} --data_dir DATA --output_dir OUTPUT"
             parts.append(f"{missing} of {len(rows)} lines are not measured yet: `{command}` fills them.\n")
-    return "\n".join([*parts, *_other_parts(others)])
+    parts += ["## Other trainings\n"] if others else []
+    for section in others:
+        parts += [f"### {section.title}\n", markdown_table(section.header, section.rows)]
+        parts += [f"{note}\n" for note in section.notes]
+    return "\n".join(parts)
 
 
 def _reasons(rows: Sequence[Row]) -> dict[str, str]:
     return {row.row: row.reason for row in rows if row.reason}
 
 
-def _other_parts(others: Sequence[Training]) -> list[str]:
-    if not others:
-        return []
-    parts = ["## Other trainings\n"]
-    for title, training in zip(training_titles(others), others):
-        parts += _training_parts(title, training)
-    groups: dict[tuple, list[Training]] = {}
-    for training in others:
-        groups.setdefault(training.unseeded, []).append(training)
-    for group in (g for g in groups.values() if len(g) > 1 and len(g[0].results) > 1):
-        parts += _seed_parts(group)
-    return parts
-
-
-def _training_parts(title: str, training: Training) -> list[str]:
-    header, rows = training_table(training)
-    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-    return [f"### {title}\n", "\n".join(lines) + "\n"]
-
-
-def training_table(training: Training) -> tuple[list[str], list[list[str]]]:
-    """A training -> the head, and a row a rule: scores, gain over argmax with its interval, units better and worse."""
-    scores = {r.rule: compute_scores(r.counts, r.cases) for r in training.results}
-    columns = [name for name in SCORES if name in scores["argmax"]]
-    unit = "image" if training.results[0].cases is None else "case"
-    rows = []
-    for result in training.results:
-        cells = [result.rule, *(f"{scores[result.rule][name]:.2f}" for name in columns)]
-        if result.rule == "argmax":
-            rows.append([*cells, "", ""])
-            continue
-        values = paired_differences(training.results[0], result, training.metric)
-        better = f"{int((values > 0).sum())} / {int((values < 0).sum())}"
-        rows.append([*cells, f"{values.mean():+.2f} {format_interval(mean_interval(values))}", better])
-    return ["rule", *columns, f"{training.metric} against argmax", f"{unit}s better / worse"], rows
-
-
-def _seed_parts(group: Sequence[Training]) -> list[str]:
-    seeds = ", ".join(str(t.config["seed"]) for t in group)
-    header, rows = seed_table(group)
-    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-    return [f"### {group[0].name}: seeds {seeds}\n", "\n".join(lines) + "\n", seed_note(group) + "\n"]
-
-
-def seed_note(group: Sequence[Training]) -> str:
-    """What the table of several seeds compares, and how many of each there are."""
-    found = compare_seeds(group, group[0].results[1].rule)
-    units = "images" if group[0].results[0].cases is None else "cases"
-    return (
-        f"{group[0].metric}, gains over argmax; ± is the standard deviation over the seeds. Over seeds: the paired "
-        f"t-test, n = {len(group)} seeds. Over {units}: each one's gain averaged over the seeds, Wilcoxon's signed-rank"
-        f" test and the interval, n = {found.num_units} {units} (the same in all seeds)."
-    )
-
-
-def seed_table(group: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
-    """Trainings of several seeds -> the head, and a row a rule: its score, and its gains over seeds and images."""
-    metric = group[0].metric
-    scores = {result.rule: _seed_scores(group, result.rule) for result in group[0].results}
-    rows = [["argmax", scores["argmax"], *[""] * 6]]
-    for result in group[0].results[1:]:
-        found = compare_seeds(group, result.rule)
-        rows.append(
-            [
-                result.rule,
-                scores[result.rule],
-                f"{np.mean(found.values):+.2f} ± {np.std(found.values, ddof=1):.2f}",
-                " ".join(f"{value:+.2f}" for value in found.values),
-                f"{found.seed_p:.2g}",
-                f"{found.mean:+.2f} {format_interval(found.interval)}",
-                f"{found.wins} / {found.losses}",
-                f"{found.p_value:.2g}",
-            ]
-        )
-    unit = "images" if group[0].results[0].cases is None else "cases"
-    header = ["rule", metric, "gain over seeds", "gain a seed", "p over seeds"]
-    return [*header, f"gain over {unit}", "better / worse", f"p over {unit}"], rows
-
-
-def _seed_scores(group: Sequence[Training], rule: str) -> str:
-    """The mean of a rule's score over the seeds, and its standard deviation."""
-    results = [next(r for r in training.results if r.rule == rule) for training in group]
-    values = [compute_scores(r.counts, r.cases)[group[0].metric] for r in results]
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-
-
-def format_interval(interval: tuple[float, float] | None) -> str:
-    return NOTHING if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}  # fmt: skip # noqa: RUF001
-
-
-def latex_text(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def latex(tables: dict[str, tuple[Table, list[Row]]]) -> str:
-    """Tables that may break over pages, one a published table, with errata as notes below."""
-    parts = ["% Needs \\usepackage{booktabs,longtable}.\n"]
-    head = " & ".join(map(latex_text, HEADER)) + " \\\\"
+def latex(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section]) -> str:
+    """Tables that may break over pages, one a published table, with errata as notes below, and one a section."""
+    parts = ["% Needs \\usepackage{booktabs,longtable,pdflscape}.\n"]
     for name, (table, rows) in tables.items():
-        lines = ["{\\footnotesize", "\\begin{longtable}{llllrrrr}", f"\\caption{{{latex_text(table.title)}}}"]
-        lines += [f"\\label{{tab:{name.replace('_', '-')}}} \\\\"]
-        lines += ["\\toprule", head, "\\midrule", "\\endhead", "\\bottomrule", "\\endfoot"]
         notes: dict[str, int] = {}
+        lines = []
         for row in rows:
             cells = [latex_text(cell) for cell in row_cells(row)]
             marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in row.notes)
             cells[4] += f"\\textsuperscript{{{marks}}}" if marks else ""
-            lines.append(" & ".join(cells) + " \\\\")
-        lines.append("\\end{longtable}")
+            lines.append(" & ".join(cells))
+        lines = latex_table(table.title, name.replace("_", "-"), "llllrrrr", HEADER, lines)
         lines += [f"\\noindent\\textsuperscript{{{n}}} {latex_text(text)}\\par" for text, n in notes.items()]
-        parts.append("\n".join([*lines, "}\n"]))
+        parts.append(_latex_page(lines))
+    for section in others:
+        rows = (" & ".join(map(latex_text, row)) for row in section.rows)
+        lines = latex_table(section.title, section.key, "l" * len(section.header), section.header, rows)
+        parts.append(_latex_page([*lines, *(f"\\noindent {latex_text(note)}\\par" for note in section.notes)]))
     return "\n".join(parts)
 
 
-def csv_text(tables: dict[str, tuple[Table, list[Row]]]) -> str:
-    """A line a figure, at full precision; empty where nothing was measured."""
+def _latex_page(lines: Sequence[str]) -> str:
+    return "\n".join(["\\begin{landscape}\\scriptsize", *lines, "\\end{landscape}\n"])
+
+
+def csv_text(tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings) -> str:
+    """A line a figure, at full precision; empty where nothing was measured. The table of other trainings is "other"."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADER)
-    for _, rows in tables.values():
-        for row in rows:
-            numbers = (row.published, row.measured, row.difference, *(row.interval or (None, None)))
-            place = (row.table, row.row, row.data, row.score, row.of)
-            writer.writerow([*place, *("" if n is None else repr(float(n)) for n in numbers), " ".join(row.notes)])
+    for row in (row for _, rows in tables.values() for row in rows):
+        place = (row.table, row.row, row.data, row.score, row.of)
+        numbers = (row.published, row.measured, row.difference, *(row.interval or (None, None)))
+        writer.writerow([*place, *map(_csv_number, numbers), " ".join(row.notes)])
+    for title, training in zip(training_titles(trainings.all_others), trainings.all_others):
+        writer.writerows(_training_lines(title, training))
     return text.getvalue()
+
+
+def _training_lines(title: str, training: Training) -> Iterable[list[str]]:
+    """Scores of all rules, then gains over argmax with their intervals."""
+    data = training.config["data"]["name"]
+    for result in training.results:
+        scores = compute_scores(result.counts, result.cases)
+        for name in (name for name in SCORES if name in scores):
+            yield ["other", title, data, name, result.rule, "", _csv_number(scores[name]), "", "", "", ""]
+    for c in training.comparisons:
+        numbers = map(_csv_number, (c.difference, None, *(c.interval or (None, None))))
+        yield ["other", title, data, c.metric, f"{c.rule} - argmax", "", *numbers, ""]
+
+
+def _csv_number(value: float | None) -> str:
+    return "" if value is None else repr(float(value))
