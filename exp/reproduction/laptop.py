@@ -18,6 +18,7 @@ CAMVID = Cell(
     SCOPES,
     overrides=(
         f"schedule.train_iters={ITERS}",
+        "schedule.log_iters=5",
         "schedule.num_workers=1",
         "test.crop_size=[360,480]",  # whole images: windows of the training crop take 1.8 times the pixels
         "model.output_stride=16",

@@ -18,7 +18,17 @@ from exp.reproduction.evidence import Series
 from exp.reproduction.measured import Measured, Training, read_times
 from exp.reproduction.published import Table, load_tables
 from exp.reproduction.readme import update_readme
-from exp.reproduction.report import HEADER, Row, csv_text, latex, markdown, other_sections, row_cells, table_rows
+from exp.reproduction.report import (
+    HEADER,
+    Row,
+    csv_text,
+    latex,
+    markdown,
+    other_sections,
+    row_cells,
+    summary,
+    table_rows,
+)
 from exp.reproduction.trainings import Section, Trainings, find_trainings, training_section, training_titles
 from exp.results import IMAGES, load_entropy
 from exp.text_files import read_json
@@ -70,11 +80,12 @@ def build_page(
         section = training_section(f"paper-{i}", title, training)
         published.append((section.key, title, _section(section, _plots(training))))
     measured = any(row.measured is not None for _, rows in tables.values() for row in rows)
-    return _document([*published, *sections] if measured else [*sections, *published])
+    lead = summary([row for _, rows in tables.values() for row in rows], trainings)
+    return _document(lead, [*published, *sections] if measured else [*sections, *published])
 
 
-def _document(sections: Sequence[tuple[str, str, str]]) -> str:
-    """(key, title, HTML) of sections -> the page."""
+def _document(lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """What comes first, and (key, title, HTML) of sections -> the page."""
     contents = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in sections)
     body = "".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>{content}</section>' for key, title, content in sections
@@ -84,8 +95,7 @@ def _document(sections: Sequence[tuple[str, str, str]]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>RankSEG-RMA: published and measured</title><style>{STYLES.read_text(encoding='utf-8')}</style></head>"
-        "<body><header><h1>RankSEG-RMA: published and measured</h1><p>Scores in percent; gains in percent points with "
-        "95 % bootstrap intervals over images, or over cases where images are slices of volumes.</p></header>"
+        f"<body><header><h1>RankSEG-RMA: published and measured</h1><p>{escape(lead)}</p></header>"
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}</main></body></html>\n'
     )
 
@@ -105,7 +115,7 @@ def _series_plot(series: Series) -> str:
                 name = f"{rule}, {step.source}" if step.source else rule
                 lines.setdefault(name, []).append((step.value, found.mean, *found.interval))
     svg = figures.gains_along(lines, series.label, series.training.metric)
-    return f'<div class="plots">{_image(svg, f"{series.title}, with 95 % intervals")}</div>'
+    return f'<div class="plots">{_image(svg, f"{series.title}, with 95 % intervals", wide=True)}</div>'
 
 
 def _published(name: str, table: Table, rows: Sequence[Row]) -> str:
@@ -265,7 +275,8 @@ def _small_panel(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _image(data: bytes, alt: str, kind: str = "svg+xml") -> str:
+def _image(data: bytes, alt: str, kind: str = "svg+xml", wide: bool = False) -> str:
     encoded = base64.b64encode(data).decode()
     image = f'<img src="data:image/{kind};base64,{encoded}" alt="{escape(alt)}">'
-    return f"<figure>{image}<figcaption>{escape(alt)}</figcaption></figure>"
+    figure = '<figure class="wide">' if wide else "<figure>"
+    return f"{figure}{image}<figcaption>{escape(alt)}</figcaption></figure>"

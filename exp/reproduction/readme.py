@@ -12,7 +12,7 @@ from exp.errors import InputError
 from exp.metrics import compute_scores
 from exp.reproduction.evidence import LENGTH, Series, find_losses
 from exp.reproduction.measured import Training, compare_seeds
-from exp.reproduction.report import Row
+from exp.reproduction.report import Row, summary
 from exp.reproduction.text import format_gain, markdown_table
 from exp.reproduction.trainings import Trainings, group_seeds
 from exp.text_files import read_text
@@ -39,7 +39,7 @@ def results_section(rows: Sequence[Row], trainings: Trainings) -> str:
     series = trainings.series
     lone = _in_noise(series) | _shorter(series)
     groups = [g for g in group_seeds(trainings.others) if id(g[0]) not in lone and len(g[0].results) > 1]
-    parts = [_reproduced(rows, trainings)]
+    parts = [textwrap.fill(summary(rows, trainings), WIDTH, break_long_words=False) + "\n"]
     for _, same in groupby(sorted(groups, key=_judged, reverse=True), key=_judged):
         parts += _rules_table(list(same))
     for one in series:
@@ -54,23 +54,6 @@ def _in_noise(series: Sequence[Series]) -> set[int]:
 def _shorter(series: Sequence[Series]) -> set[int]:
     """Trainings that are not the longest of theirs."""
     return {id(t) for one in series if one.label == LENGTH for step in one.steps[:-1] for t in step.trainings}
-
-
-def _reproduced(rows: Sequence[Row], trainings: Trainings) -> str:
-    published = [row for row in rows if row.published is not None and not row.of.endswith("- argmax")]
-    known = sum(row.measured is not None for row in published)
-    pairs = [c for t in trainings.others for c in t.comparisons if (c.rule, c.metric) == ("rankseg_rma", t.metric)]
-    metrics = " or ".join(dict.fromkeys(c.metric for c in pairs))
-    above = sum(c.interval is not None and c.interval[0] > 0 for c in pairs)
-    below = sum(c.interval is not None and c.interval[1] < 0 for c in pairs)
-    text = (
-        f"Measured: {known} of the {len(published)} published figures. In {len(pairs)} evaluations of other, small "
-        f"networks, the images' {metrics} was higher under `rankseg_rma` than under `argmax` with the whole 95 % "
-        f"interval in {above}, lower in {below}. The paper has it higher, in sizes that are of other networks and "
-        "data. Gains in percent points, with bootstrap intervals over images, or volumes where images are slices; "
-        "where there are several seeds, scores and each image's gain are means over these."
-    )
-    return textwrap.fill(text, WIDTH, break_long_words=False) + "\n"
 
 
 def _judged(group: Sequence[Training]) -> tuple[str, bool]:
