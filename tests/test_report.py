@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,6 +233,21 @@ def test_latex_is_balanced_and_escaped(output: Path):
     assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (
         r"a\_b \& 5\% of \$x \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
+def test_latex_makes_a_document_of_it(output: Path, tmp_path: Path):
+    shutil.copy(output / "report" / "tables.tex", tmp_path)
+    packages = "\\usepackage[margin=1.5cm]{geometry}\\usepackage{booktabs,longtable,pdflscape}"
+    (tmp_path / "paper.tex").write_text(
+        f"\\documentclass[a4paper]{{article}}{packages}\\begin{{document}}\\input{{tables}}\\end{{document}}"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout
+    assert (tmp_path / "paper.pdf").stat().st_size > 20_000
 
 
 def test_unfinished_trainings_do_not_count(tmp_path: Path):

@@ -184,7 +184,7 @@ def latex(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section])
 
 
 def _latex_page(lines: Sequence[str]) -> str:
-    return "\n".join(["\\begin{landscape}\\scriptsize", *lines, "\\end{landscape}\n"])
+    return "\n".join(["\\begin{landscape}\\scriptsize\\setlength{\\tabcolsep}{3pt}", *lines, "\\end{landscape}\n"])
 
 
 def csv_text(tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings) -> str:
