@@ -27,6 +27,7 @@ from exp.reproduction.trainings import (
 )
 
 HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
+LATEX_BEGIN = "\\begin{landscape}\\scriptsize\\sloppy\\setlength{\\tabcolsep}{3pt}\n"
 CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
 
 
@@ -164,7 +165,7 @@ def _reasons(rows: Sequence[Row]) -> dict[str, str]:
 
 def latex(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section]) -> str:
     """Tables that may break over pages, one a published table, with errata as notes below, and one a section."""
-    parts = ["% Needs \\usepackage{booktabs,longtable,pdflscape}.\n"]
+    parts = ["% Needs \\usepackage{booktabs,longtable,pdflscape}.", LATEX_BEGIN]
     for name, (table, rows) in tables.items():
         notes: dict[str, int] = {}
         lines = []
@@ -175,16 +176,12 @@ def latex(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section])
             lines.append(" & ".join(cells))
         lines = latex_table(table.title, name.replace("_", "-"), "llllrrrr", HEADER, lines)
         lines += [f"\\noindent\\textsuperscript{{{n}}} {latex_text(text)}\\par" for text, n in notes.items()]
-        parts.append(_latex_page(lines))
+        parts += [*lines, ""]
     for section in others:
         rows = (" & ".join(map(latex_text, row)) for row in section.rows)
         lines = latex_table(section.title, section.key, "l" * len(section.header), section.header, rows)
-        parts.append(_latex_page([*lines, *(f"\\noindent {latex_text(note)}\\par" for note in section.notes)]))
-    return "\n".join(parts)
-
-
-def _latex_page(lines: Sequence[str]) -> str:
-    return "\n".join(["\\begin{landscape}\\scriptsize\\setlength{\\tabcolsep}{3pt}", *lines, "\\end{landscape}\n"])
+        parts += [*lines, *(f"\\noindent {latex_text(note)}\\par" for note in section.notes), ""]
+    return "\n".join([*parts, "\\end{landscape}\n"])
 
 
 def csv_text(tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings) -> str:

@@ -39,7 +39,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex_text(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    """Text for LaTeX; the sign of a negative number is a minus, not a hyphen."""
+    escaped = "".join(LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
 
 
 def latex_table(title: str, label: str, columns: str, header: Sequence[str], rows: Iterable[str]) -> list[str]:
