@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_data_sets import write_slices
 from test_slurm import start as start_job
-from trees import write_voc
+from trees import write_ade20k, write_camvid, write_cityscapes, write_voc
 
-from exp.reproduction import plans
+from exp.prepare.facts import VOLUMES
+from exp.reproduction import data_state, plans
 from exp.reproduction.cells import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Cell, Existing, join_cells
 from exp.reproduction.laptop import fixed, tempered
 from exp.reproduction.plans import Counterpart, figure_cells, find_counterpart, table_cells
@@ -274,6 +276,62 @@ def test_a_dry_run_tells_what_the_data_folder_lacks(script, tmp_path: Path):
     next((data / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir()).unlink()
     assert "data pascal_voc: partial: " in script("reproduce", *flags)[1]
     assert "data cityscapes: empty: " in script("reproduce", *flags)[1]
+
+
+SPLITS = {
+    "pascal_voc": {"trainaug": 3, "val": 2},
+    "cityscapes": {"train": 3, "val": 2},
+    "ade20k": {"training": 3, "validation": 2},
+    "camvid": {"train": 3, "val": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    """A few images of every data set, and a case in every fold."""
+    folder = tmp_path_factory.mktemp("data")
+    write_voc(folder, SPLITS["pascal_voc"])
+    write_cityscapes(folder, SPLITS["cityscapes"], (40, 56))
+    write_ade20k(folder, SPLITS["ade20k"])
+    write_camvid(folder, SPLITS["camvid"])
+    for name in ("lits", "kits", "hippocampus"):
+        each = VOLUMES[name].cases_per_fold
+        write_slices(folder, name, {f"case_{each * fold:03d}": 1 for fold in range(5)})
+    return folder
+
+
+@pytest.mark.parametrize(("share", "state"), [("all", "complete"), ("some", "partial"), ("none", "empty")])
+@pytest.mark.parametrize("table", [*load_tables(), "all", "laptop"])
+def test_a_dry_run_of_every_table_on_whole_partial_and_empty_data(
+    script, tmp_path: Path, small_data: Path, monkeypatch, table: str, share: str, state: str
+):
+    """The totals are those of the small trees, or one image more."""
+    sys.modules.pop("reproduce", None)
+    more = 0 if share == "all" else 1
+    for name, splits in SPLITS.items():
+        first = next(iter(splits))
+        monkeypatch.setitem(data_state.SPLIT_TOTALS, name, {**splits, first: splits[first] + more})
+    for name in ("lits", "kits"):
+        facts = replace(VOLUMES[name], fold_slices=(1, 1, 1, 1, 1 + more))
+        monkeypatch.setitem(data_state.VOLUMES, name, facts)
+    monkeypatch.setitem(data_state.VOLUMES, "hippocampus", replace(VOLUMES["hippocampus"], total_cases=5 + more))
+    (tmp_path / "empty").mkdir()
+    data = tmp_path / "empty" if share == "none" else small_data
+    status, printed, _ = script("reproduce", table, "--data_dir", data, "--output_dir", tmp_path / "out", "--dry_run")
+    assert status == 0
+    cells = table_cells(table)
+    names = [name for name in dict.fromkeys(cell.data for cell in cells) if not name.startswith("shapes")]
+    assert [
+        line.split(": ")[:2] for line in printed.splitlines() if line.startswith("data ") and "shapes" not in line
+    ] == [[f"data {name}", state] for name in names]
+    commands = [line for line in printed.splitlines() if line.startswith("    ")]
+    assert len(commands) == len(cells)
+    for cell, command in zip(cells, commands):
+        flags = shlex.split(command)
+        assert str(tmp_path / "out" / cell.name) == flags[flags.index("--output_dir") + 1]
+        assert cell.data == flags[flags.index("--data_yaml") + 1]
+    assert ", 0 of them done" in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_flags_end_in_one_line(script, tmp_path: Path):
