@@ -84,8 +84,14 @@ def _compare(base: EvalResult, other: EvalResult, metric: str, seed: int) -> Com
 
 def paired_differences(base: EvalResult, other: EvalResult, metric: str) -> np.ndarray:
     """Two results of the same images -> (n,) other - base of the per-image (per-case) score where both are defined."""
-    values = _unit_scores(other)[metric] - _unit_scores(base)[metric]
-    return np.round(values[~np.isnan(values)], ROUNDING)
+    values = unit_differences(base, other, metric)
+    return values[~np.isnan(values)]
+
+
+def unit_differences(base: EvalResult, other: EvalResult, metric: str) -> np.ndarray:
+    """Two results of the same N images -> (N,), or with cases (K,), other - base in percent points; NaN where the score
+    is undefined under either."""
+    return np.round(_unit_scores(other)[metric] - _unit_scores(base)[metric], ROUNDING)
 
 
 def _unit_scores(result: EvalResult) -> dict[str, np.ndarray]:

@@ -122,6 +122,45 @@ def test_losses_are_told(tmp_path: Path):
     assert loss_note(kept) == ("No rule loses mIoUI, mIoUD or Acc against argmax with its whole interval below zero.")
 
 
+def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
+    """A foreground that is only predicted has no accuracy."""
+    counts = np.zeros((3, 3, 2), np.int64)
+    counts[:, 0] = [[50, 10], [50, 20], [50, 30]]
+    counts[:, 2, 1] = 10
+    lacking = counts.copy()
+    lacking[1, :, 1] = [0, 5, 0]
+    better = counts.copy()
+    better[:, 0, 1] += 5
+
+    def training(seed: int, base: np.ndarray) -> Training:
+        results = [EvalResult(n, tuple("abc"), ("x", "y"), c) for n, c in (("argmax", base), ("r", better))]
+        return Training(Path("f"), {**SMALL.config.to_dict(), "seed": seed}, 3, "mAccI", tuple(results))
+
+    found = compare_seeds([training(0, counts), training(1, lacking)], "r")
+    assert found.num_units == 2
+    assert len(found.values) == 2
+    alone = compare_seeds([training(0, counts)], "r")
+    assert alone.num_units == 3
+    gains = [
+        100 * (better[i, 0, 1] / (better[i, 0, 1] + 10) - counts[i, 0, 1] / (counts[i, 0, 1] + 10)) for i in (0, 2)
+    ]
+    assert found.mean == pytest.approx(np.mean(gains))
+
+
+@pytest.mark.parametrize(
+    "change", [{"test": 5}, {"test": {"name": "t", "metric": "mIoU", "temperature": 1.0}}, {"data": {}}]
+)
+def test_results_of_something_else_are_passed_over(tmp_path: Path, change: dict):
+    judge(replace(SMALL, rules=RULES), tmp_path)
+    for path in tmp_path.glob("*/*/results/*a*.json"):
+        content = json.loads(path.read_text())
+        if "config" in content:
+            path.write_text(json.dumps({**content, "config": {**content["config"], **change}}))
+    trainings = find_trainings(Measured(tmp_path))
+    assert trainings.others == trainings.paper == ()
+    write_report(tmp_path)
+
+
 def test_the_report_has_them(output: Path):
     text = (output / "report" / "tables.md").read_text()
     section = text.partition("### unet_mobilenetv3_small_100, shapes, ce: gain by length of training")[2]

@@ -10,6 +10,7 @@ from exp.config import TRAINING_GROUPS, ExperimentConfig, load_experiment, train
 from exp.errors import InputError
 from exp.text_files import read_json
 
+JUDGED = ("data", "test")  # of the config of an evaluation, beside its rule
 GROUPS = ("model", "data", "loss", "schedule", "optim", "test")
 # States of a cell, from nothing to everything.
 WAITING = "waits for its training"
@@ -220,9 +221,15 @@ def _read_result(path: Path) -> dict | None:
     if "rule" not in content or not isinstance(config, dict):
         return None
     if content.get("probabilities") == "true":
-        return content if all(isinstance(config.get(group), dict) for group in ("data", "predict")) else None
-    whole = isinstance(training, dict) and {*TRAINING_GROUPS, "seed", "iteration"} <= training.keys()
-    return content if whole else None
+        return content if _are_groups(config, ("data", "predict")) else None
+    if not (isinstance(training, dict) and _are_groups(training, TRAINING_GROUPS) and _are_groups(config, JUDGED)):
+        return None
+    return content if all(type(training.get(key)) is int for key in ("seed", "iteration")) else None
+
+
+def _are_groups(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a file's config has these groups, each with its YAML's name."""
+    return all(isinstance(config.get(g), dict) and isinstance(config[g].get("name"), str) for g in names)
 
 
 def _read_temperature(path: Path) -> tuple[str | None, int, float]:

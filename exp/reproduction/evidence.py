@@ -62,16 +62,16 @@ def find_series(trainings: Sequence[Training], true_maps: Sequence[Training] = (
     found = _vary(judged, LENGTH, _finished_length)
     for series in _vary(judged, NOISE, lambda t: t.config["data"].get("label_noise")):
         first = series.training
-        true = [t for t in true_maps if len(t.results) > 1 and _same_images(t, first)]
+        true = {t.config["data"]["label_noise"]: t for t in true_maps if _same_images(t, first)}
         steps = [Step(step.value, step.trainings, "network") for step in series.steps]
-        steps += [Step(t.config["data"]["label_noise"], (t,), "true") for t in true]
+        steps += [Step(value, (t,), "true") for value, t in true.items() if len(t.results) > 1]
         found.append(Series(NOISE, tuple(sorted(steps, key=lambda step: (step.source, step.value)))))
     return found
 
 
 def _finished_length(training: Training) -> int | None:
     """The iterations of a training that has come to its end; None of one by epochs."""
-    planned = training.config["schedule"]["train_iters"]
+    planned = training.config["schedule"].get("train_iters")
     return planned if planned == training.iteration else None
 
 
@@ -95,4 +95,5 @@ def _same_images(true: Training, other: Training) -> bool:
     """Whether the labels come from the same images with, perhaps, another level of noise."""
     keys = ("dataset", "val_split", "val_samples", "label_spread")
     same = all(true.config["data"].get(key) == other.config["data"].get(key) for key in keys)
+    same &= true.config["data"].get("label_noise") is not None
     return same and true.metric == other.metric and true.results[0].names == other.results[0].names

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from exp.comparison import Comparison, compare_pooled, compare_rules, mean_interval, paired_differences, signed_rank
+from exp.comparison import (
+    Comparison,
+    compare_pooled,
+    compare_rules,
+    mean_interval,
+    paired_differences,
+    signed_rank,
+    unit_differences,
+)
 from exp.errors import InputError
 from exp.metrics import EvalResult, compute_scores, per_class_scores
 from exp.reproduction.cells import Cell, Existing
@@ -34,8 +42,8 @@ class SeedGain:
     """One score's gain over several seeds of one training.
 
     values: a seed each, one or more. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
-    averaged over the seeds; p by Wilcoxon's signed-rank test. seed_p: of the seeds' gains, by the paired t-test; NaN
-    for one seed.
+    averaged over the seeds, where the score is defined in all of them; p by Wilcoxon's signed-rank test. seed_p: of the
+    seeds' gains, by the paired t-test; NaN for one seed.
     """
 
     values: tuple[float, ...]
@@ -91,24 +99,21 @@ class Measured:
         return [training for training in found if training is not None]
 
     def _training(self, folder: Path, members: Sequence[tuple[Path, dict]]) -> "Training | None":
-        """Results of one folder -> its training; None without argmax, or of what a later evaluation replaced."""
+        """Results of one folder -> its training; None without argmax, by a score that no image has, or of what a later
+        evaluation replaced."""
         results = {path.stem: self.load(path) for path, _ in members}
         base = results.pop("argmax", None)
         if base is None or folder.parent.name == "older":
             return None
         same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
         content = members[0][1]
-        data = {"data": content["config"]["data"], "seed": 0, "iteration": 0}
-        config, test = content.get("training", data), content["config"].get("test", {})
-        return Training(
-            folder,
-            config,
-            config["iteration"],
-            test.get("metric", content.get("metric", "mDiceI")),
-            (base, *same),
-            test.get("temperature", 1.0),
-            folder.parent.relative_to(self.output).as_posix(),
-        )
+        config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
+        test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
+        metric, temperature = test.get("metric"), test.get("temperature")
+        if metric not in PAIRED or not isinstance(temperature, int | float):
+            return None
+        place = folder.parent.relative_to(self.output).as_posix()
+        return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place)
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are judged."""
@@ -237,13 +242,15 @@ def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
     metric, rows = trainings[0].metric, []
     for training in trainings:
         by_rule = {result.rule: result for result in training.results}
-        rows.append(paired_differences(by_rule["argmax"], by_rule[rule], metric))
-    gains = [float(row.mean()) for row in rows]
+        rows.append(unit_differences(by_rule["argmax"], by_rule[rule], metric))
+    gains = [float(row[~np.isnan(row)].mean()) if not np.isnan(row).all() else float("nan") for row in rows]
     images = np.mean(rows, axis=0)
+    images = images[~np.isnan(images)]
+    mean = float(images.mean()) if len(images) else float("nan")
     return SeedGain(
         values=tuple(gains),
         num_units=len(images),
-        mean=float(images.mean()),
+        mean=mean,
         interval=mean_interval(images),
         p_value=signed_rank(images),
         wins=int((images > 0).sum()),
