@@ -5,6 +5,7 @@ import json
 import os
 import time
 from datetime import timedelta
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def save(evaluation: Evaluation, folder: Path) -> None:
     (folder / "thresholds.json").write_text(json.dumps(seen))
 
 
-def worker(rank: int, world_size: int, port: int, folder: str) -> None:
+def worker(rank: int, world_size: int, port: int, folder: str, started: Barrier) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -68,16 +69,17 @@ def worker(rank: int, world_size: int, port: int, folder: str) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with distributed.session("cpu", timeout=timedelta(seconds=1)) as dist:
+    started.wait(60)  # importing takes longer than the timeout, and not equally long
+    with distributed.session("cpu", timeout=timedelta(seconds=2)) as dist:
         for num_images in NUM_IMAGES:
             evaluation = evaluate(dist, num_images)
             save(evaluation, Path(folder) / f"{world_size}.{rank}" / str(num_images))
             assert evaluation.timing.num_images == num_images
         if rank == 0:
-            time.sleep(2.5)  # the others wait longer than the group's timeout, in gather() and at the end
+            time.sleep(3.5)  # the others wait longer than the group's timeout, in gather() and at the end
         assert dist.gather(rank) == list(range(world_size))
         if rank == 0:
-            time.sleep(2.5)
+            time.sleep(3.5)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -98,7 +100,8 @@ def alone(tmp_path_factory) -> dict[str, bytes]:
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_any_number_of_processes_writes_the_same_files(tmp_path: Path, alone: dict[str, bytes], world_size: int):
     """More processes than images, uneven shares, and ranks that wait for a straggler are among them."""
-    mp.spawn(worker, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    started = mp.get_context("spawn").Barrier(world_size)
+    mp.spawn(worker, (world_size, free_port(), str(tmp_path), started), nprocs=world_size)
     assert {f"{n}/{rule}.csv" for n in NUM_IMAGES for rule in RULES} <= alone.keys()
     for rank in range(world_size):
         assert files(tmp_path / f"{world_size}.{rank}") == alone
