@@ -85,12 +85,13 @@ def main() -> None:
     existing = Existing(output)
     pairs = missing_cells(cells, existing)
     data_dir = args.data_dir
-    if args.dry_run:
+    if args.dry_run or args.launcher == "slurm":
         from exp.reproduction.data_state import describe_data  # with PyTorch behind it: not before it is needed
 
-        runner = Runner(data_dir, output, args.nproc_per_node, args.device)
         for line in describe_data(cells, data_dir):
             print(line)
+    if args.dry_run:
+        runner = Runner(data_dir, output, args.nproc_per_node, args.device)
         for cell in cells:
             print(describe_cell(cell, existing.state(cell), runner))
         print(f"{count(cells)}, {len(cells) - len(pairs)} of them done")

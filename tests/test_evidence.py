@@ -19,7 +19,7 @@ from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.page import write_report
 from exp.reproduction.published import load_tables
 from exp.reproduction.readme import BEGIN, END, results_section, update_readme
-from exp.reproduction.report import Row, table_rows
+from exp.reproduction.report import summary, table_rows
 from exp.reproduction.runner import Runner
 from exp.reproduction.trainings import Trainings, find_trainings, loss_note
 from exp.results import save_results
@@ -182,10 +182,11 @@ def test_the_report_has_them(output: Path):
     assert all(row["low"] and float(row["low"]) <= float(row["difference"] or row["measured"]) for row in gains)
 
 
-def readme_input(output: Path) -> tuple[list[Row], Trainings]:
+def readme_input(output: Path) -> tuple[str, Trainings]:
     measured = Measured(output)
     rows = [row for table in load_tables().values() for row in table_rows(table, measured)]
-    return rows, find_trainings(measured)
+    trainings = find_trainings(measured)
+    return summary(rows, trainings), trainings
 
 
 def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path: Path):
@@ -201,6 +202,7 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
     write_report(output, path)
     assert path.read_text() == text
     assert results_section(*readme_input(output)) in text
+    assert readme_input(output)[0] in (output / "report" / "tables.md").read_text()
     # One training without a series has two seeds: shown with the length that is the longest, and by length.
     assert "unet_mobilenetv3_small_100, shapes, ce, 9 iterations, one seed | argmax" in text
     assert "shapes, ce, 3 iterations, 2 seeds" not in text

@@ -155,7 +155,7 @@ def test_damaged_files_of_a_run_are_told(tmp_path: Path, name: str, content: str
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError) as failure:
-        build_page({}, Trainings((training,), (), ()))
+        build_page({}, Trainings((training,), (), ()), [], "")
     assert str(failure.value).startswith(f"{path}: ")
     assert told in str(failure.value)
     assert "\n" not in str(failure.value)

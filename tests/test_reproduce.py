@@ -334,6 +334,20 @@ def test_a_dry_run_of_every_table_on_whole_partial_and_empty_data(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path):
+    """As `| head` does."""
+    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "all", "--data_dir", tmp_path, "--output_dir"]
+    process = subprocess.Popen(
+        [*command, tmp_path / "out", "--dry_run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        err = process.stderr.read()
+    assert process.wait(60) == 141
+    assert err == b""
+
+
 def test_wrong_flags_end_in_one_line(script, tmp_path: Path):
     sys.modules.pop("reproduce", None)
     base = ["--data_dir", tmp_path, "--output_dir", tmp_path / "out"]

@@ -25,6 +25,7 @@ from exp.reproduction.report import (
     latex,
     markdown,
     other_sections,
+    published_first,
     row_cells,
     summary,
     table_rows,
@@ -46,32 +47,29 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     """
     measured = Measured(output)
     tables = {name: (table, table_rows(table, measured)) for name, table in load_tables().items()}
+    rows = [row for _, rows in tables.values() for row in rows]
     trainings = find_trainings(measured)
     others = other_sections(trainings)
+    lead = summary(rows, trainings)
     folder = output / "report"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "tables.md", markdown(tables, others))
+    write_atomically(folder / "tables.md", markdown(tables, others, lead))
     write_atomically(folder / "tables.tex", latex(tables, others))
     write_atomically(folder / "tables.csv", csv_text(tables, trainings))
-    write_atomically(folder / "index.html", build_page(tables, trainings, others))
+    write_atomically(folder / "index.html", build_page(tables, trainings, others, lead))
     if readme is not None:
-        update_readme(readme, [row for _, rows in tables.values() for row in rows], trainings)
+        update_readme(readme, lead, trainings)
     return folder
 
 
 def build_page(
-    tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings, others: Sequence[Section] | None = None
+    tables: dict[str, tuple[Table, list[Row]]], trainings: Trainings, others: Sequence[Section], lead: str
 ) -> str:
-    """Published tables with their rows, trainings, and the sections of those that are in no table -> HTML.
-
-    What was measured comes first: the published tables if any of their lines was, else the other trainings.
-    """
+    """Published tables with their rows, trainings, the sections of those that are in no table, and what comes first ->
+    HTML. What was measured stands before what was not (see published_first)."""
     more = {f"training-{i}": _plots(training) for i, training in enumerate(trainings.all_others)}
     more |= {f"series-{i}": _series_plot(series) for i, series in enumerate(trainings.series)}
-    sections = [
-        (section.key, section.title, _section(section, more.get(section.key, "")))
-        for section in (other_sections(trainings) if others is None else others)
-    ]
+    own = [(section.key, section.title, _section(section, more.get(section.key, ""))) for section in others]
     published = [
         (name, f"{name}: {table.title}", _published(name, table, rows)) for name, (table, rows) in tables.items()
     ]
@@ -79,9 +77,7 @@ def build_page(
     for i, (title, training) in enumerate(zip(training_titles(shown), shown)):
         section = training_section(f"paper-{i}", title, training)
         published.append((section.key, title, _section(section, _plots(training))))
-    measured = any(row.measured is not None for _, rows in tables.values() for row in rows)
-    lead = summary([row for _, rows in tables.values() for row in rows], trainings)
-    return _document(lead, [*published, *sections] if measured else [*sections, *published])
+    return _document(lead, [*published, *own] if published_first(tables) else [*own, *published])
 
 
 def _document(lead: str, sections: Sequence[tuple[str, str, str]]) -> str:

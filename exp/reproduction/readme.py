@@ -12,7 +12,6 @@ from exp.errors import InputError
 from exp.metrics import compute_scores
 from exp.reproduction.evidence import LENGTH, Series, find_losses
 from exp.reproduction.measured import Training, compare_seeds
-from exp.reproduction.report import Row, summary
 from exp.reproduction.text import format_gain, markdown_table
 from exp.reproduction.trainings import Trainings, group_seeds
 from exp.text_files import read_text
@@ -22,24 +21,21 @@ WIDTH = 120  # of lines of text
 END = "<!-- end of results -->"
 
 
-def update_readme(path: Path, rows: Sequence[Row], trainings: Trainings) -> None:
-    """Write the results between the marks in the file; InputError if it has not both, once each.
-
-    rows: of all published tables.
-    """
+def update_readme(path: Path, lead: str, trainings: Trainings) -> None:
+    """Write `lead` and the results between the marks in the file; InputError if it has not both, once each."""
     text = read_text(path, "a README with marks for results")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InputError(f"{path}: got no place for results, expected the lines {BEGIN!r} and {END!r}, once each")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_atomically(path, f"{before}{BEGIN}\n\n{results_section(rows, trainings)}\n{END}{after}")
+    write_atomically(path, f"{before}{BEGIN}\n\n{results_section(lead, trainings)}\n{END}{after}")
 
 
-def results_section(rows: Sequence[Row], trainings: Trainings) -> str:
-    """Markdown: what was reproduced and what was not, rules beside argmax, by length and noise, and every loss."""
+def results_section(lead: str, trainings: Trainings) -> str:
+    """Markdown: `lead`, rules beside argmax, by length and noise, and every loss."""
     series = trainings.series
     lone = _in_noise(series) | _shorter(series)
     groups = [g for g in group_seeds(trainings.others) if id(g[0]) not in lone and len(g[0].results) > 1]
-    parts = [textwrap.fill(summary(rows, trainings), WIDTH, break_long_words=False) + "\n"]
+    parts = [textwrap.fill(lead, WIDTH, break_long_words=False) + "\n"]
     for _, same in groupby(sorted(groups, key=_judged, reverse=True), key=_judged):
         parts += _rules_table(list(same))
     for one in series:

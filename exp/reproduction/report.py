@@ -131,32 +131,41 @@ def other_sections(trainings: Trainings) -> list[Section]:
     return [*joint_sections(trainings), *own]
 
 
-def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section]) -> str:
-    """Everything as one Markdown page."""
-    parts = ["# Published and measured\n"]
-    for name, (table, rows) in tables.items():
-        parts.append(f"## {name}: {table.title}\n")
-        if table.setting:
-            parts.append(f"{table.setting}. In {table.unit}.\n")
-        notes: dict[str, int] = {}
-        lines = [markdown_line(HEADER), markdown_line(["---"] * 4 + ["---:"] * 4)]
-        for row in rows:
-            marks = "".join(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in row.notes)
-            cells = row_cells(row)
-            cells[4] += f" {marks}" if marks else ""
-            lines.append(markdown_line(cells))
-        parts.append("\n".join(lines) + "\n")
-        parts += [f"[{number}] {text}\n" for text, number in notes.items()]
-        parts += [f"{row}: {reason}\n" for row, reason in _reasons(rows).items()]
-        missing = sum(row.measured is None and row.reason is None for row in rows)
-        if missing:
-            command = f"python scripts/reproduce.py {name} --data_dir DATA --output_dir OUTPUT"
-            parts.append(f"{missing} of {len(rows)} lines are not measured yet: `{command}` fills them.\n")
-    parts += ["## Other trainings\n"] if others else []
+def markdown(tables: dict[str, tuple[Table, list[Row]]], others: Sequence[Section], lead: str) -> str:
+    """Everything as one Markdown page: what comes first is `lead`, then what was measured (see published_first)."""
+    published = [part for name, (table, rows) in tables.items() for part in _table_parts(name, table, rows)]
+    own = ["## Other trainings\n"] if others else []
     for section in others:
-        parts += [f"### {section.title}\n", markdown_table(section.header, section.rows)]
-        parts += [f"{note}\n" for note in section.notes]
-    return "\n".join(parts)
+        own += [f"### {section.title}\n", markdown_table(section.header, section.rows)]
+        own += [f"{note}\n" for note in section.notes]
+    parts = [*published, *own] if published_first(tables) else [*own, *published]
+    return "\n".join(["# Published and measured\n", f"{lead}\n", *parts])
+
+
+def published_first(tables: dict[str, tuple[Table, list[Row]]]) -> bool:
+    """Whether any line of the published tables was measured: then they stand before the other trainings."""
+    return any(row.measured is not None for _, rows in tables.values() for row in rows)
+
+
+def _table_parts(name: str, table: Table, rows: Sequence[Row]) -> list[str]:
+    parts = [f"## {name}: {table.title}\n"]
+    if table.setting:
+        parts.append(f"{table.setting}. In {table.unit}.\n")
+    notes: dict[str, int] = {}
+    lines = [markdown_line(HEADER), markdown_line(["---"] * 4 + ["---:"] * 4)]
+    for row in rows:
+        marks = "".join(f"[{notes.setdefault(note, len(notes) + 1)}]" for note in row.notes)
+        cells = row_cells(row)
+        cells[4] += f" {marks}" if marks else ""
+        lines.append(markdown_line(cells))
+    parts.append("\n".join(lines) + "\n")
+    parts += [f"[{number}] {text}\n" for text, number in notes.items()]
+    parts += [f"{row}: {reason}\n" for row, reason in _reasons(rows).items()]
+    missing = sum(row.measured is None and row.reason is None for row in rows)
+    if missing:
+        command = f"python scripts/reproduce.py {name} --data_dir DATA --output_dir OUTPUT"
+        parts.append(f"{missing} of {len(rows)} lines are not measured yet: `{command}` fills them.\n")
+    return parts
 
 
 def _reasons(rows: Sequence[Row]) -> dict[str, str]:
