@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exp.comparison import Comparison
-from exp.metrics import compute_scores
-from exp.reproduction.measured import SeedGain, Training, compare_seeds
+from exp.reproduction.measured import SeedGain, Training, compare_seeds, seed_scores
 
 LENGTH, NOISE = "iterations", "label noise"
 
@@ -22,8 +21,7 @@ class Step:
 
     def score(self, rule: str, name: str) -> float:
         """The mean of a rule's score over the seeds, in percent."""
-        results = [next(r for r in training.results if r.rule == rule) for training in self.trainings]
-        return float(np.mean([compute_scores(r.counts, r.cases)[name] for r in results]))
+        return float(np.mean(seed_scores(self.trainings, rule, name)))
 
     def gain(self, rule: str) -> SeedGain:
         return compare_seeds(self.trainings, rule)

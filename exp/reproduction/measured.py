@@ -257,3 +257,9 @@ def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
         losses=int((images < 0).sum()),
         seed_p=float(stats.ttest_1samp(gains, 0).pvalue) if len(gains) > 1 else float("nan"),
     )
+
+
+def seed_scores(trainings: Sequence[Training], rule: str, name: str) -> list[float]:
+    """A rule's score in each of several trainings, in percent."""
+    results = [next(r for r in training.results if r.rule == rule) for training in trainings]
+    return [compute_scores(r.counts, r.cases)[name] for r in results]

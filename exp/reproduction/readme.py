@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from exp.comparison import Comparison
 from exp.durable import write_atomically
 from exp.errors import InputError
-from exp.metrics import compute_scores
 from exp.reproduction.evidence import LENGTH, Series, find_losses
-from exp.reproduction.measured import Training, compare_seeds
+from exp.reproduction.measured import Training, compare_seeds, seed_scores
 from exp.reproduction.text import format_gain, markdown_table
 from exp.reproduction.trainings import Trainings, group_seeds
 from exp.text_files import read_text
@@ -66,7 +67,7 @@ def _rules_table(groups: Sequence[Sequence[Training]]) -> list[str]:
         seeds = f"{len(group)} seeds" if len(group) > 1 else "one seed"
         title = f"{_title(group)}, {seeds}"
         for number, rule in enumerate(result.rule for result in group[0].results):
-            scores = [f"{_mean_score(group, rule, name):.2f}" for name in names]
+            scores = [f"{np.mean(seed_scores(group, rule, name)):.2f}" for name in names]
             gain = _gain_cells(group, rule) if number else ["", ""]
             rows.append([title if number == 0 else "", rule, *scores, *gain])
     unit = "volumes" if cased else "images"
@@ -76,11 +77,6 @@ def _rules_table(groups: Sequence[Sequence[Training]]) -> list[str]:
 def _gain_cells(group: Sequence[Training], rule: str) -> list[str]:
     found = compare_seeds(group, rule)
     return [format_gain(found.mean, found.interval), f"{found.wins} / {found.losses}"]
-
-
-def _mean_score(group: Sequence[Training], rule: str, name: str) -> float:
-    results = [next(r for r in training.results if r.rule == rule) for training in group]
-    return sum(compute_scores(r.counts, r.cases)[name] for r in results) / len(results)
 
 
 def _series_table(series: Series) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from exp.comparison import Comparison
 from exp.metrics import compute_scores
 from exp.reproduction.evidence import LENGTH, Series, Step, find_losses, find_series
-from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.measured import Measured, Training, compare_seeds, seed_scores
 from exp.reproduction.plans import ALL, table_cells
 from exp.reproduction.text import format_gain
 
@@ -147,8 +147,7 @@ def seed_section(key: str, group: Sequence[Training]) -> Section:
 
 def _seed_scores(group: Sequence[Training], rule: str) -> str:
     """The mean of a rule's score over the seeds, and its standard deviation."""
-    results = [next(r for r in training.results if r.rule == rule) for training in group]
-    values = [compute_scores(r.counts, r.cases)[group[0].metric] for r in results]
+    values = seed_scores(group, rule, group[0].metric)
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
