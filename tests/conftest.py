@@ -15,12 +15,7 @@ from exp.errors import run_and_report
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as exp/main.py; before PyTorch is imported
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--model_yaml",
-    "unet_mobilenetv3_small_100",
-    "--data_yaml",
-    "shapes",
-    "--set",
+TINY_SETTINGS = (
     "model.decoder_channels=[8,8,8,8,8]",
     "data.crop_size=[32,32]",
     "data.train_samples=8",
@@ -29,6 +24,14 @@ TINY = [
     "schedule.batch_size=4",
     "schedule.num_workers=0",
     "schedule.log_iters=1",
+)
+TINY = [
+    "--model_yaml",
+    "unet_mobilenetv3_small_100",
+    "--data_yaml",
+    "shapes",
+    "--set",
+    *TINY_SETTINGS,
     "schedule.save_iters=2",
 ]
 TINY_RUN = "unet_mobilenetv3_small_100.shapes.ce.quickstart.adamw_lr6e-4"

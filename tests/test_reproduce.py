@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY_SETTINGS
 from test_data_sets import write_slices
 from test_slurm import start as start_job
 from trees import write_ade20k, write_camvid, write_cityscapes, write_voc
@@ -30,16 +30,7 @@ SMALL = Cell(
     "quickstart",
     "adamw_lr6e-4",
     ("argmax",),
-    overrides=(
-        "model.decoder_channels=[8,8,8,8,8]",
-        "data.crop_size=[32,32]",
-        "data.train_samples=8",
-        "data.val_samples=3",
-        "schedule.train_iters=3",
-        "schedule.batch_size=4",
-        "schedule.num_workers=0",
-        "schedule.log_iters=1",
-    ),
+    overrides=TINY_SETTINGS,
 )
 
 
