@@ -249,6 +249,17 @@ def group_lives(group: int) -> bool:
     return True
 
 
+def test_ctrl_c_while_workers_start_is_heard():
+    class Starting:
+        def map(self, function: object, jobs: object, chunksize: int) -> list:
+            os.kill(os.getpid(), signal.SIGINT)
+            return []
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs._submit(Starting(), print, [1])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_ctrl_c_drops_what_waits():
     ran = []
 

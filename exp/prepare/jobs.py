@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,12 +80,14 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, str | None]
 
 
 def _submit(pool: Executor, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """As map(), in the jobs' order. The workers that it starts inherit that Ctrl-C is ignored."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """As map(), in the jobs' order. The workers that it starts inherit that Ctrl-C is held back; here one that comes
+    meanwhile is heard afterwards."""
+    resource_tracker.ensure_running()  # which would end the holding back, were it started with the first worker
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return pool.map(function, jobs, chunksize=max(1, len(jobs) // 512))
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _start_worker() -> None:
