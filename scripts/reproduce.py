@@ -102,8 +102,9 @@ def main() -> None:
     runner = Runner(data_dir.resolve(), output.resolve(), args.nproc_per_node, args.device)
     if args.launcher == "slurm" and pairs:
         ready = [pair for pair in pairs if pair[1].kind not in (WAITING, UNTRAINED)]
-        script = runner.write_array(ready, output.resolve() / f"array.{'.'.join(args.tables)}")
-        print(f"{count(cells)}, {len(ready)} to run; submit them from the clone:\nsbatch {script}")
+        print(f"{count(cells)}, {len(ready)} to run" + ("; submit them from the clone:" if ready else " in an array"))
+        if ready:
+            print(f"sbatch {runner.write_array(ready, output.resolve() / '.'.join(['array', *args.tables]))}")
         if len(ready) < len(pairs):
             print(
                 f"{len(pairs) - len(ready)} evaluations wait for their trainings, or need none: after the array, this "

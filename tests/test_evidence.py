@@ -163,6 +163,7 @@ def test_results_of_something_else_are_passed_over(tmp_path: Path, change: dict)
 
 def test_the_report_has_them(output: Path):
     text = (output / "report" / "tables.md").read_text()
+    assert text.index("## Other trainings") < text.index("## table1")  # of which nothing was measured
     section = text.partition("### unet_mobilenetv3_small_100, shapes, ce: gain by length of training")[2]
     gain = compare_seeds(find_trainings(Measured(output)).series[0].steps[0].trainings, "rankseg_rma")
     assert f"| {gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
@@ -227,6 +228,8 @@ def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch
     command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(cell, state)
     assert Path(command[1]).name == "evaluate_bayes.py"
     assert "model.decoder_channels=[8,8,8,8,8]" not in command
+    set_rule = replace(cell, overrides=(*cell.overrides, "predict.opt_metric=iou"))
+    assert "predict.opt_metric=iou" in Runner(tmp_path, tmp_path).command(set_rule, state)
     assert script("evaluate_bayes", *command[2:])[0] == 0
     assert Existing(tmp_path).state(cell).kind == DONE
     for other in ("data.label_noise=0.3", "data.val_samples=4", "data.label_spread=1.0"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -185,6 +186,36 @@ def test_other_trainings_and_their_seeds(output: Path):
     assert f"| {gains.mean():+.2f} ± {gains.std(ddof=1):.2f} |" in section
     assert "n = 2 seeds" in section
     assert "n = 12 images" in section
+
+
+def test_trainings_of_the_papers_tables_have_plots_too(output: Path):
+    """Of seed 0 and fold 0; and what was measured comes first."""
+    text = (output / "report" / "index.html").read_text()
+    shown = re.findall(r'<section id="paper-\d+"><h2>(.*?)</h2>(.*?)</section>', text, re.DOTALL)
+    titles = [title for title, _ in shown]
+    assert [title.split(", ")[1:4] for title in titles] == [["lits", "ce", "fold 0"], ["pascal_voc", "ce", "seed 0"]]
+    assert all(content.count("<img") >= 4 for _, content in shown)
+    assert text.index('<section id="table1">') < text.index('<section id="paper-0">') < text.index('id="training-0"')
+    tables = (output / "report" / "tables.md").read_text()
+    assert tables.index("## table1") < tables.index("## Other trainings")
+
+
+def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
+    """A copy of a run is none, and an evaluation under other test settings is compared with none of these."""
+    for seed in (0, 1):
+        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
+    run = next(path.parent for path in tmp_path.glob("*/*/results") if ".seed1." not in str(path))
+    for folder in ("copy", "flipped"):
+        shutil.copytree(run, run.parent / folder / run.name)
+    for path in (run.parent / "flipped").glob("*/results/*a*.json"):
+        content = json.loads(path.read_text())
+        if "config" in content:
+            content["config"]["test"]["flip"] = True
+            path.write_text(json.dumps(content))
+    trainings = find_trainings(Measured(tmp_path))
+    assert len(trainings.others) == 4
+    assert [[t.config["seed"] for t in group] for group in trainings.seeded] == [[0, 1]]
+    assert all("copy" not in t.place and "flipped" not in t.place for t in trainings.seeded[0])
 
 
 def test_evaluations_of_one_training_have_titles_of_their_own(tmp_path: Path):

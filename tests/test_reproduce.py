@@ -189,6 +189,13 @@ def test_further_evaluations_follow_their_training(script, tmp_path: Path, monke
     assert "1 trainings and 4 further evaluations, 1 to run" in printed
     assert "4 evaluations wait for their trainings" in printed
 
+    monkeypatch.setattr(plans, "laptop_cells", lambda: cells[1:])
+    status, printed, _ = script("reproduce", *flags, "--launcher", "slurm")
+    assert status == 0
+    assert "0 to run in an array" in printed
+    assert not (output / "array.laptop.2").exists()
+    monkeypatch.setattr(plans, "laptop_cells", lambda: cells)
+
     status, printed, err = script("reproduce", *flags)
     assert status == 0, printed + err
     assert [existing_state(output, cell) for cell in cells] == [DONE] * 5

@@ -85,7 +85,7 @@ class Cell:
         rules = self.rules if rules is None else rules
         if self.again and self.again.true:
             flags = ["--data_yaml", self.data, "--predict_yaml", *rules, "--output_dir", str(output / self.name)]
-            settings = [text for text in self.settings if text.startswith("data.")]
+            settings = [text for text in self.settings if text.startswith(("data.", "predict."))]
             return [*flags, "--metric", self.config.test.metric, *(["--set", *settings] if settings else [])]
         flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
         for group in GROUPS:

@@ -1,8 +1,8 @@
 """Results below a folder -> measured counterparts of published figures, computed from the counts of every image."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Measured:
         if metric not in PAIRED or not isinstance(temperature, int | float):
             return None
         place = folder.parent.relative_to(self.output).as_posix()
-        return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place)
+        return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place, test)
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are judged."""
@@ -190,6 +190,7 @@ class Training:
     results: tuple[EvalResult, ...]
     temperature: float = 1.0  # of the evaluation
     place: str = ""
+    test: Mapping[str, Any] = field(default_factory=dict)  # how it was judged
 
     @cached_property
     def name(self) -> str:
@@ -233,8 +234,8 @@ class Training:
             config["schedule"].pop("train_iters", None)
         elif left_out == "label noise":
             config["data"].pop("label_noise", None)
-        judged = (self.metric, self.temperature == 1)  # fitted ones differ from seed to seed
-        return json.dumps(config, sort_keys=True), judged, names, self.results[0].names
+        test = {**self.test, "metric": self.metric, "temperature": self.temperature == 1}  # fitted: differs by seed
+        return json.dumps([config, test], sort_keys=True), names, self.results[0].names
 
 
 def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:

@@ -63,11 +63,11 @@ def find_trainings(measured: Measured) -> Trainings:
 
 
 def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:
-    """Trainings that differ in their seed alone, together."""
-    groups: dict[tuple, list[Training]] = {}
+    """Trainings that differ in their seed alone, together; of several evaluations of one seed the first."""
+    groups: dict[tuple, dict[int, Training]] = {}
     for training in trainings:
-        groups.setdefault(training.unseeded, []).append(training)
-    return list(groups.values())
+        groups.setdefault(training.unseeded, {}).setdefault(training.config["seed"], training)
+    return [list(group.values()) for group in groups.values()]
 
 
 def training_titles(trainings: Sequence[Training]) -> list[str]:
