@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.cli import check_paths, parse_args, requested_yamls
-from exp.config import check_files, dump_config, load_experiment
-from exp.errors import run_and_report
+from exp.config.cli import check_paths, parse_args, requested_yamls
+from exp.config.experiment import check_files, dump_config, load_experiment
+from exp.runtime.errors import run_and_report
 
 if TYPE_CHECKING:
     from exp.run import Run
@@ -28,10 +28,10 @@ def main() -> None:
     check_files(config, from_scratch=not trained)
     # Waiting threads sleep: spinning ones make a step several times as slow where loader workers share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exp import distributed  # PyTorch and all that stands on it come in only now
     from exp.data.loader import worker_deaths_named
-    from exp.evaluate import build_evaluator
+    from exp.evaluation.evaluator import build_evaluator
     from exp.run import Run
+    from exp.runtime import distributed  # PyTorch and all that stands on it come in only now
 
     with distributed.session(args.device) as dist, worker_deaths_named():
         evaluator = build_evaluator(config.with_window(config.data.crop_size), args.data_dir, dist)
@@ -42,7 +42,7 @@ def main() -> None:
 
 def perform(run: "Run", args: argparse.Namespace) -> None:
     """Train or load, evaluate, report."""
-    from exp.report import Report
+    from exp.evaluation.outputs import Report
 
     if args.test_only:
         run, model, training = run.load(args.model_checkpoint)

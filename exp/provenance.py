@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from exp.config import ExperimentConfig, dump_config
-from exp.durable import append_line, write_atomically
+from exp.config.experiment import ExperimentConfig, dump_config
+from exp.files.atomic import append_line, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exp.checkpoint import (
+from exp.checkpoints.checkpoint import (
     BEST,
     Checkpoint,
     check_resumable,
@@ -18,26 +18,26 @@ from exp.checkpoint import (
     load_weights,
     weights_checksum,
 )
-from exp.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
-from exp.config import TRAINING_GROUPS, ExperimentConfig
+from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
+from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig
 from exp.data import SegmentationDataset, build_dataset
 from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
-from exp.distributed import Dist
-from exp.durable import write_atomically
-from exp.errors import InputError
-from exp.evaluate import Evaluation, Evaluator
-from exp.inference import build_inference
-from exp.lock import FolderLock
-from exp.logger import NullLogger, build_logger
-from exp.masks import MaskWriter
+from exp.evaluation.evaluator import Evaluation, Evaluator
+from exp.evaluation.inference import build_inference
+from exp.evaluation.masks import MaskWriter
+from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
+from exp.files.atomic import write_atomically
+from exp.files.lock import FolderLock
 from exp.models import POOLING_DECODERS, Segmentor, build_model
-from exp.precision import Autocast
 from exp.provenance import describe_code, record_start
-from exp.random_state import seed_globals
-from exp.saving import Saving, build_saving, restore
-from exp.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
-from exp.train import Intervals, TrainStep, build_step, seed_everything, train
-from exp.validation import ScoreHistory, Validation
+from exp.runtime.distributed import Dist
+from exp.runtime.errors import InputError
+from exp.training.logger import NullLogger, build_logger
+from exp.training.loop import Intervals, TrainStep, build_step, seed_everything, train
+from exp.training.precision import Autocast
+from exp.training.random_state import seed_globals
+from exp.training.saving import Saving, build_saving, restore
+from exp.training.validation import ScoreHistory, Validation
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.errors import InputError, run_and_report
+from exp.runtime.errors import InputError, run_and_report
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 # Findings that do no harm here: identifier (or an alias of it) -> why.

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.config import load_groups
-from exp.errors import InputError, run_and_report
+from exp.config.experiment import load_groups
+from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,11 +55,11 @@ def main() -> None:
             f"--data_yaml {args.data_yaml}: got the data set {data.dataset}, expected one whose true probabilities are "
             "known: shapes_noisy or shapes_noisy_binary"
         )
-    from exp.predict import build_rule  # PyTorch comes in only now
-    from exp.probability_maps import judge
+    from exp.evaluation.probability_maps import judge
+    from exp.evaluation.results import report_results
+    from exp.evaluation.true_maps import build_true_reader
     from exp.provenance import describe_code
-    from exp.results import report_results
-    from exp.true_maps import build_true_reader
+    from exp.rules.registry import build_rule  # PyTorch comes in only now
 
     reader = build_true_reader(data)
     classes = reader.dataset.classes

@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.config import load_groups
-from exp.errors import InputError, run_and_report
+from exp.config.experiment import load_groups
+from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,10 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parse_args()
     predict = load_groups({"predict": args.predict_yaml}, args.overrides)["predict"]
-    from exp.predict import build_rule  # PyTorch comes in only now
-    from exp.probability_maps import MapReader, judge, pair_files
+    from exp.evaluation.probability_maps import MapReader, judge, pair_files
+    from exp.evaluation.results import report_results
     from exp.provenance import describe_code
-    from exp.results import report_results
+    from exp.rules.registry import build_rule  # PyTorch comes in only now
 
     reader = MapReader(args.key, args.unit, args.slice_axis, args.label_axes, args.ignore_label, args.tolerance)
     files = pair_files(args.prob_dir, args.label_dir)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.config import load_groups
-from exp.errors import InputError, run_and_report
+from exp.config.experiment import load_groups
+from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +68,8 @@ def main() -> None:
     groups = {"predict": args.predict_yaml} | ({"test": [args.test_yaml]} if args.test_yaml else {})
     configs = load_groups(groups, args.overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exp.distributed import pick_device  # PyTorch and all that stands on it come in only now
-    from exp.own_images import Output, build_predictor, describe_classes, list_sources, predict_files
+    from exp.predict_images import Output, build_predictor, describe_classes, list_sources, predict_files
+    from exp.runtime.distributed import pick_device  # PyTorch and all that stands on it come in only now
 
     sources, output = list_sources(args.input, args.output_dir), Output(args.output_dir)
     predictor = build_predictor(args.checkpoint, configs["predict"], configs.get("test"), pick_device(args.device))

@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.errors import InputError, run_and_report
-from exp.prepare.cases import TRAIN, count_slices, missing_cases, prepare_cases
-from exp.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, fold_of
-from exp.prepare.trees import check_tree
-from exp.prepare.voc import prepare_voc
-from exp.volumes import case_number
+from exp.data.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, fold_of
+from exp.data.prepare.trees import check_tree
+from exp.data.prepare.voc import prepare_voc
+from exp.data.prepare.volumes import TRAIN, count_slices, missing_cases, prepare_cases
+from exp.files.nifti import case_number
+from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +74,7 @@ def describe(folds: list[int] | tuple[int, ...]) -> str:
 
 def print_images(name: str, data_dir: Path) -> None:
     """Training and validation images that the data set finds, beside the known totals."""
-    from exp.config import load_groups  # with PyTorch behind it: not before it is needed
+    from exp.config.experiment import load_groups  # with PyTorch behind it: not before it is needed
     from exp.data import build_dataset
 
     config = load_groups({"data": [name]}, [])["data"]

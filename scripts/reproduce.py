@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.errors import InputError, run_and_report
-from exp.interrupt import catch_signals
-from exp.reproduction.cells import TRAINED, UNTRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.job import TRAINED, UNTRAINED, WAITING, Cell, Existing, State
 from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
 from exp.reproduction.runner import Runner, laptop_data, missing_cells
+from exp.runtime.errors import InputError, run_and_report
+from exp.runtime.interrupt import catch_signals
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.errors import InputError, run_and_report
-from exp.text_files import read_json
+from exp.files.text import read_json
+from exp.runtime.errors import InputError, run_and_report
 
 OWN = ("data.fold", "predict.thresholds")  # where folds may differ
 TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
@@ -90,7 +90,7 @@ def fitted_temperature(run: Path) -> float | None:
 
 def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Run folders -> by rule that all of them have: its mean scores, and those of each fold."""
-    from exp.metrics import average_folds
+    from exp.evaluation.metrics import average_folds
 
     results = {run: load_run(run) for run in runs}
     first, *others = results.values()
@@ -110,8 +110,8 @@ def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     args = parse_args()
     summary = summarize(args.runs)
-    from exp.durable import write_atomically
-    from exp.results import finite_or_null, format_scores
+    from exp.evaluation.results import finite_or_null, format_scores
+    from exp.files.atomic import write_atomically
 
     print(f"mean over {len(args.runs)} folds")
     print(format_scores(list(summary), [values["mean"] for values in summary.values()], ("mIoU", "mDice")))

@@ -17,16 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp import verify
-from exp.config import load_groups
-from exp.config_data import DataConfig
-from exp.data import dataset_facts, find_dataset
+from exp.config.data import DataConfig
+from exp.config.experiment import load_groups
+from exp.data import dataset_facts, find_dataset, verify
 from exp.data.base import SegmentationDataset
-from exp.errors import InputError, run_and_report
-from exp.prepare.cases import RawCase, missing_cases
-from exp.prepare.facts import SPLIT_TOTALS, VOLUMES
-from exp.prepare.jobs import run_jobs, staged, thread_pool
-from exp.verify import Finding
+from exp.data.prepare.facts import SPLIT_TOTALS, VOLUMES
+from exp.data.prepare.jobs import run_jobs, staged, thread_pool
+from exp.data.prepare.volumes import RawCase, missing_cases
+from exp.data.verify import Finding
+from exp.runtime.errors import InputError, run_and_report
 
 Checked = tuple[list[Finding], dict[Path, str]]  # findings, and SHA-256 by file
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exp.errors import run_and_report
+from exp.runtime.errors import run_and_report
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as exp/main.py; before PyTorch is imported
 
@@ -57,13 +57,12 @@ def program(monkeypatch, capsys):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """A function: name, flags -> (exit status, stdout, stderr) of scripts/<name>.py, run in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def run(name: str, *flags: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{name.rpartition('.')[2]}.py", *map(str, flags)])
         capsys.readouterr()
         try:
-            status = run_and_report(importlib.import_module(name).main)
+            status = run_and_report(importlib.import_module(f"scripts.{name}").main)
         except SystemExit as exit_:  # argparse
             status = exit_.code
         return status, *capsys.readouterr()
@@ -94,7 +93,7 @@ def scene(rng: np.random.Generator, height: int, width: int, num_classes: int) -
 @pytest.fixture
 def voc_dir(tmp_path: Path) -> Path:
     """A data_dir with a VOCdevkit of 6 trainaug and 3 val images of different sizes."""
-    from trees import write_voc
+    from tests.data.trees import write_voc
 
     write_voc(tmp_path / "data", {"trainaug": 6, "val": 3})
     return tmp_path / "data"
@@ -103,7 +102,7 @@ def voc_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def camvid_dir(tmp_path: Path) -> Path:
     """A data_dir with a CamVid of 6 train and 3 val images of 48 x 64; label 11 is void."""
-    from trees import write_camvid
+    from tests.data.trees import write_camvid
 
     write_camvid(tmp_path / "data", {"train": 6, "val": 3})
     return tmp_path / "data"

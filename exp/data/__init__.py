@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from exp.config_data import DATA_FACTS, DataConfig
-from exp.data.ade20k import ADE20K
+from exp.config.data import DATA_FACTS, DataConfig
+from exp.config.strict_yaml import closest
 from exp.data.base import SegmentationDataset
-from exp.data.camvid import CamVid
-from exp.data.cityscapes import Cityscapes
-from exp.data.folder import Folder
-from exp.data.pascal_voc import PascalVOC
-from exp.data.shapes import Shapes, ShapesBinary, ShapesNoisy, ShapesNoisyBinary
-from exp.data.slices import Hippocampus, KiTS, LiTS
+from exp.data.sets.ade20k import ADE20K
+from exp.data.sets.camvid import CamVid
+from exp.data.sets.cityscapes import Cityscapes
+from exp.data.sets.folder import Folder
+from exp.data.sets.pascal_voc import PascalVOC
+from exp.data.sets.shapes import Shapes, ShapesBinary, ShapesNoisy, ShapesNoisyBinary
+from exp.data.sets.slices import Hippocampus, KiTS, LiTS
 from exp.data.transforms import CenterCrop, Normalize, RandomCrop
-from exp.errors import InputError
-from exp.strict_yaml import closest
+from exp.runtime.errors import InputError
 
 __all__ = ["DATASETS", "SegmentationDataset", "build_dataset", "build_normalize", "find_dataset"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from exp.config_data import IGNORE_INDEX
+from exp.config.data import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
-from exp.errors import InputError
-from exp.lists import describe_numbers
-from exp.paths import Fence, files_and_links
+from exp.files.lists import describe_numbers
+from exp.files.paths import Fence, files_and_links
+from exp.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from exp.errors import InputError
-from exp.image_files import JPEG, PILLOW_ERRORS, PNG, check_size, open_image, read_bytes, unreadable
+from exp.files.images import JPEG, PILLOW_ERRORS, PNG, check_size, open_image, read_bytes, unreadable
+from exp.runtime.errors import InputError
 
 PNG_BIT_DEPTH = 24  # the byte of a PNG's header that holds it
 

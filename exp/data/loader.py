@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from exp.config_data import IGNORE_INDEX
-from exp.config_run import ScheduleConfig
+from exp.config.data import IGNORE_INDEX
+from exp.config.training import ScheduleConfig
 from exp.data.base import Item, SegmentationDataset
-from exp.distributed import Dist
-from exp.errors import InputError
-from exp.interrupt import obey_parent_alone
+from exp.runtime.distributed import Dist
+from exp.runtime.errors import InputError
+from exp.runtime.interrupt import obey_parent_alone
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
 from torch import Tensor, nn
 
-from exp.config_model import ModelConfig
-from exp.errors import InputError
+from exp.config.model import ModelConfig
+from exp.runtime.errors import InputError
 
 
 def build_decoder(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> nn.Module:

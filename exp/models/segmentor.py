@@ -8,10 +8,10 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exp.config_model import ModelConfig
-from exp.errors import InputError
+from exp.config.model import ModelConfig
 from exp.models.decoders import build_decoder, decoder_width
 from exp.models.weights import cache_alone_without_network, load_encoder_weights
+from exp.runtime.errors import InputError
 
 
 class Segmentor(nn.Module):

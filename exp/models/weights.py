@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from exp.errors import InputError
-from exp.tensor_files import load_tensor_file
+from exp.files.tensors import load_tensor_file
+from exp.runtime.errors import InputError
 
 COUNTER = "num_batches_tracked"
 

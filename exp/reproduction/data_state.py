@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from exp.config import DataConfig
+from exp.config.experiment import DataConfig
 from exp.data import build_dataset, find_dataset
-from exp.errors import InputError
-from exp.prepare.facts import ARCHIVES, SPLIT_TOTALS, VOLUMES
-from exp.reproduction.cells import Cell
+from exp.data.prepare.facts import ARCHIVES, SPLIT_TOTALS, VOLUMES
+from exp.reproduction.job import Cell
+from exp.runtime.errors import InputError
 
 
 def describe_data(cells: Sequence[Cell], data_dir: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from exp.reproduction.cells import DATASET_RULE, Again, Cell
+from exp.reproduction.job import DATASET_RULE, Again, Cell
 
 SEEDS = range(5)
 ITERS = 100

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from exp.comparison import (
+from exp.evaluation.comparison import (
     Comparison,
     compare_pooled,
     compare_rules,
@@ -19,12 +19,12 @@ from exp.comparison import (
     signed_rank,
     unit_differences,
 )
-from exp.errors import InputError
-from exp.metrics import EvalResult, compute_scores, per_class_scores
-from exp.reproduction.cells import Cell, Existing
+from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
+from exp.evaluation.results import load_result
+from exp.files.text import read_json
+from exp.reproduction.job import Cell, Existing
 from exp.reproduction.plans import Counterpart
-from exp.results import load_result
-from exp.text_files import read_json
+from exp.runtime.errors import InputError
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from exp.errors import InputError
-from exp.reproduction.cells import Cell, join_cells
+from exp.config.strict_yaml import closest
+from exp.reproduction.job import Cell, join_cells
 from exp.reproduction.laptop import laptop_cells
 from exp.reproduction.published import Figure, load_tables, load_unavailable
-from exp.strict_yaml import closest
+from exp.runtime.errors import InputError
 
 NATURAL = ("pascal_voc", "cityscapes", "ade20k")
 MEDICAL = ("lits", "kits")

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from exp.errors import InputError
-from exp.strict_yaml import load_mapping
+from exp.config.strict_yaml import load_mapping
+from exp.runtime.errors import InputError
 
 TABLES_FILE = Path(__file__).with_name("tables.yaml")
 NOT_TABLES = ("unavailable", "errata")

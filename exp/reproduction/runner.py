@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-from exp.errors import InputError
-from exp.interrupt import Interrupted, StopRequest
-from exp.reproduction.cells import DONE, TRAINED, UNTRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.job import DONE, TRAINED, UNTRAINED, WAITING, Cell, Existing, State
+from exp.runtime.errors import InputError
+from exp.runtime.interrupt import Interrupted, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "reproduce.log"  # in a cell's folder: what its program printed

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, and how its files are written, found and rotated."""

@@ -1,0 +1,261 @@
+"""What a checkpoint holds; saving it, loading it without running code, and comparing it with the flags."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
+from exp.config.experiment import FREE_KEYS, TRAINING_GROUPS
+from exp.files.tensors import load_tensor_file
+from exp.runtime.errors import InputError
+
+BEST, LAST = "best", "last"
+METADATA = "rankseg_rma"  # the key of a safetensors file's metadata that holds the JSON below
+EXPECTED = "a checkpoint of this program"
+# What `training` of a checkpoint holds: what decides the steps to come, besides weights and averages.
+TRAINING_STATE = ("optimizer", "scheduler", "scaler", "faults", "validations", "sampler", "random", "world_size")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: tensors, the iteration it was taken after, the config that it belongs to, the classes.
+
+    model: the state dict, None in a safetensors file of the averaged weights. ema: the averaged model's state dict, or
+    None where none is kept. training: TRAINING_STATE, or None in files that are there to be evaluated.
+    """
+
+    path: Path
+    iteration: int
+    model: dict[str, Any] | None
+    ema: dict[str, Any] | None
+    training: dict[str, Any] | None
+    config: dict[str, Any]
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes the files of one run's checkpoints.
+
+    facts: what the JSON beside each file says besides its checksum and iteration (config digest, versions).
+    """
+
+    folder: Path
+    model: nn.Module
+    ema: nn.Module | None
+    config: dict[str, Any]
+    classes: list[str]
+    facts: Mapping[str, Any]
+
+    def save(self, iteration: int, epoch: int, training: dict[str, Any], keep: int) -> Path:
+        """Write <folder>/iter_<iteration>.pt, to go on from; of the older ones the last keep - 1 stay.
+
+        InputError if there is no room for it on the disk.
+        """
+        path = self.folder / f"iter_{iteration:07d}.pt"
+        self._write(path, iteration, epoch, training)
+        remove_older(self.folder, keep)
+        return path
+
+    def save_best(self, iteration: int, epoch: int) -> None:
+        """Write <folder>/best.pt, which --model_checkpoint best evaluates, and its weights for other programs."""
+        self._write(self.folder / f"{BEST}.pt", iteration, epoch, None)
+        self.export(BEST, iteration, epoch)
+
+    def export(self, name: str, iteration: int, epoch: int) -> None:
+        """Write the weights alone to <folder>/<name>.safetensors, the config in its metadata, for other programs.
+
+        The averaged ones to <name>.ema.safetensors, where they are kept.
+        """
+        for kind, state in (("raw", self.model.state_dict()), ("ema", self._averages())):
+            if state is None:
+                continue
+            described = {"iteration": iteration, "weights": kind, "config": self.config, "classes": self.classes}
+            metadata = {"format": "pt", METADATA: json.dumps(described)}
+            tensors = {key: value.cpu().contiguous() for key, value in state.items()}
+            path = self.folder / (f"{name}.safetensors" if kind == "raw" else f"{name}.{kind}.safetensors")
+            self._write_checked(
+                path, lambda p, t=tensors, m=metadata: safetensors.torch.save_file(t, p, m), iteration, epoch, tensors
+            )
+
+    def _averages(self) -> dict[str, Tensor] | None:
+        return None if self.ema is None else averaged_weights(self.ema.state_dict())
+
+    def _write(self, path: Path, iteration: int, epoch: int, training: dict[str, Any] | None) -> None:
+        content = {
+            "iteration": iteration,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "training": training,
+            "config": self.config,
+            "classes": self.classes,
+        }
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+
+        self._write_checked(path, write, iteration, epoch, content)
+
+    def _write_checked(self, path: Path, write: Any, iteration: int, epoch: int, content: Any) -> None:
+        facts = {"iteration": iteration, "epoch": epoch, **self.facts}
+        write_checked(path, write, facts, needed=count_bytes(content))
+
+
+def count_bytes(content: Any) -> int:
+    """Nested dicts and lists -> the bytes of the tensors in them, each once."""
+    sizes: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(content)
+    return sum(sizes.values())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a file of Saver, .pt or .safetensors; InputError if it is damaged or anything else. Runs no code of it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected {EXPECTED}")
+    damage = find_damage(path) if facts_path(path).exists() else None
+    if damage:
+        raise InputError(f"{path}: got a damaged file ({damage}), expected {EXPECTED}")
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else load_tensor_file(path, EXPECTED)
+    try:
+        checkpoint = Checkpoint(path=path, **content)
+        _check_content(checkpoint)
+    except (TypeError, LookupError, AttributeError):
+        raise InputError(f"{path}: got other content, expected {EXPECTED}") from None
+    return checkpoint
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    """A file of export -> the fields of Checkpoint but for its path."""
+    tensors = load_tensor_file(path, EXPECTED)
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {})[METADATA])
+        raw = described.pop("weights") == "raw"
+        ema = None if raw else {f"module.{name}": value for name, value in tensors.items()}
+        return {"model": tensors if raw else None, "ema": ema, "training": None, **described}
+    except (KeyError, ValueError, AttributeError, TypeError, SafetensorError):
+        raise InputError(f"{path}: got weights without the config of a run of this program beside them") from None
+
+
+def _check_content(checkpoint: Checkpoint) -> None:
+    """TypeError or LookupError for a file whose fields are not of their kinds."""
+    kinds = {"iteration": int, "config": dict, "classes": list}
+    if not all(isinstance(getattr(checkpoint, name), kind) for name, kind in kinds.items()):
+        raise TypeError
+    for state in (checkpoint.model, checkpoint.ema):
+        if state is not None and not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError
+    if not all(isinstance(checkpoint.config[group], dict) for group in (*TRAINING_GROUPS, "test")):
+        raise TypeError
+    if not all(isinstance(name, str) for name in checkpoint.classes):
+        raise TypeError
+    height, width = checkpoint.config["data"]["crop_size"]
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise TypeError
+    checkpoint.config["seed"], checkpoint.config["schedule"]["channels_last"]
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    model_config: dict[str, Any],
+    classes: list[str],
+    weights: Literal["raw", "ema"] = "raw",
+) -> None:
+    """Fill the raw model from a checkpoint of the same architecture and classes; else InputError with what differs."""
+    if weights == "ema" and checkpoint.ema is None:
+        raise InputError(
+            f"{checkpoint.path}: got no moving average of the weights, expected one for test.weights=ema: train with "
+            "optim.ema_decay"
+        )
+    if weights == "raw" and checkpoint.model is None:
+        raise InputError(f"{checkpoint.path}: got the moving average alone, expected test.weights=ema with it")
+    differences = _differences({"model": checkpoint.config["model"]}, {"model": model_config})
+    if checkpoint.classes != classes:
+        same_number = len(checkpoint.classes) == len(classes)
+        differences.append(
+            f"classes {checkpoint.classes} -> {classes}"
+            if same_number
+            else f"{len(checkpoint.classes)} classes -> {len(classes)}"
+        )
+    if differences:
+        raise InputError(
+            f"{checkpoint.path}: got a checkpoint of another model, expected that of the flags "
+            f"(checkpoint -> flags: {'; '.join(differences)})"
+        )
+    try:
+        model.load_state_dict(checkpoint.model if weights == "raw" else averaged_weights(checkpoint.ema))
+    except RuntimeError as error:  # the libraries' names of parameters changed between their versions
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """CRC-32 of the parameters and buffers, to tell the weights of two models apart."""
+    crc = 0
+    for value in model.state_dict().values():
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def averaged_weights(ema: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of an AveragedModel -> that of the model inside it."""
+    return {name.removeprefix("module."): value for name, value in ema.items() if name.startswith("module.")}
+
+
+def check_resumable(checkpoint: Checkpoint, config: dict[str, Any], images: dict[str, Any]) -> None:
+    """InputError with what differs if a run under `config` is not the continuation of the checkpoint's.
+
+    images: how many training images there are now, and the checksum of their names (see Run).
+    """
+    if checkpoint.training is None or not set(TRAINING_STATE) <= checkpoint.training.keys():
+        raise InputError(
+            f"{checkpoint.path}: got a checkpoint without the whole state of a training (of an earlier version?), "
+            "expected one to go on from; --test-only evaluates it"
+        )
+    names = (*TRAINING_GROUPS, "seed")
+    differences = _differences({n: checkpoint.config[n] for n in names}, {n: config[n] for n in names})
+    before, after = (c["schedule"].get("val_iters") for c in (checkpoint.config, config))
+    if config["schedule"].get("early_stop") is not None and before != after:  # validations decide what comes
+        differences.append(f"schedule.val_iters {before} -> {after}")
+    stored = {name: checkpoint.training["sampler"][name] for name in images}
+    differences += [f"{name} {stored[name]} -> {images[name]}" for name in images if stored[name] != images[name]]
+    if differences:
+        raise InputError(
+            f"{checkpoint.path}: got a run trained with other settings (checkpoint -> flags: "
+            f"{'; '.join(differences)}), expected the same ones, or another --output_dir"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """'group.key old -> new' for every key that matters."""
+    rows = []
+    for group, values in new.items():
+        if not isinstance(values, dict):
+            rows += [f"{group} {old[group]} -> {values}"] if old[group] != values else []
+            continue
+        for key in sorted((values.keys() | old[group].keys()) - {"name", *FREE_KEYS.get(group, ())}):
+            before, after = old[group].get(key), values.get(key)
+            rows += [f"{group}.{key} {before} -> {after}"] if before != after else []
+    return rows

@@ -1,0 +1,1 @@
+"""YAML files and flags -> one frozen ExperimentConfig. Nothing heavy is imported here."""

@@ -1,0 +1,149 @@
+"""The command line; nothing heavy is imported here."""
+
+import argparse
+from pathlib import Path
+
+from exp.runtime.errors import InputError
+
+DEFAULT_YAMLS = {
+    "model": "unet_mobilenetv3_small_100",
+    "data": "shapes",
+    "loss": "ce",
+    "schedule": "quickstart",
+    "optim": "adamw_lr6e-4",
+    "test": "test_iou",
+    "predict": ["argmax", "rankseg_rma"],
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line -> checked flags; InputError for values that cannot be."""
+    args = build_parser().parse_args(argv)
+    if args.model_checkpoint and not args.test_only:
+        raise InputError(
+            f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
+            "resumes from the run's own newest checkpoint)"
+        )
+    if args.fit_temperature and not args.test_only:
+        raise InputError(f"--fit_temperature {args.fit_temperature}: expected together with --test-only")
+    for name in ("save_pred", "save_prob", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
+    if args.seed >= 2**31:
+        raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
+    for flag, folder in (("--data_dir", args.data_dir), ("--output_dir", args.output_dir)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise InputError(f"{flag}: {folder}: got a file, expected a folder")
+    return args
+
+
+def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
+    """Whether there are weights to go on from, or to evaluate.
+
+    InputError for data or a checkpoint that is not there, said before PyTorch is loaded.
+    """
+    if args.data_dir is not None and not Path(args.data_dir).is_dir():
+        raise InputError(f"--data_dir: {args.data_dir}: no such folder (DATA.md shows the expected tree)")
+    checkpoints, path = run_folder / "checkpoints", args.model_checkpoint
+    if path is not None and path != Path("best"):
+        if not path.is_file():
+            raise InputError(f"--model_checkpoint: {path}: no such file, expected a checkpoint of this program")
+        return True
+    trained = any(checkpoints.glob("best.pt" if path else "iter_*.pt"))
+    if args.test_only and not trained:
+        raise InputError(
+            f"{checkpoints}: got no checkpoint{' best.pt' if path else ''}, expected one: train first (the same flags "
+            "without --test-only), or name one with --model_checkpoint"
+        )
+    return trained
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Train a segmentation network and judge decision rules (argmax, RankSEG-RMA) on it. Without "
+        "flags: a small network on synthetic shapes. Start under torchrun for several processes.",
+        allow_abbrev=False,
+    )
+    for group, default in DEFAULT_YAMLS.items():
+        if group == "predict":
+            parser.add_argument(
+                "--predict_yaml",
+                nargs="+",
+                default=default,
+                metavar="NAME",
+                help=f"configs/predict/NAME.yaml, one or more rules (default: {' '.join(default)})",
+            )
+        else:
+            parser.add_argument(
+                f"--{group}_yaml",
+                default=default,
+                metavar="NAME",
+                help=f"configs/{group}/NAME.yaml, or a path ending in .yaml (default: {default})",
+            )
+    _add_run_flags(parser)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", metavar="DIR", help="the folder that holds the data sets (see DATA.md)")
+    parser.add_argument(
+        "--output_dir",
+        default="output",
+        metavar="DIR",
+        type=Path,
+        help="holds a folder a run: <model>.<data>.<loss>.<schedule>.<optim> (default: ./output)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GROUP.KEY=VALUE",
+        dest="overrides",
+        help="override keys of the YAMLs, e.g. schedule.batch_size=4 data.crop_size=[64,64]",
+    )
+    parser.add_argument(
+        "--test-only", "--test_only", action="store_true", help="evaluate the run's newest checkpoint, train nothing"
+    )
+    parser.add_argument(
+        "--model_checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="with --test-only: evaluate this checkpoint, or 'best' (of the run's validations), not the newest",
+    )
+    parser.add_argument(
+        "--fit_temperature",
+        choices=("train", "val-part"),
+        help="with --test-only: fit the temperature of the logits on the training images, or on every other image "
+        "(case) of the evaluation's, and store it for test.temperature=fitted",
+    )
+    parser.add_argument(
+        "--save_pred",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write panels (image, truth, each rule, differences) of the N images with the largest gain of the last "
+        "rule over the first, the N with the largest loss, and N at random",
+    )
+    parser.add_argument(
+        "--save_masks",
+        action="store_true",
+        help="write every rule's labels of every image in the format of the data set's label files",
+    )
+    parser.add_argument(
+        "--save_prob",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write the probability maps of the first N images, (C, H, W) float32 .npy",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+
+
+def requested_yamls(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Parsed flags -> the YAML names by group."""
+    names = {group: getattr(args, f"{group}_yaml") for group in DEFAULT_YAMLS}
+    return {group: name if isinstance(name, list) else [name] for group, name in names.items()}

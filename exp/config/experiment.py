@@ -1,0 +1,202 @@
+"""YAML files and --set overrides -> one frozen ExperimentConfig. Nothing heavy is imported here."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exp.config.data import DataConfig
+from exp.config.model import LossConfig, ModelConfig
+from exp.config.strict_yaml import build_dataclass, closest, load_mapping, parse_value, show
+from exp.config.training import OptimConfig, PredictConfig, ScheduleConfig, TestConfig
+from exp.runtime.errors import InputError
+
+MAX_NAME = 100  # characters of a YAML's name: five of them make the run folder's, which has 255 at most
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
+# What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
+FREE_KEYS = {
+    "model": ("pretrained",),
+    "schedule": (
+        "num_workers",
+        "log_iters",
+        "save_iters",
+        "save_epochs",
+        "val_iters",
+        "keep_checkpoints",
+        "nonfinite_limit",
+    ),
+    "data": ("val_split", "val_samples", "damaged"),
+}
+EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
+RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
+GROUPS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "schedule": ScheduleConfig,
+    "optim": OptimConfig,
+    "test": TestConfig,
+    "predict": PredictConfig,
+}
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment: a YAML of each group (several of predict) and the seed."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    schedule: ScheduleConfig
+    optim: OptimConfig
+    test: TestConfig
+    predict: tuple[PredictConfig, ...]
+    seed: int
+
+    @property
+    def run_name(self) -> str:
+        """The run folder's name: what was trained, not how it is judged."""
+        data = self.data.name if self.data.fold is None else f"{self.data.name}_fold{self.data.fold}"
+        return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
+
+    def with_window(self, train_crop: tuple[int, int]) -> "ExperimentConfig":
+        """The resolved config: where the test YAML names no window, it is the crop that the network was trained on."""
+        try:
+            return dataclasses.replace(self, test=self.test.resolved(train_crop))
+        except InputError as error:
+            raise InputError(f"test and data YAMLs: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+def training_digest(config: Mapping[str, Any]) -> str:
+    """A config's plain dict -> 64 hexadecimal digits (SHA-256) that tell which weights come out of it.
+
+    YAML names and the keys of FREE_KEYS do not count; of model.pretrained only whether there are pretrained weights,
+    not where they were read from.
+    """
+    kept = {
+        group: {k: v for k, v in config[group].items() if k not in ("name", *FREE_KEYS.get(group, ()))}
+        for group in TRAINING_GROUPS
+    }
+    kept["model"]["pretrained"] = bool(config["model"]["pretrained"])
+    text = json.dumps({**kept, "seed": config["seed"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:
+    """YAML names (or paths) by group and group.key=value overrides -> the config, but for the window (with_window).
+
+    Raises InputError naming the file or the override, the key, what was got and what was expected.
+    """
+    return ExperimentConfig(**load_groups(yamls, overrides), seed=seed)
+
+
+def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:
+    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them."""
+    values = {
+        group: [(path, load_mapping(path)) for path in (find_yaml(group, name) for name in names)]
+        for group, names in yamls.items()
+    }
+    origins = {}
+    for text in overrides:
+        _apply_override(text, values, origins)
+    configs = {}
+    for group, files in values.items():
+        built = [
+            build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
+            for path, mapping in files
+        ]
+        for config, (path, _) in zip(built, files):
+            _check_name(config.name, path)
+        configs[group] = tuple(built) if group == "predict" else built[0]
+    names = [c.name for c in configs.get("predict", ())]
+    if len(set(names)) < len(names):
+        raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
+    for name in names:
+        if name in RESERVED_NAMES or name.endswith(".cases"):
+            raise InputError(
+                f"--predict_yaml: got a rule named '{name}', expected another name: results/ has files of it"
+            )
+    return configs
+
+
+def _check_name(name: str, path: Path) -> None:
+    """InputError for a name that could not stand in the names of a run's folders and files."""
+    fits = name.isprintable() and 0 < len(name) <= MAX_NAME and not name.startswith(".") and not set(name) & set("/\\:")
+    if not fits:
+        raise InputError(
+            f"{path}: key 'name': got {show(name)}, expected 1 to {MAX_NAME} printable characters without / \\ : and "
+            "no dot in front"
+        )
+
+
+def check_files(config: ExperimentConfig, *, from_scratch: bool) -> None:
+    """InputError for a file that a YAML names and that is not there; from_scratch: no checkpoint has the weights."""
+    if from_scratch and isinstance(config.model.pretrained, str):
+        _require_file("model.pretrained", config.model.pretrained, "a state dict (.pt, .pth, .safetensors)")
+    for rule in config.predict:
+        if rule.thresholds is not None:
+            _require_file("predict.thresholds", rule.thresholds, "a thresholds file of a rule of scope: dataset")
+
+
+def _require_file(key: str, name: str, expected: str) -> None:
+    if "\0" in name or not Path(name).is_file():
+        raise InputError(f"key '{key}': got {show(name)}, which is no file, expected {expected}")
+
+
+def find_yaml(group: str, name: str) -> Path:
+    """A name under configs/<group>/, or a path that ends in .yaml -> the file's path."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"--{group}_yaml {name}: no such file")
+        return Path(name)
+    path = CONFIG_DIR / group / f"{name}.yaml"
+    if not path.is_file():
+        choices = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise InputError(f"--{group}_yaml {name}: no such YAML in {path.parent}{closest(name, choices)}")
+    return path
+
+
+def _apply_override(text: str, values: dict, origins: dict) -> None:
+    """Set one group.key=value in the raw mappings; predict keys go to every rule whose YAML names the key."""
+    target, equals, value = text.partition("=")
+    group, dot, key = target.partition(".")
+    if not (equals and dot and key):
+        raise InputError(f"--set {text}: expected group.key=value")
+    if group not in values:
+        raise InputError(f"--set {text}: unknown group '{group}'{closest(group, values)}")
+    known = [f.name for f in dataclasses.fields(GROUPS[group]) if f.name != "name"]
+    if key not in known:
+        raise InputError(f"--set {text}: unknown key '{key}'{closest(key, known)}")
+    mappings = [mapping for _, mapping in values[group]]
+    if group == "predict":
+        mappings = [mapping for mapping in mappings if key in mapping]
+        if not mappings:
+            raise InputError(f"--set {text}: none of the rules asked for reads the key '{key}'")
+    parsed = parse_value(value, f"--set {text}")
+    for mapping in mappings:
+        mapping[key] = parsed
+        other = EXCLUSIVE.get((group, key))
+        if other and parsed is not None and other not in origins.get(group, {}):
+            mapping[other] = None  # schedule.train_epochs=20 means: not in iterations
+    origins.setdefault(group, {})[key] = f"--set {text}"

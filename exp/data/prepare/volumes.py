@@ -1,0 +1,214 @@
+"""LiTS, KiTS19 and the decathlon's hippocampus: pairs of volumes -> slices in <data_dir>/<name>/train/<case>/."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from exp.data.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
+from exp.data.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
+from exp.files.lists import describe_numbers
+from exp.files.nifti import (
+    CASE_FILE,
+    Case,
+    case_number,
+    find_slices,
+    list_cases,
+    list_slices,
+    open_pair,
+    read_case,
+    read_image,
+    read_labels,
+    write_case,
+)
+from exp.runtime.errors import InputError, printable
+
+TRAIN = "train"  # the folder of prepared cases
+SLICE_OVERHEAD = 1024  # bytes of a slice file beside its voxels
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """An image and its label volume as distributed."""
+
+    name: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class LoneVolume:
+    """A volume whose counterpart is not there, which is left alone; that is as it should be for the owner's tests."""
+
+    path: Path
+    text: str
+    is_test: bool
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a first look at a case found: the slices to keep and their bytes on disk."""
+
+    slices: tuple[int, ...]
+    num_bytes: int
+
+
+def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[LoneVolume]]:
+    """A data set -> its pairs of volumes by number, and the volumes without a partner.
+
+    InputError for two files of one case.
+    """
+    facts = VOLUMES[name]
+    root = data_dir / facts.folder
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder (DATA.md shows the expected tree)")
+    images, labels = FINDERS[name](root)
+    pairs = [RawCase(case, images[case], labels[case]) for case in images.keys() & labels.keys()]
+    alone = []
+    for case in sorted(images.keys() - labels.keys()):
+        is_test = facts.numbers is not None and case_number(case) not in facts.numbers
+        text = "a test case, without label volume" if is_test else "an image without its label volume"
+        alone.append(LoneVolume(images[case], text, is_test))
+    for case in sorted(labels.keys() - images.keys()):
+        alone.append(LoneVolume(labels[case], "a label volume without its image", is_test=False))
+    return sorted(pairs, key=lambda case: (case_number(case.name), case.name)), alone
+
+
+def _find_lits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """volume-N.nii[.gz] and segmentation-N.nii[.gz] at any depth."""
+    named = [(re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name), path) for path in _files(root)]
+    images = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "volume")
+    labels = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "segmentation")
+    return images, labels
+
+
+def _find_kits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """case_NNNNN/imaging.nii.gz and segmentation.nii.gz at any depth."""
+    files = [path for path in _files(root) if re.fullmatch(r"case_\d+", path.parent.name)]
+    images = _by_name((path.parent.name, path) for path in files if path.name == "imaging.nii.gz")
+    labels = _by_name((path.parent.name, path) for path in files if path.name == "segmentation.nii.gz")
+    return images, labels
+
+
+def _find_hippocampus(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """{images,labels}[Tr]/hippocampus_NNN.nii.gz at any depth."""
+    files = [path for path in _files(root) if re.fullmatch(r"hippocampus_\d+\.nii\.gz", path.name)]
+    images, labels = (
+        _by_name((p.name.removesuffix(".nii.gz"), p) for p in files if p.parent.name in (kind, f"{kind}Tr"))
+        for kind in ("images", "labels")
+    )
+    return images, labels
+
+
+FINDERS = {"lits": _find_lits, "kits": _find_kits, "hippocampus": _find_hippocampus}
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The files below a folder in a fixed order; links to folders are followed, each folder visited once."""
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in visited else sorted(folders)
+        if real not in visited:
+            yield from (Path(folder) / name for name in sorted(names))
+        visited.add(real)
+
+
+def _by_name(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, path in items:
+        if name in found:
+            raise InputError(f"{path}: got a second file of {name} beside {found[name]}, expected one")
+        found[name] = path
+    return found
+
+
+def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool = True) -> None:
+    """Write the slices of every case that has none yet; InputError at the end if there are cases that cannot be read.
+
+    First all label volumes are looked at, which tells the faulty ones and the disk space needed; then slices are
+    written. A case appears under its name when it is complete, so that those found there are finished.
+    """
+    facts = VOLUMES[name]
+    root = data_dir / facts.folder
+    folder = root / TRAIN
+    cases, alone = find_cases(name, data_dir)
+    for volume in alone:
+        print(printable(f"{volume.path}: {volume.text}; left alone"))
+    if folder.is_dir():
+        remove_stale(folder)
+    if not cases and not (folder.is_dir() and list_cases(folder)):
+        raise InputError(f"{root}: got no pair of image and label volume (DATA.md shows the expected tree)")
+    states, broken = run_jobs(lambda case: is_finished(folder / case.name), cases, None, "recognising", "case")
+    waiting = [case for case, finished in states if not finished]
+    print(f"{root}: {len(cases)} cases, {len(states) - len(waiting)} of them prepared before")
+    with worker_pool(workers if waiting else 1) as pool:
+        scans, faults = run_jobs(partial(scan_case, facts, check_affine), waiting, pool, "looking", "case")
+        require_space(folder, sum(scan.num_bytes for _, scan in scans))
+        folder.mkdir(exist_ok=True)
+        write = partial(prepare_case, facts, check_affine, root)
+        _, more = run_jobs(write, [(raw, scan.slices) for raw, scan in scans], pool, "writing", "case")
+    report_faults(broken + faults + more, "cases")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a case's folder is there; InputError if it is not whole (it appears whole, but disks fail)."""
+    if not folder.exists():
+        return False
+    if not (folder / CASE_FILE).is_file():
+        raise InputError(f"{folder}: got something else under a case's name, expected a free name or a prepared case")
+    case = read_case(folder)
+    expected = [folder / f"{index:04d}.npz" for index in case.slices]
+    least = 3 * case.size[0] * case.size[1]
+    for path in expected:
+        if not path.is_file() or path.stat().st_size < least:
+            raise InputError(f"{path}: got no whole slice, expected one; remove {folder} and prepare again")
+    if list_slices(folder) != expected:
+        raise InputError(f"{folder}: got slices that are not in its case.json, expected those alone")
+    return True
+
+
+def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> Scan:
+    """A raw case -> the slices to keep; InputError if the pair does not fit together or the labels cannot be read."""
+    image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
+    slices = tuple(find_slices(label, facts.label))
+    height, width = facts.size or image.slice_shape
+    return Scan(slices, len(slices) * (3 * height * width + SLICE_OVERHEAD))
+
+
+def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[RawCase, tuple[int, ...]]) -> None:
+    """Write <root>/train/<case>/ with these slices of a raw case; InputError for labels that are no class."""
+    raw, slices = job
+    image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
+    labels = read_labels(label, slices)
+    if (highest := labels.max(initial=0)) > MAX_LABEL:
+        raise InputError(f"{raw.label}: got label value {highest}, expected 0..{MAX_LABEL}")
+    size = facts.size or image.slice_shape
+    case = Case(
+        image=str(raw.image.relative_to(root)),
+        label=str(raw.label.relative_to(root)),
+        shape=image.shape,
+        affine=tuple(map(tuple, image.affine.tolist())),
+        spacing=image.spacing,
+        axis=image.axis,
+        slices=slices,
+        size=size,
+        resized=size != image.slice_shape,
+        rescaled=facts.rescale,
+    )
+    with staged(root / TRAIN / raw.name) as folder:
+        folder.mkdir()
+        write_case(folder, case, read_image(image, slices, rescale=facts.rescale), labels)
+
+
+def missing_cases(facts: VolumeFacts, names: Iterable[str]) -> str:
+    """The names of the cases that there are -> the numbers that lack, in words; empty if none do, or if unknown."""
+    lacking = sorted(set(facts.numbers or ()) - {case_number(name) for name in names})
+    return describe_numbers(lacking, ", ") if lacking else ""
+
+
+def count_slices(folder: Path) -> dict[str, int]:
+    """The folder of prepared cases -> slices by case."""
+    return {path.name: len(read_case(path).slices) for path in list_cases(folder)}

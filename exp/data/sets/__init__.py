@@ -1,0 +1,1 @@
+"""One short file of facts a data set."""

@@ -1,0 +1,70 @@
+"""PASCAL VOC 2012 with the labels of SBD, in the VOCdevkit layout."""
+
+from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
+from exp.files.lists import read_names
+
+
+class PascalVOC(SegmentationDataset):
+    """10,582 (trainaug) / 1,449 photographs, 20 classes and background (Everingham et al., 2010; SBD: Hariharan et
+    al., ICCV 2011); 255 is ignored.
+
+    VOCdevkit/VOC2012/: JPEGImages/*.jpg, ImageSets/Segmentation/<split>.txt, labels as palette PNGs in
+    SegmentationClassTrainAug/ (split trainaug) or SegmentationClass/ (the others).
+    """
+
+    classes = (
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    )
+    palette = (
+        (0, 0, 0),
+        (128, 0, 0),
+        (0, 128, 0),
+        (128, 128, 0),
+        (0, 0, 128),
+        (128, 0, 128),
+        (0, 128, 128),
+        (128, 128, 128),
+        (64, 0, 0),
+        (192, 0, 0),
+        (64, 128, 0),
+        (192, 128, 0),
+        (64, 0, 128),
+        (192, 0, 128),
+        (64, 128, 128),
+        (192, 128, 128),
+        (0, 64, 0),
+        (128, 64, 0),
+        (0, 192, 0),
+        (128, 192, 0),
+        (0, 64, 128),
+    )
+
+    def list_samples(self) -> list[Sample]:
+        root = require_folder(self.root / "VOCdevkit" / "VOC2012")
+        names_file = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
+        names = read_names(names_file)
+        kind = "SegmentationClassTrainAug" if self.split == "trainaug" else "SegmentationClass"
+        images, labels = require_folder(root / "JPEGImages"), require_folder(root / kind)
+        return pair_samples(
+            names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png", inside=(images, labels)
+        )

@@ -1,0 +1,67 @@
+"""Prepared slices of CT and MR volumes, in five folds of cases; scripts/prepare_data.py makes them."""
+
+import numpy as np
+import torch
+
+from exp.data.base import Sample, SegmentationDataset
+from exp.data.prepare.facts import VOLUMES, VolumeFacts, fold_of
+from exp.data.prepare.volumes import TRAIN
+from exp.files.nifti import case_number, list_cases, list_slices, read_slice
+from exp.runtime.errors import InputError
+
+
+class SliceDataset(SegmentationDataset):
+    """Slices grouped by case: `val` is the fold that the YAML names, `train` the four others.
+
+    The folds are contiguous by case number. Values are clipped to the YAML's window as they are read, so that
+    resampling and scaling commute.
+    """
+
+    volumes: VolumeFacts
+    channels = 1
+    image_dtype = torch.int16
+    yaml_facts = ("fold", "window")
+
+    def list_samples(self) -> list[Sample]:
+        if self.split not in ("train", "val"):
+            raise InputError(f"data.*_split: got '{self.split}', expected train or val: these slices come in folds")
+        validating, samples = self.split == "val", []
+        for case in list_cases(self.root / self.volumes.folder / TRAIN):
+            in_fold = fold_of(case_number(case.name), self.volumes.cases_per_fold) == self.fold
+            if in_fold == validating:
+                samples += [Sample(f"{case.name}/{p.stem}", p, p, case=case.name) for p in list_slices(case)]
+        return samples
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        path = self.samples[index].image
+        image, values = read_slice(path)
+        low, high = self.window
+        return image.clip(round(low), round(high))[..., None], self.decode_label(values, path)
+
+
+class Tumour(SliceDataset):
+    """CT slices that hold tumour (2 in the files) against all else."""
+
+    classes = ("background", "tumour")
+    palette = ((0, 0, 0), (213, 94, 0))
+    label_map = {0: 0, 1: 0, 2: 1}
+
+
+class LiTS(Tumour):
+    """7,190 slices of 512 x 512 from 131 CT volumes, liver tumour (Bilic et al., MedIA 2023)."""
+
+    volumes = VOLUMES["lits"]
+
+
+class KiTS(Tumour):
+    """5,712 slices of 512 x 512 from 210 CT volumes, kidney tumour (KiTS19: Heller et al., 2019)."""
+
+    volumes = VOLUMES["kits"]
+
+
+class Hippocampus(SliceDataset):
+    """Slices of some 35 x 50 pixels from 260 MR volumes (Medical Segmentation Decathlon, task 4)."""
+
+    classes = ("background", "anterior", "posterior")
+    palette = ((0, 0, 0), (230, 159, 0), (86, 180, 233))
+    volumes = VOLUMES["hippocampus"]

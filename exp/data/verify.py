@@ -1,0 +1,288 @@
+"""Every file of a data set, decoded to its end and compared with what training expects: all faults, not the first."""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from exp.data.base import IGNORE_INDEX, SegmentationDataset
+from exp.data.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
+from exp.data.prepare.volumes import TRAIN, RawCase, find_cases, is_finished
+from exp.files.images import PILLOW_ERRORS, open_image, read_bytes
+from exp.files.nifti import (
+    case_number,
+    list_cases,
+    open_volume,
+    read_case,
+    read_slice,
+    require_same_affine,
+    require_same_shape,
+    value_range,
+)
+from exp.files.text import read_text
+from exp.runtime.errors import InputError, printable
+
+# kind: what it means; a data set with one of these is not in order
+FAULTS = {
+    "unreadable": "files that cannot be decoded to their end",
+    "wrong format": "files whose content is not what their name says",
+    "unpaired": "images without a label, labels without an image",
+    "channels": "labels that are no single channel of 8-bit class indices",
+    "size": "labels of another size than their image",
+    "label value": "labels with values that are no class",
+    "empty label": "labels without a counted pixel",
+    "not a number": "volumes with NaN or infinite voxels",
+    "constant": "images or volumes of one value",
+    "affine": "label volumes whose grid lies elsewhere than their image's",
+    "duplicate name": "samples that cannot be told apart",
+    "count": "totals other than the known ones",
+    "changed": "files that differ from the manifest, or are gone",
+}
+NOTES = {  # worth a look, but found in sound data too
+    "only background": "labels of nothing but background",
+    "identical images": "images with the same content as another",
+    "not prepared": "volumes without slices",
+    "other affine": "label volumes whose grid lies elsewhere than their image's, which was to be ignored",
+    "not in the manifest": "files that came after it",
+}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # those that Pillow names so
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault or note on one file."""
+
+    kind: str
+    path: Path
+    text: str
+
+    def __post_init__(self) -> None:
+        assert self.kind in FAULTS or self.kind in NOTES
+
+
+def check_sample(dataset: SegmentationDataset, index: int) -> list[Finding]:
+    """A sample -> what is wrong with its image and label."""
+    sample = dataset.samples[index]
+    if sample.image.suffix == ".npz":
+        return _check_slice(dataset, sample.image)
+    image, findings = _decode(sample.image)
+    values, more = _decode(sample.label)
+    findings += more
+    if values is not None:
+        findings += _check_values(dataset, values, sample.label)
+        if image is not None and values.shape[:2] != image.shape[:2]:
+            got, expected = (f"{a.shape[1]}x{a.shape[0]}" for a in (values, image))
+            findings.append(Finding("size", sample.label, f"got {got} pixels, expected {expected}"))
+    if not findings:
+        try:
+            dataset.read(index)  # whatever else training would stumble over
+        except InputError as error:
+            findings.append(Finding("unreadable", sample.image, str(error)))
+    return findings
+
+
+def _decode(path: Path) -> tuple[np.ndarray | None, list[Finding]]:
+    """An image file -> its values, None if they cannot be had, and what is wrong with the file."""
+    try:
+        with open_image(read_bytes(path), path) as image:
+            found, values = image.format, np.asarray(image)
+    except PILLOW_ERRORS as error:  # InputError is one of them
+        return None, [Finding("unreadable", path, " ".join(str(error).removeprefix(f"{path}: ").split()))]
+    expected = FORMATS.get(path.suffix.lower(), found)
+    if found != expected:
+        return values, [Finding("wrong format", path, f"got {found} content, expected {expected}")]
+    return values, []
+
+
+def _check_values(dataset: SegmentationDataset, values: np.ndarray, path: Path) -> list[Finding]:
+    """The values of a label file -> what is wrong with them."""
+    if values.ndim != 2 or values.dtype != np.uint8:
+        return [Finding("channels", path, f"got {values.dtype} values of shape {values.shape}, expected (H, W) uint8")]
+    try:
+        label = dataset.decode_label(values, path)
+    except InputError as error:
+        return [Finding("label value", path, str(error).removeprefix(f"{path}: "))]
+    present = np.setdiff1d(label, [IGNORE_INDEX])
+    if not present.size:
+        return [Finding("empty label", path, "got ignored pixels alone")]
+    if present.tolist() == [0] and dataset.classes[0] == "background":
+        return [Finding("only background", path, "got no other class")]
+    return []
+
+
+def _check_slice(dataset: SegmentationDataset, path: Path) -> list[Finding]:
+    """A prepared slice -> what is wrong with it."""
+    try:
+        image, values = read_slice(path)
+    except InputError as error:
+        return [Finding("unreadable", path, str(error).removeprefix(f"{path}: "))]
+    findings = _check_values(dataset, values, path)
+    if image.min() == image.max():
+        findings.append(Finding("constant", path, f"got {image.min()} everywhere"))
+    return findings
+
+
+def check_volumes(raw: RawCase, *, check_affine: bool = True) -> list[Finding]:
+    """A pair of volumes as distributed -> what is wrong with it; every voxel is read.
+
+    Without check_affine, affines that differ are a note.
+    """
+    findings, volumes, ranges = [], {}, {}
+    for path in (raw.image, raw.label):
+        try:
+            volumes[path] = open_volume(path)
+            ranges[path] = value_range(volumes[path])
+        except InputError as error:
+            findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
+    if len(volumes) == 2:
+        for kind, require in (
+            ("size", require_same_shape),
+            ("affine" if check_affine else "other affine", require_same_affine),
+        ):
+            try:
+                require(volumes[raw.image], volumes[raw.label])
+            except InputError as error:
+                findings.append(Finding(kind, raw.label, str(error).removeprefix(f"{raw.label}: ")))
+                break
+    for path, values in ranges.items():
+        if not values.finite:
+            findings.append(Finding("not a number", path, "got NaN or infinite voxels"))
+    image, label = ranges.get(raw.image), ranges.get(raw.label)
+    if image and image.low >= image.high:
+        findings.append(Finding("constant", raw.image, f"got {image.low:g} everywhere"))
+    if label and not (label.whole and label.low >= 0 and label.high <= MAX_LABEL):
+        text = f"got values of {label.low:g} to {label.high:g}, expected whole ones of 0 to {MAX_LABEL}"
+        findings.append(Finding("label value", raw.label, text))
+    elif label and label.high == 0:
+        findings.append(Finding("empty label", raw.label, "got background alone"))
+    return findings
+
+
+def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
+    """The prepared cases of a data set of volumes -> those that are not whole; slices by fold beside the known ones."""
+    folder = data_dir / facts.folder / TRAIN
+    findings, folds, cases = [], [0] * NUM_FOLDS, prepared_cases(facts, data_dir)
+    for path in cases:
+        try:
+            is_finished(path)
+            folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(read_case(path).slices)
+        except InputError as error:
+            findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
+    if len(cases) > facts.total_cases:
+        findings.append(Finding("count", folder, f"got {len(cases)} cases, expected {facts.total_cases} at most"))
+    elif facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
+        findings.append(Finding("count", folder, f"got {folds} slices by fold, expected {list(facts.fold_slices)}"))
+    return findings
+
+
+def prepared_cases(facts: VolumeFacts, data_dir: Path) -> list[Path]:
+    """The folders of prepared cases, none before the preparation."""
+    folder = data_dir / facts.folder / TRAIN
+    return list_cases(folder) if folder.is_dir() else []
+
+
+def list_raw(name: str, data_dir: Path) -> tuple[list[RawCase], list[Finding]]:
+    """A data set of volumes -> its raw pairs, and which of them and of the prepared cases have no counterpart."""
+    cases, alone = find_cases(name, data_dir)
+    prepared = {path.name for path in prepared_cases(VOLUMES[name], data_dir)}
+    findings = [Finding("not prepared", case.image, "has no slices") for case in cases if case.name not in prepared]
+    findings += [Finding("not prepared" if v.is_test else "unpaired", v.path, v.text) for v in alone]
+    return cases, findings
+
+
+def find_duplicates(dataset: SegmentationDataset) -> list[Finding]:
+    """Names that a split has twice, and files that differ from one of its in their suffix alone."""
+    counts = Counter(sample.name for sample in dataset.samples)
+    findings = [
+        Finding("duplicate name", s.image, f"got '{s.name}' {counts[s.name]} times")
+        for s in {s.name: s for s in dataset.samples}.values()
+        if counts[s.name] > 1
+    ]
+    images, labels = ({getattr(s, role) for s in dataset.samples} for role in ("image", "label"))
+    for used in (images, labels):
+        by_stem = {path.with_suffix(""): path for path in used}
+        for folder in sorted({path.parent for path in used}):
+            for path in sorted(set(folder.iterdir()) - images - labels):
+                beside = by_stem.get(path.with_suffix(""))
+                if beside and path.suffix.lower() in FORMATS:
+                    findings.append(Finding("duplicate name", path, f"got it beside {beside.name}"))
+    return findings
+
+
+def find_identical(images: Iterable[Path], hashes: dict[Path, str]) -> list[Finding]:
+    """Images whose content an earlier one has too."""
+    first: dict[str, Path] = {}
+    findings = []
+    for path in images:
+        if path in hashes and first.setdefault(hashes[path], path) != path:
+            findings.append(Finding("identical images", path, f"got the content of {first[hashes[path]]}"))
+    return findings
+
+
+def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Files -> SHA-256 by path, of those that can be read."""
+    hashes = {}
+    for path in paths:
+        with contextlib.suppress(OSError):  # reported where the file is decoded
+            hashes[path] = hash_file(path)
+    return hashes
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """A manifest as sha256sum writes it -> hash by the file's path below data_dir."""
+    manifest = {}
+    for number, line in enumerate(read_text(path, "a manifest").splitlines(), 1):
+        digest, space, name = line.partition("  ")
+        if not (space and len(digest) == 64):
+            raise InputError(f"{path}: got a line {number} that is no '<sha256>  <path>', expected a manifest")
+        manifest[name] = digest
+    return manifest
+
+
+def compare_manifest(manifest: dict[str, str], hashes: dict[Path, str], data_dir: Path) -> list[Finding]:
+    """The files now beside those of the manifest -> what differs."""
+    now = {relative_name(path, data_dir): digest for path, digest in hashes.items()}
+    findings = []
+    for name, digest in manifest.items():
+        if name not in now:
+            if not (data_dir / name).exists():
+                findings.append(Finding("changed", data_dir / name, "it is gone"))
+        elif now[name] != digest:
+            findings.append(Finding("changed", data_dir / name, f"got SHA-256 {now[name]}, expected {digest}"))
+    new = sorted(now.keys() - manifest.keys())
+    return findings + [Finding("not in the manifest", data_dir / name, "it came later") for name in new]
+
+
+def relative_name(path: Path, data_dir: Path) -> str:
+    """A file's name in the manifest: below data_dir if it lies there."""
+    return path.relative_to(data_dir).as_posix() if path.is_relative_to(data_dir) else str(path)
+
+
+def format_manifest(hashes: dict[Path, str], data_dir: Path) -> str:
+    """Hashes by file -> the text that `sha256sum --check` reads in data_dir."""
+    return "".join(f"{hashes[path]}  {relative_name(path, data_dir)}\n" for path in sorted(hashes))
+
+
+def format_report(findings: Sequence[Finding], shown: int) -> str:
+    """Findings by kind: how many, and the first `shown` of each."""
+    lines = []
+    for kind, meaning in {**FAULTS, **NOTES}.items():
+        found = sorted((f for f in findings if f.kind == kind), key=lambda f: str(f.path))
+        if found:
+            lines.append(f"{'note: ' if kind in NOTES else ''}{kind}: {len(found)} {meaning}")
+            lines += [printable(f"  {finding.path}: {finding.text}") for finding in found[:shown]]
+            lines += [f"  and {len(found) - shown} more"] if len(found) > shown else []
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Probabilities, rules and labels -> counts, scores, comparisons and files of results."""

@@ -1,0 +1,136 @@
+"""(1, C, H, W) probabilities and labels -> how far confidence is from accuracy: ECE and SCE. Counts first, scores once.
+
+Expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017) of the top label, whose confidence is its
+probability; static calibration error (Nixon et al., CVPR workshops 2019): the same of every class's probability over
+all pixels, then the mean over the classes. Bins have equal widths; bin b holds the confidences in [b, b + 1)/num_bins,
+the last one 1 too. Scores are in percent.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exp.data.base import IGNORE_INDEX
+from exp.evaluation.metrics import split_cases
+
+PIXELS, CONFIDENCE, HITS = range(3)
+NUM_BINS = 10
+ENTROPY_STEP = 4
+PIECE_ELEMENTS = 2**19  # probabilities taken at a time: they stay in the cache
+
+
+def count_calibration(prob: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> np.ndarray:
+    """(1, C, H, W) probabilities that sum to 1, (H, W) labels in 0..C-1 or 255 -> (C + 1, 3, num_bins) float64.
+
+    Per class, and in the last row of the top label (argmax): pixels, sum of confidences and hits by bin of the
+    confidence, over the pixels that are not ignored. Counts of several images add up. The pixels are taken in pieces,
+    beside which next to no memory is needed.
+    """
+    num_classes = prob.shape[1]
+    prob, label = prob[0].flatten(1), label.flatten()
+    counts = torch.zeros(num_classes + 1, 3, num_bins, dtype=torch.float64, device=prob.device)
+    size = max(1, PIECE_ELEMENTS // num_classes)
+    for start in range(0, len(label), size):
+        piece = prob[:, start : start + size]
+        if piece.stride(1) != 1:
+            piece = piece.contiguous()  # sums along strides lose digits
+        _count_piece(piece if piece.dtype == torch.float64 else piece.float(), label[start : start + size], counts)
+    return counts.cpu().numpy()
+
+
+def _count_piece(prob: Tensor, label: Tensor, counts: Tensor) -> None:
+    """(C, P) probabilities and (P,) labels -> added to the (C + 1, 3, num_bins) counts."""
+    num_classes, num_bins = len(prob), counts.shape[-1]
+    kept = label != IGNORE_INDEX
+    num_kept = int(kept.sum())
+    if num_kept < len(label):
+        prob = prob * kept.to(prob.dtype)  # an ignored pixel adds to no sum, and to no bin but the lowest
+    label = label.long()
+    target = label.clamp(max=num_classes - 1)
+    own, top = prob.gather(0, target[None])[0], prob.amax(0)
+
+    hits = torch.bincount(label * num_bins + _bins(own, num_bins), minlength=num_classes * num_bins)
+    counts[:-1, HITS] += hits[: num_classes * num_bins].view(num_classes, num_bins)  # label 255 lands behind
+    _count_classes(prob, num_kept, counts[:-1])
+    top_bins = _bins(top, num_bins)
+    state = _is_argmax(prob, target, own, top).long() + 2 * (~kept).long()  # 0 wrong, 1 right, more: ignored
+    by_state = torch.bincount(state * num_bins + top_bins, minlength=4 * num_bins).view(4, num_bins)
+    counts[-1, PIXELS] += by_state[:2].sum(0)
+    counts[-1, CONFIDENCE] += torch.bincount(top_bins, top.double(), minlength=num_bins)
+    counts[-1, HITS] += by_state[1]
+
+
+def _bins(confidence: Tensor, num_bins: int) -> Tensor:
+    return (confidence * num_bins).long().clamp_(max=num_bins - 1)
+
+
+def _count_classes(prob: Tensor, num_kept: int, counts: Tensor) -> None:
+    """(C, P) probabilities, 0 where ignored -> pixels and confidences of every class added to (C, 3, num_bins).
+
+    Most classes are in their lowest bin at all pixels of a piece: only the others are looked at pixel by pixel, and
+    the lowest bin is what the higher ones leave.
+    """
+    num_classes, _, num_bins = counts.shape
+    edge = 1 / num_bins
+    present = (prob.amax(1) >= edge).nonzero()[:, 0]
+    rows = prob.index_select(0, present)
+    high = (rows >= edge).flatten().nonzero()[:, 0]
+    values = rows.flatten().index_select(0, high)
+    bins = present.index_select(0, high // prob.shape[1]) * num_bins + _bins(values, num_bins)
+    pixels = torch.bincount(bins, minlength=num_classes * num_bins).view(num_classes, num_bins)
+    mass = torch.bincount(bins, values.double(), minlength=num_classes * num_bins).view(num_classes, num_bins)
+    counts[:, PIXELS] += pixels
+    counts[:, CONFIDENCE] += mass
+    counts[:, PIXELS, 0] += num_kept - pixels.sum(1)
+    counts[:, CONFIDENCE, 0] += prob.sum(1).double() - mass.sum(1)
+
+
+def _is_argmax(prob: Tensor, label: Tensor, own: Tensor, top: Tensor) -> Tensor:
+    """(C, P), (P,) labels, their probabilities and the largest ones -> (P,) bool: argmax is the label.
+
+    `argmax` over all would take longer than the rest together. It matters only where probabilities can be equal: of
+    equal ones it is the first, and of numbers that sum to 1 no two are equal and larger than a half.
+    """
+    right = own == top
+    unsure = (right & (top <= 0.5) & (label > 0)).nonzero()[:, 0]
+    right[unsure] = prob.index_select(1, unsure).argmax(0) == label[unsure]
+    return right
+
+
+def calibration_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, float]:
+    """(N, C + 1, 3, num_bins) counts of the images -> ECED, ECEI, SCED, SCEI in percent.
+
+    D: the counts summed over the images; I: the mean over the images that have pixels (with cases: within each case,
+    then over cases). NaN without a pixel.
+    """
+    by_image = [_errors(part) for part in split_cases(counts, cases)[1]]
+    ((ece_d, sce_d),) = _errors(counts.sum(0, keepdims=True))
+    ece_i, sce_i = _mean_of_defined(np.array([_mean_of_defined(part) for part in by_image]))
+    return {"ECED": float(ece_d), "ECEI": float(ece_i), "SCED": float(sce_d), "SCEI": float(sce_i)}
+
+
+def _errors(counts: np.ndarray) -> np.ndarray:
+    """(N, C + 1, 3, num_bins) -> (N, 2) ECE and SCE in percent; NaN for an image without pixels."""
+    gaps = np.abs(counts[:, :, HITS] - counts[:, :, CONFIDENCE]).sum(-1)
+    pixels = counts[:, -1, PIXELS].sum(-1)
+    with np.errstate(invalid="ignore"):
+        return 100 * np.stack([gaps[:, -1] / pixels, gaps[:, :-1].mean(1) / pixels], 1)
+
+
+def _mean_of_defined(rows: np.ndarray) -> np.ndarray:
+    """(N, 2) -> (2,) the mean over the rows that are no NaN."""
+    rows = rows[~np.isnan(rows).any(1)]
+    return rows.mean(0) if len(rows) else np.full(2, np.nan)
+
+
+def mean_entropy(prob: Tensor, label: Tensor) -> float:
+    """(1, C, H, W) probabilities, (H, W) labels -> the mean entropy of the pixels that count, nats; NaN if none does.
+
+    Of every fourth row and column: the mean over a sixteenth of the pixels, at a sixteenth of the cost.
+    """
+    prob, label = prob[0, :, ::ENTROPY_STEP, ::ENTROPY_STEP], label[::ENTROPY_STEP, ::ENTROPY_STEP]
+    entropy = torch.special.entr(prob).sum(0)[label != IGNORE_INDEX]
+    return entropy.double().mean().item() if entropy.numel() else math.nan

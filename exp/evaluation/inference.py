@@ -1,0 +1,121 @@
+"""Image -> probabilities: a sliding window over the whole image, at several scales and flips, with a temperature."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exp.config.training import TestConfig
+from exp.runtime.errors import InputError
+
+CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small
+
+
+@dataclass(frozen=True)
+class Inference:
+    """(1, channels, H, W) normalised image -> (1, C, H, W) float32 probabilities, a fresh tensor.
+
+    A view of the image is one scale, flipped or not; with `flip` every scale comes both ways. In each view, windows of
+    crop_size step by stride over the resized image, the last of a row or column moved back to end with it, and their
+    logits are averaged. An image smaller than the window is padded at the right and below with zeros (the mean
+    colour). The logits go back to the image's size (bilinear) and orientation; their softmax, of logits / temperature,
+    is computed in float32, and the probabilities of the views are averaged, as mmsegmentation does.
+
+    One view at scale 1 keeps one map of the image's size, which logits and probabilities share. Several views keep a
+    second one, and a resized view a third. InputError where they are no numbers: a network in half precision overflows.
+    """
+
+    crop_size: tuple[int, int]
+    stride: tuple[int, int]
+    window_batch: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    temperature: float | None = 1.0  # None: not fitted yet
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+        assert self.temperature is not None
+        total = None
+        for logits in self.logits(model, image):
+            prob = softmax_(logits, self.temperature)
+            total = prob if total is None else total.add_(prob)
+        if not total.sum().isfinite():  # a rule would decide for class 0 there, and nobody would know
+            raise InputError(
+                "test.amp: got an image whose logits are no numbers, expected finite ones (fp16 overflows where bf16 "
+                "and off do not; if it is off already, the weights are broken)"
+            )
+        return total.div_(self.num_views) if self.num_views > 1 else total
+
+    @property
+    def num_views(self) -> int:
+        return len(self.scales) * (1 + self.flip)
+
+    @torch.inference_mode()
+    def logits(self, model: nn.Module, image: Tensor) -> Iterator[Tensor]:
+        """(1, channels, H, W) -> the views' (1, C, H, W) float32 logits before the temperature, one after the other."""
+        height, width = image.shape[-2:]
+        for scale in self.scales:
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            resized = image if size == (height, width) else resize(image, size)
+            for flipped in (False, True) if self.flip else (False,):
+                view = self._slide(model, resized.flip(-1) if flipped else resized)
+                if size != (height, width):
+                    view = resize(view, (height, width))
+                if flipped:
+                    view = view.flip(-1)
+                yield view
+
+    def _slide(self, model: nn.Module, image: Tensor) -> Tensor:
+        """(1, channels, H, W) -> (1, C, H, W) logits, the mean over the windows that hold the pixel."""
+        height, width = image.shape[-2:]
+        crop_h, crop_w = self.crop_size
+        image = F.pad(image, (0, max(0, crop_w - width), 0, max(0, crop_h - height)))
+        places = list(self.windows(*image.shape[-2:]))
+        total, visits = None, torch.zeros((height, width), device=image.device)
+        for first in range(0, len(places), self.window_batch):
+            group = places[first : first + self.window_batch]
+            crops = torch.cat([image[..., top : top + crop_h, left : left + crop_w] for top, left in group])
+            for (top, left), window in zip(group, model(crops)):
+                if total is None:
+                    total = window.new_zeros((1, len(window), height, width), dtype=torch.float32)
+                inside = (slice(top, top + crop_h), slice(left, left + crop_w))
+                total[(0, slice(None), *inside)] += window[:, : height - top, : width - left]
+                visits[inside] += 1
+        return total.div_(visits) if len(places) > 1 else total
+
+    def windows(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        """Image size (at least the window's) -> (top, left) of every window."""
+        for top in starts(height, self.crop_size[0], self.stride[0]):
+            for left in starts(width, self.crop_size[1], self.stride[1]):
+                yield top, left
+
+
+def softmax_(logits: Tensor, temperature: float) -> Tensor:
+    """(1, C, H, W) float32 -> softmax of logits / temperature over the classes, in their place, by rows."""
+    rows = max(1, CHUNK // (logits.shape[1] * logits.shape[3]))
+    for piece in logits.split(rows, dim=2):
+        if temperature != 1:
+            piece = piece.div_(temperature)
+        piece.copy_(piece.softmax(dim=1))
+    return logits
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, C, H, W) -> (1, C, *size), bilinear; smoothed where it shrinks, or fine lines would come and go."""
+    shrinks = size[0] < image.shape[-2] or size[1] < image.shape[-1]
+    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def starts(length: int, crop: int, stride: int) -> list[int]:
+    """Where windows begin along an axis: every stride, the last one flush with the end."""
+    steps = math.ceil((length - crop) / stride)
+    return [min(i * stride, length - crop) for i in range(steps + 1)]
+
+
+def build_inference(config: TestConfig) -> Inference:
+    """A resolved YAML -> the way from an image to probabilities, without the temperature where that is to be fitted."""
+    temperature = None if config.temperature == "fitted" else config.temperature
+    return Inference(config.crop_size, config.stride, config.window_batch, config.scales, config.flip, temperature)

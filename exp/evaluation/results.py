@@ -1,0 +1,303 @@
+"""EvalResult <-> JSON and per-image CSV; calibration and comparisons as JSON; the tables that a run prints."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
+from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
+from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
+from exp.files.atomic import write_atomically
+from exp.files.text import read_json, read_text
+from exp.runtime.errors import InputError
+
+COUNTS = ("tp", "fp", "fn")
+MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
+WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
+COMPARISON, CALIBRATION, IMAGES = "comparison.json", "calibration.json", "images.csv"
+METHOD = (
+    f"per unit: rule - base, in percent points. interval: {LEVEL:.0%}, bootstrap over units, BCa, of {NUM_RESAMPLES} "
+    f"resamples (D scores: {NUM_POOLED_RESAMPLES}). p_value: Wilcoxon's signed-rank test, two-sided, units without a "
+    "difference dropped. p_holm: the same after Holm over the rules"
+)
+
+
+def report_results(
+    results: Sequence[EvalResult],
+    folder: Path,
+    contexts: Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    calibration: np.ndarray | None = None,
+) -> str:
+    """Compare the rules by `metric` (mAccI, mIoUI, mDiceI) and save_results() all -> what a run prints of it."""
+    comparisons = compare_rules(results, metric)
+    save_results(results, folder, contexts, comparisons=comparisons, calibration=calibration)
+    return format_results(results, metric, comparisons, calibration)
+
+
+def save_results(
+    results: Sequence[EvalResult],
+    folder: Path,
+    contexts: Sequence[Mapping[str, Any]],
+    *,
+    comparisons: Sequence[Comparison] = (),
+    calibration: np.ndarray | None = None,
+) -> None:
+    """Write <folder>/<rule>.csv and .json per result, with cases <rule>.cases.csv, comparison.json, calibration.json.
+
+    An older evaluation with other rows is kept in older/, and with it the comparison and calibration of those rows.
+    contexts: per result, what the JSON says besides the rule and its scores (config, checkpoint, revision, versions).
+    calibration: (N, C + 1, 3, num_bins) counts of the images (exp/evaluation/calibration.py).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = [_save_rule(result, folder, context) for result, context in zip(results, contexts, strict=True)]
+    shared = shared_context(contexts)
+    texts = {COMPARISON: None, CALIBRATION: None}
+    if comparisons:
+        texts[COMPARISON] = comparison_json(comparisons, contexts)
+    if calibration is not None:
+        texts[CALIBRATION] = calibration_json(calibration, results[0], shared)
+    for name, text in texts.items():
+        path = folder / name
+        if path.is_file() and (any(changed) if text is None else _figures(path) != _selected(json.loads(text))):
+            _keep_older([path], folder / "older")
+        if text is not None:
+            write_atomically(path, text)
+
+
+def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> bool:
+    """Write the files of one rule -> True if an older evaluation with other rows was there and is in older/ now."""
+    table, cases, scores = (folder / f"{result.rule}.{end}" for end in ("csv", "cases.csv", "json"))
+    text = result_csv(result)
+    changed = table.is_file() and table.read_bytes() != text.encode()
+    if changed:
+        _keep_older([table, cases, scores], folder / "older")
+    write_atomically(table, text)
+    if result.cases is not None:
+        write_atomically(cases, case_csv(result))
+    write_atomically(scores, result_json(result, context))
+    return changed
+
+
+def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:
+    counted = int((result.counts.sum((1, 2)) > 0).sum())
+    by_class = per_class_scores(result.counts, result.cases)
+    content = {
+        "rule": result.rule,
+        "metrics": finite_or_null(compute_scores(result.counts, result.cases)),
+        "images": {"evaluated": len(result.names), "with_counted_pixels": counted},
+        **({} if result.cases is None else {"cases": len(set(result.cases))}),
+        "per_class": {
+            c: finite_or_null({name: v[i] for name, v in by_class.items()}) for i, c in enumerate(result.classes)
+        },
+        **context,
+    }
+    return _dump(content)
+
+
+def comparison_json(comparisons: Sequence[Comparison], contexts: Sequence[Mapping[str, Any]]) -> str:
+    """What was compared and how it came out; per rule what sets it apart, then what all rules share."""
+    rows = [dataclasses.asdict(c) for c in comparisons]
+    rules = [context.get("config", {}).get("predict") for context in contexts]
+    return _dump({"comparisons": rows, "method": METHOD, "rules": rules, **_without_rule(shared_context(contexts))})
+
+
+def calibration_json(counts: np.ndarray, result: EvalResult, context: Mapping[str, Any]) -> str:
+    """ECE and SCE, and for reliability diagrams the pixels, mean confidence and accuracy of every bin."""
+    pooled = counts.sum(0)
+    content = {
+        "metrics": finite_or_null(calibration_scores(counts, result.cases)),
+        "images": len(counts),
+        "top_label": _bin_rows(pooled[-1]),
+        "per_class": {name: _bin_rows(pooled[i]) for i, name in enumerate(result.classes)},
+        **_without_rule(context),
+    }
+    return _dump(content)
+
+
+def _bin_rows(counts: np.ndarray) -> dict[str, list]:
+    """(3, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
+    pixels = counts[PIXELS].tolist()
+    mean = {
+        name: [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
+        for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS))
+    }
+    return {"pixels": [int(num) for num in pixels], **mean}
+
+
+def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mappings -> what all of them say alike, key by key."""
+    first, *others = contexts
+    shared = {}
+    for key, value in first.items():
+        values = [other.get(key) for other in others]
+        if all(other == value for other in values):
+            shared[key] = value
+        elif all(isinstance(v, Mapping) for v in (value, *values)):
+            shared[key] = shared_context([value, *values])
+    return shared
+
+
+def _without_rule(context: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON says besides its figures, without the config of a decision rule."""
+    config = {key: value for key, value in context.get("config", {}).items() if key != "predict"}
+    return {**context, "config": config}
+
+
+def result_csv(result: EvalResult) -> str:
+    """A row an image: its name and case, its scores in percent (empty where undefined), then TP, FP, FN by class."""
+    keys = {"image": result.names} | ({} if result.cases is None else {"case": result.cases})
+    return _score_csv(keys, image_scores(result.counts), result.counts, result.classes)
+
+
+def case_csv(result: EvalResult) -> str:
+    """A row a case: its name and number of slices, its scores in percent, then TP, FP, FN by class over its slices."""
+    names, scores = case_scores(result.counts, result.cases)
+    parts = split_cases(result.counts, result.cases)[1]
+    keys = {"case": names, "slices": [len(part) for part in parts]}
+    return _score_csv(keys, scores, np.stack([part.sum(0) for part in parts]), result.classes)
+
+
+def _score_csv(
+    keys: Mapping[str, Sequence], scores: Mapping[str, np.ndarray], counts: np.ndarray, classes: Sequence[str]
+) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*keys, *scores, *(f"{kind}.{c}" for kind in COUNTS for c in classes)])
+    for i, row in enumerate(counts):
+        values = ["" if math.isnan(column[i]) else repr(float(column[i])) for column in scores.values()]
+        writer.writerow([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
+    return text.getvalue()
+
+
+def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
+    """A row an image: its name and the network's mean entropy, nats (empty where no pixel counts)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "entropy"])
+    writer.writerows([name, "" if math.isnan(value) else repr(float(value))] for name, value in zip(names, entropy))
+    return text.getvalue()
+
+
+def load_entropy(path: Path) -> dict[str, float]:
+    """images.csv -> the mean entropy by image, without those that have none."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row an image"), newline="")))
+        return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}), expected the columns image and entropy") from None
+
+
+def load_result(path: Path) -> EvalResult:
+    """<rule>.csv -> the EvalResult it was written from."""
+    text = read_text(path, "the counts of an evaluation, a row an image")
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected the counts of an evaluation") from None
+    columns = [i for i, name in enumerate(header) if name.startswith("tp.")]
+    if not columns or header[0] != "image" or len(header) != columns[0] + 3 * len(columns):
+        raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
+    classes = tuple(header[i].removeprefix("tp.") for i in columns)
+    try:
+        counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), 3, len(classes))
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
+    cases = tuple(row[1] for row in rows) if header[1] == "case" else None
+    return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases)
+
+
+def format_results(
+    results: Sequence[EvalResult],
+    metric: str,
+    comparisons: Sequence[Comparison] = (),
+    calibration: np.ndarray | None = None,
+) -> str:
+    """Results -> tables of scores in percent, a line a rule, the comparisons, and the calibration of the network.
+
+    The second table has the worst cases (and, with cases, the 3D scores) of the score by which rules are compared.
+    """
+    scores = [compute_scores(result.counts, result.cases) for result in results]
+    blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")])]
+    if comparisons:
+        holm = ", after Holm over the rules" if len(results) > 2 else ""
+        blocks.append(f"differences [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
+        blocks += [format_comparison(c) for c in comparisons]
+    if calibration is not None:
+        errors = calibration_scores(calibration, results[0].cases)
+        blocks.append("calibration: " + ", ".join(f"{name} {value:.2f}" for name, value in errors.items()))
+    return "\n".join(blocks)
+
+
+def format_scores(rules: Sequence[str], scores: Sequence[Mapping[str, float]], families: Sequence[str]) -> str:
+    """Rules and their scores -> the main table, then the worst cases (and 3D) of each of `families`: mIoU, mDice."""
+    tables = [format_columns(rules, scores, MAIN_COLUMNS)]
+    for family in families:
+        columns = [f"{family}{end}" for end in WORST_ENDINGS if f"{family}{end}" in scores[0]]
+        tables.append(format_columns(rules, scores, columns))
+    return "\n".join(tables)
+
+
+def format_columns(rows: Sequence[str], scores: Sequence[Mapping[str, float]], columns: Sequence[str]) -> str:
+    """Names of rows and the scores of each -> a table of `columns`."""
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>9}" for name in columns)]
+    for row, values in zip(rows, scores, strict=True):
+        lines.append(f"{row:<{width}}" + "".join(f"{values[name]:9.2f}" for name in columns))
+    return "\n".join(lines)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """One line: mean difference with its interval, units better and worse, and the test."""
+    c = comparison
+    if c.difference is None:
+        return f"{c.rule} against {c.base}: {c.metric} is defined on no {c.unit}"
+    text = f"{c.rule} against {c.base}: {c.metric} {c.difference:+.2f}"
+    if c.interval is not None:
+        text += f" [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
+    if c.wins is None:
+        return text
+    p_text = "p < 0.0001" if c.p_holm < 0.0001 else f"p = {c.p_holm:.2g}"
+    return f"{text}, better on {c.wins} of {c.num_units} {c.unit}s, worse on {c.losses}, {p_text}"
+
+
+def finite_or_null(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores by name -> the same for JSON, which has no NaN."""
+    return {name: float(v) if math.isfinite(v) else None for name, v in scores.items()}
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _figures(path: Path) -> dict[str, Any] | None:
+    """What a comparison or calibration found, of the file of an earlier evaluation; None for a damaged one."""
+    try:
+        return _selected(read_json(path, "the figures of an evaluation"))
+    except InputError:
+        return None
+
+
+def _selected(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's or calibration's content without what it says of where that came from."""
+    return {key: content.get(key) for key in ("comparisons", "metrics", "top_label", "per_class")}
+
+
+def _keep_older(paths: Sequence[Path], folder: Path) -> None:
+    """Move files of an earlier evaluation aside, under the first free number."""
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while any((folder / f"{p.stem}.{number}{p.suffix}").exists() for p in paths):
+        number += 1
+    for path in paths:
+        if path.exists():
+            os.rename(path, folder / f"{path.stem}.{number}{path.suffix}")

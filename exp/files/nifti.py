@@ -1,0 +1,441 @@
+"""NIfTI volumes -> axial slices, the slice files that training reads, and labels back onto a volume's grid."""
+
+import json
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
+
+from exp.files import arrays as array_files
+from exp.files.arrays import read_member
+from exp.files.text import read_json
+from exp.runtime.errors import InputError
+
+# What nibabel, gzip and zlib raise on files that are damaged or of another kind.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)
+MAX_SIDE = 4096  # voxels; scanners give matrices of up to 2048 and some 2,000 slices
+MAX_VOXELS = 2**29  # 512 x 512 x 2048: two metres at a millimetre; scanners' 1024 x 1024 x 512
+MAX_HEADER = 2**24  # bytes before the first voxel; extensions (the scanner's or a program's notes) have some kB
+MAX_SLICE = MAX_SIDE**2 * 2 + 4096  # bytes of an array in a slice file
+MAX_DEFLATE = 1040  # deflate makes nothing smaller than 1/1032 of its size (RFC 1951)
+INT16 = np.iinfo(np.int16)
+RESCALED = 1000  # MR intensities: percentiles 0.5 and 99.5 of a volume become 0 and this
+CASE_FILE = "case.json"
+SLICE_DTYPES = {"image": np.dtype(np.int16), "label": np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The grid of a NIfTI file of three dimensions; the voxels stay on disk until slices are read.
+
+    axis: the voxel axis closest to the patient's superior direction; slices lie across it.
+    affine: (4, 4) float64, voxel indices to millimetres (right, anterior, superior).
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    axis: int
+    dtype: np.dtype
+    offset: int  # bytes before the first voxel
+    slope: float
+    inter: float
+
+    @property
+    def num_slices(self) -> int:
+        return self.shape[self.axis]
+
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """(H, W) of a slice: the two other axes in the array's order, neither flipped nor turned."""
+        return tuple(side for axis, side in enumerate(self.shape) if axis != self.axis)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between voxels along each axis of the array."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+
+def open_volume(path: Path) -> Volume:
+    """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
+    try:
+        if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
+            raise ValueError(f"{offset} bytes of header")
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise ValueError(f"a {type(image).__name__}")
+        proxy, affine = image.dataobj, np.asarray(image.affine, np.float64)
+        shape, dtype = tuple(int(n) for n in proxy.shape), np.dtype(proxy.dtype)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected a NIfTI volume") from None
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or not all(0 < side <= MAX_SIDE for side in shape):
+        raise InputError(f"{path}: got {_times(shape)} voxels, expected three sides of 1 to {MAX_SIDE}")
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: got voxels of type {dtype}, expected whole or floating-point numbers")
+    _check_size(path, proxy.offset + math.prod(shape) * dtype.itemsize)
+    if math.prod(shape) > MAX_VOXELS:
+        raise InputError(f"{path}: got {_times(shape)} voxels, expected {MAX_VOXELS} of them at most")
+    scaling = float(proxy.slope), float(proxy.inter)
+    if not (np.isfinite(scaling).all() and scaling[0]):
+        raise InputError(f"{path}: got slope {scaling[0]} and intercept {scaling[1]}, expected finite numbers")
+    return Volume(path, shape, affine, axial_axis(affine, path), dtype, int(proxy.offset), *scaling)
+
+
+def _declared_offset(path: Path) -> int:
+    """The bytes before the first voxel as the header of NIfTI-1 or 2 says; 0 if it is neither."""
+    with ImageOpener(path) as file:
+        head = file.read(180)
+    for order in ("<", ">"):
+        for length, form, place in ((348, "f", 108), (540, "q", 168)):
+            if len(head) == 180 and struct.unpack_from(f"{order}i", head)[0] == length:
+                return int(struct.unpack_from(f"{order}{form}", head, place)[0])
+    return 0
+
+
+def axial_axis(affine: np.ndarray, path: Path) -> int:
+    """(4, 4) affine -> the voxel axis closest to the superior direction."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and (lengths > 0).all()):
+        raise InputError(
+            f"{path}: got the affine {affine.tolist()}, expected finite numbers and axes that have a length"
+        )
+    return int(np.argmax(np.abs(affine[2, :3]) / lengths))
+
+
+def open_pair(image: Path, label: Path, *, check_affine: bool = True) -> tuple[Volume, Volume]:
+    """An image and its label volume -> their grids; InputError if shapes or affines differ.
+
+    Without check_affine the label volume is read along the image's axis whatever its own affine says.
+    """
+    first, second = open_volume(image), open_volume(label)
+    require_same_shape(first, second)
+    if check_affine:
+        require_same_affine(first, second)
+    return first, replace(second, axis=first.axis)
+
+
+def require_same_shape(image: Volume, label: Volume) -> None:
+    """InputError if the grids differ in their sides."""
+    if image.shape != label.shape:
+        raise InputError(
+            f"{label.path}: got {_times(label.shape)} voxels, expected {_times(image.shape)} as in {image.path}"
+        )
+
+
+def require_same_affine(image: Volume, label: Volume) -> None:
+    """InputError if a voxel is a tenth of its size or more from where the other volume has it."""
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape], [1])).reshape(4, -1)
+    apart = np.abs((image.affine - label.affine) @ corners)[:3].max()
+    if apart > 0.1 * min(image.spacing):
+        raise InputError(
+            f"{label.path}: got an affine that puts voxels up to {apart:.3g} mm away from those of {image.path}, "
+            "expected the same"
+        )
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """What the voxels of a volume are: smallest and largest finite value, whether all are finite, and whole."""
+
+    low: float
+    high: float
+    finite: bool
+    whole: bool
+
+
+def value_range(volume: Volume) -> ValueRange:
+    """One pass through every voxel; InputError if the file does not hold them all."""
+    low, high, finite, whole = np.inf, -np.inf, True, True
+    for _, plane in _planes(volume):
+        values = plane.astype(np.float64) * volume.slope + volume.inter
+        good = values[np.isfinite(values)]
+        finite &= good.size == values.size
+        whole &= bool((good == np.rint(good)).all())
+        low, high = min(low, good.min(initial=np.inf)), max(high, good.max(initial=-np.inf))
+    return ValueRange(float(low), float(high), bool(finite), bool(whole))
+
+
+def find_slices(volume: Volume, label: int | None) -> list[int]:
+    """A label volume -> the slices that hold this label (None: any but 0), ascending; one pass, a plane in memory."""
+
+    def holds(plane: np.ndarray, axis: int | None) -> np.ndarray:
+        values = _to_label(plane, volume)
+        return ((values == label) if label is not None else (values != 0)).any(axis)
+
+    if volume.axis == 2:
+        return [k for k, plane in _planes(volume) if holds(plane, None)]
+    found = np.zeros(volume.num_slices, bool)
+    for _, plane in _planes(volume):
+        found |= holds(plane, 1 - volume.axis)
+    return np.flatnonzero(found).tolist()
+
+
+def read_image(volume: Volume, indices: Sequence[int], *, rescale: bool = False) -> np.ndarray:
+    """Slices of a volume, ascending -> (N, H, W) int16, stored values times slope plus intercept (HU for CT), rounded;
+    what int16 cannot hold is clipped.
+
+    rescale: for MR, whose units are arbitrary: the volume's percentiles 0.5 and 99.5 become 0 and 1000.
+    InputError for NaN, infinity, a file that ends early, or a constant volume that is to be rescaled.
+    """
+    if not rescale:
+        return _read(volume, indices, _to_int16, np.int16)
+    values = _read(volume, range(volume.num_slices), _to_float, np.float32)
+    low, high = np.percentile(values, (0.5, 99.5))
+    if low == high:
+        raise InputError(f"{volume.path}: got the same intensity {low:g} nearly everywhere, expected an image")
+    return _round_to_int16((values[list(indices)] - low) * (RESCALED / (high - low)))
+
+
+def read_labels(volume: Volume, indices: Sequence[int]) -> np.ndarray:
+    """Slices of a label volume, ascending -> (N, H, W) uint8; InputError for values that are no whole 0..255."""
+    return _read(volume, indices, _to_label, np.uint8)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) int16 -> the same at `size` (height, width), linear."""
+    if image.shape == tuple(size):
+        return np.ascontiguousarray(image)
+    return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def resize_labels(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 -> the same at `size` (height, width), nearest."""
+    if label.shape == tuple(size):
+        return np.ascontiguousarray(label)
+    return cv2.resize(np.ascontiguousarray(label), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def assemble_labels(slices: Mapping[int, np.ndarray], shape: tuple[int, int, int], axis: int) -> np.ndarray:
+    """(H, W) uint8 labels by slice index -> (X, Y, Z) uint8 on the volume's grid, 0 where there is no slice.
+
+    shape, axis: those of a Volume or a Case. Slices of another size are resized, nearest.
+    """
+    labels = np.zeros(shape, np.uint8)
+    target = np.moveaxis(labels, axis, 0)
+    for index, values in slices.items():
+        target[index] = resize_labels(values.astype(np.uint8), target.shape[1:])
+    return labels
+
+
+def save_labels(labels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write (X, Y, Z) uint8 labels as a NIfTI volume (.nii or .nii.gz) with this affine."""
+    nib.save(nib.Nifti1Image(labels, np.asarray(affine, np.float64)), path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where prepared slices come from, as written to case.json beside them.
+
+    image, label: the source files' names relative to the data set's folder. shape, affine, spacing: the source's
+    grid. slices: indices along `axis`. size: (H, W) of the slice files. rescaled: MR intensities were (read_image).
+    """
+
+    image: str
+    label: str
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    spacing: tuple[float, float, float]
+    axis: int
+    slices: tuple[int, ...]
+    size: tuple[int, int]
+    resized: bool
+    rescaled: bool
+
+
+def write_case(folder: Path, case: Case, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write <folder>/<slice:04d>.npz for each of case.slices, and case.json; the folder is there and empty.
+
+    images: (N, H, W) int16, labels: (N, H, W) uint8, of the source's size; they are resized to case.size.
+    """
+    for index, image, label in zip(case.slices, images, labels, strict=True):
+        arrays = {"image": resize_image(image, case.size), "label": resize_labels(label, case.size)}
+        np.savez(folder / f"{index:04d}.npz", **arrays)
+    (folder / CASE_FILE).write_text(json.dumps(asdict(case), indent=1) + "\n", encoding="utf-8")
+
+
+def read_case(folder: Path) -> Case:
+    """A case's folder -> its case.json; InputError if that is missing or damaged."""
+    path, expected = folder / CASE_FILE, "what scripts/prepare_data.py writes"
+    values = read_json(path, expected)
+    try:
+        case = Case(**{key: _tuples(value) for key, value in values.items()})
+        affine = np.asarray(case.affine, np.float64)
+        valid = (
+            len(case.shape) == 3
+            and all(type(side) is int and 0 < side <= MAX_SIDE for side in (*case.shape, *case.size))
+            and math.prod(case.shape) <= MAX_VOXELS
+            and affine.shape == (4, 4)
+            and bool(np.isfinite(affine).all())
+            and case.axis in (0, 1, 2)
+            and all(type(index) is int and 0 <= index < case.shape[case.axis] for index in case.slices)
+            and len(case.size) == 2
+        )
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from None
+    if not valid:
+        raise InputError(f"{path}: got values that fit no volume, expected {expected}")
+    return case
+
+
+def list_cases(folder: Path) -> list[Path]:
+    """The folder of prepared slices -> the cases' folders by their numbers; what has no case.json is no case."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (scripts/prepare_data.py makes it)")
+    return sorted((p.parent for p in folder.glob(f"*/{CASE_FILE}")), key=lambda p: (case_number(p.name), p.name))
+
+
+def list_slices(folder: Path) -> list[Path]:
+    """A case's folder -> its slice files in the volume's order."""
+    return sorted(folder.glob("*.npz"))
+
+
+def case_number(name: str) -> int:
+    """The last whole number in a case's name: 12 for 'volume-12' and for 'case_00012'."""
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise InputError(f"{name}: got a case without a number, expected one such as case_00012")
+    return int(numbers[-1])
+
+
+def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
+    try:
+        if (size := path.stat().st_size) > 2 * MAX_SLICE:
+            raise ValueError(f"{size} bytes")
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != [f"{name}.npy" for name in sorted(SLICE_DTYPES)]:
+                raise ValueError(f"members {archive.namelist()}")
+            for name in SLICE_DTYPES:
+                if (size := archive.getinfo(f"{name}.npy").file_size) > MAX_SLICE:
+                    raise ValueError(f"{size} bytes as '{name}'")
+            arrays = {name: read_member(archive, name) for name in SLICE_DTYPES}
+        for name, dtype in SLICE_DTYPES.items():
+            if arrays[name].dtype != dtype or arrays[name].ndim != 2:
+                raise ValueError(f"'{name}' of type {arrays[name].dtype} and shape {arrays[name].shape}")
+        if arrays["image"].shape != arrays["label"].shape:
+            raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except array_files.UNREADABLE as error:
+        raise InputError(
+            f"{path}: got {' '.join(str(error).split())[:200]}, expected a slice of scripts/prepare_data.py, with "
+            "'image' int16 and 'label' uint8 of the same size"
+        ) from None
+    return arrays["image"], arrays["label"]
+
+
+Convert = Callable[[np.ndarray, Volume], np.ndarray]
+
+
+def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type) -> np.ndarray:
+    """Slices -> (N, H, W) of `dtype`: one pass through the file, in memory the slices and one plane."""
+    indices = list(indices)
+    assert indices == sorted(set(indices)), "slices are read in ascending order"
+    if volume.axis == 2:  # slices lie one after the other in the file
+        slices = np.empty((len(indices), *volume.slice_shape), dtype)
+        for place, (_, plane) in enumerate(_planes(volume, indices)):
+            slices[place] = convert(plane, volume)
+        return slices
+    # A plane of the file holds one line of every slice.
+    lines = np.empty((volume.shape[2], len(indices), volume.slice_shape[0]), dtype)
+    for k, plane in _planes(volume):
+        taken = np.take(plane, indices, volume.axis)
+        lines[k] = convert(taken if volume.axis == 0 else taken.T, volume)
+    return lines.transpose(1, 2, 0)
+
+
+def _planes(volume: Volume, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """The file's planes across its last axis -> (index, (X, Y) stored values), in one pass through the file."""
+    size = volume.shape[0] * volume.shape[1] * volume.dtype.itemsize
+    try:
+        with ImageOpener(volume.path) as file:
+            for k in range(volume.shape[2]) if wanted is None else wanted:
+                file.seek(volume.offset + k * size)
+                data = file.read(size)
+                if len(data) < size:
+                    raise EOFError(f"it ends in plane {k} of {volume.shape[2]}")
+                yield k, np.frombuffer(data, volume.dtype).reshape(volume.shape[:2], order="F")
+            if wanted is None:
+                file.read(1)  # gzip compares its checksum where the data end
+    except UNREADABLE as error:
+        raise _unreadable(volume.path, error) from None
+
+
+def _to_float(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    """Stored values -> float64, scaled; InputError for NaN and infinity."""
+    values = plane.astype(np.float64) * volume.slope + volume.inter
+    if not np.isfinite(values).all():
+        raise InputError(f"{volume.path}: got NaN or infinite voxels, expected numbers")
+    return values
+
+
+def _to_int16(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    unscaled = volume.slope == 1 and volume.inter == 0
+    if unscaled and np.can_cast(volume.dtype, np.int16):
+        return plane.astype(np.int16)
+    return _round_to_int16(_to_float(plane, volume))
+
+
+def _round_to_int16(values: np.ndarray) -> np.ndarray:
+    return np.rint(values).clip(INT16.min, INT16.max).astype(np.int16)
+
+
+def _to_label(plane: np.ndarray, volume: Volume) -> np.ndarray:
+    unscaled = volume.slope == 1 and volume.inter == 0
+    if unscaled and volume.dtype == np.uint8:
+        return plane
+    values = plane if unscaled and volume.dtype.kind in "iu" else _to_float(plane, volume)
+    labels = values.clip(0, 255).astype(np.uint8)
+    if (labels != values).any():
+        wrong = values[labels != values].flat[0]
+        raise InputError(f"{volume.path}: got label value {wrong:g}, expected whole numbers of 0..255")
+    return labels
+
+
+def _check_size(path: Path, expected: int) -> None:
+    """InputError if the file cannot hold the voxels its header promises; before any of them is allocated."""
+    size = path.stat().st_size
+    most = size * MAX_DEFLATE if path.suffix.lower() == ".gz" else size
+    if most < expected:
+        raise InputError(f"{path}: got a file of {size} bytes, expected the {expected} that its header promises")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{path}: got a file that cannot be read ({reason}), expected a NIfTI volume")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,326 @@
+"""Images of the user's own -> masks and overlays, from a checkpoint alone: it knows its config and its classes."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from tqdm import tqdm
+
+from exp.checkpoints.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
+from exp.config.data import DataConfig
+from exp.config.model import ModelConfig
+from exp.config.strict_yaml import build_dataclass, show
+from exp.config.training import PredictConfig, ScheduleConfig, TestConfig
+from exp.data import build_normalize, dataset_facts, find_dataset
+from exp.data.base import show_values
+from exp.data.decode import read_image
+from exp.data.prepare.facts import VolumeFacts
+from exp.evaluation.inference import Inference, build_inference
+from exp.evaluation.masks import MaskFormat, mask_format, save_volume
+from exp.evaluation.pictures import Palette, blend_labels, tile_size
+from exp.evaluation.temperature import load_temperature
+from exp.files.atomic import write_atomically
+from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
+from exp.files.nifti import read_image as read_slices
+from exp.files.output_folders import whole_file
+from exp.models import build_model
+from exp.rules.pooled import PooledRule, Pools, Thresholds
+from exp.rules.registry import Rule, bind_rules, build_rule
+from exp.runtime.errors import InputError
+from exp.training.precision import Autocast
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+VOLUME_SUFFIXES = (".nii.gz", ".nii")
+SPARE_PARAMETERS = 2**26  # encoders are built with a classifier that is taken off again
+MONTAGE = 3  # rows and columns of slices in the overlay of a volume
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file; the name is its path below the folder given, without the suffix."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_volume(self) -> bool:
+        return self.path.name.lower().endswith(VOLUME_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained network under several rules, with what its data set says of images and label files.
+
+    channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
+    slices it was trained on were made; None: it was trained on images. thresholds: of the rules of a wider scope.
+    """
+
+    model: nn.Module
+    inference: Inference
+    normalize: Callable[[Tensor], Tensor]
+    rules: Mapping[str, Rule | PooledRule]
+    device: torch.device
+    classes: tuple[str, ...]
+    palette: Palette
+    format: MaskFormat
+    channels: int
+    window: tuple[float, float] | None
+    volumes: VolumeFacts | None
+    thresholds: Mapping[str, Mapping[str | None, Thresholds]] = field(default_factory=dict)
+
+    @property
+    def pooled(self) -> dict[str, PooledRule]:
+        return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
+
+    def probabilities(self, image: np.ndarray) -> Tensor:
+        """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+        return self.inference(self.model, self.normalize(pixels.to(self.device)))
+
+    def decide(self, image: np.ndarray, source: Source) -> dict[str, np.ndarray]:
+        """(H, W, channels) pixels of a source -> (H, W) labels a rule."""
+        prob, rules = self.probabilities(image), bind_rules(self.rules, self.thresholds, source.name)
+        return {name: rule(prob)[0].cpu().numpy() for name, rule in rules.items()}
+
+    def read(self, source: Source) -> np.ndarray | Volume:
+        """A source -> its pixels, or the grid of its volume; InputError for what this network cannot take."""
+        if source.is_volume and self.volumes is None:
+            raise InputError(f"{source.path}: got a volume, expected an image: the network was trained on images")
+        if not source.is_volume and self.volumes is not None:
+            raise InputError(
+                f"{source.path}: got an image, expected a NIfTI volume: the network was trained on slices of volumes"
+            )
+        return open_volume(source.path) if source.is_volume else read_image(source.path, self.channels)
+
+    def show(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, channels) image -> (H, W, 3) uint8 for pictures."""
+        return image if self.channels == 3 else show_values(image[..., 0], self.window)
+
+    def slices(self, volume: Volume) -> Iterator[np.ndarray]:
+        """A volume -> its slices in order, (H, W) int16 values clipped to the window."""
+        low, high = (round(bound) for bound in self.window)
+        for values in read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale):
+            yield values.clip(low, high)
+
+    def resize(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) values of a slice -> (H', W', 1), as the network sees it."""
+        return resize_image(values, self.volumes.size or values.shape)[..., None]
+
+    def images(self, source: Source) -> Iterator[np.ndarray]:
+        """What the network sees of a source, (H, W, channels) each."""
+        pixels = self.read(source)
+        if isinstance(pixels, Volume):
+            yield from (self.resize(values) for values in self.slices(pixels))
+        else:
+            yield pixels
+
+    def gather_thresholds(self, sources: Sequence[Source]) -> "Predictor":
+        """With the thresholds of the rules of a wider scope: of each volume, or of all sources together."""
+        if not self.pooled:
+            return self
+        pools = Pools(self.pooled)
+        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
+            for image in self.images(source):
+                pools.add(self.probabilities(image), source.name)
+        return replace(self, thresholds=pools.thresholds())
+
+
+def list_sources(path: Path, output: Path) -> list[Source]:
+    """A file, or a folder with all below it but `output` -> images and volumes by name; InputError for none."""
+    if path.is_file():
+        return [Source(strip_suffix(path.name), path)]
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    suffixes = IMAGE_SUFFIXES + VOLUME_SUFFIXES
+    found: dict[str, Source] = {}
+    for file in sorted(path.rglob("*")):
+        own = output.resolve() in file.resolve().parents
+        if own or file.name.startswith(".") or not file.name.lower().endswith(suffixes):
+            continue
+        name = strip_suffix(file.relative_to(path).as_posix())
+        if name in found:
+            raise InputError(f"{file}: got two files of the name '{name}', expected one ({found[name].path} is there)")
+        found[name] = Source(name, file)
+    if not found:
+        raise InputError(f"{path}: got no file of {', '.join(suffixes)}, expected images or NIfTI volumes")
+    return list(found.values())
+
+
+def strip_suffix(name: str) -> str:
+    """A file's name or path without .nii.gz or its last suffix."""
+    for suffix in VOLUME_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name[: -len(Path(name).suffix)] if Path(name).suffix else name
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where files go: <folder>/masks/<rule>/<name>.{png,nii.gz}, overlays/<rule>/<name>.png and classes.json."""
+
+    folder: Path
+
+    def mask(self, rule: str, source: Source) -> Path:
+        return self.folder / "masks" / rule / f"{source.name}{'.nii.gz' if source.is_volume else '.png'}"
+
+    def overlay(self, rule: str, source: Source) -> Path:
+        return self.folder / "overlays" / rule / f"{source.name}.png"
+
+    @property
+    def classes(self) -> Path:
+        return self.folder / "classes.json"
+
+    def check_free(self, sources: Sequence[Source], rules: Sequence[str], classes: str) -> None:
+        """InputError for the first file that would be overwritten, or a classes.json of other classes."""
+        for path in (kind(rule, source) for kind in (self.mask, self.overlay) for rule in rules for source in sources):
+            if path.exists():
+                raise InputError(f"{path}: got a file there already, expected none (--overwrite replaces it)")
+        if self.classes.exists() and self.classes.read_bytes() != classes.encode():
+            raise InputError(f"{self.classes}: got other classes, expected those of the checkpoint, or --overwrite")
+
+
+def predict_files(predictor: Predictor, sources: Sequence[Source], output: Output) -> None:
+    """Write masks and overlays of every source, and classes.json; all sources are looked at before the first."""
+    for source in tqdm(sources, desc="reading", leave=False, disable=None):
+        predictor.read(source)  # a damaged file should not wait for its turn
+    output.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(output.classes, describe_classes(predictor))
+    predictor = predictor.gather_thresholds(sources)
+    for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
+        pixels = predictor.read(source)
+        if isinstance(pixels, Volume):
+            _predict_volume(predictor, source, pixels, output)
+            continue
+        for rule, label in predictor.decide(pixels, source).items():
+            predictor.format.save_png(predictor.format.encode(label), output.mask(rule, source))
+            picture = blend_labels(predictor.show(pixels), label, predictor.palette)
+            _save_picture(picture, output.overlay(rule, source))
+
+
+def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output: Output) -> None:
+    """One volume -> a label volume on its grid a rule, and overlays of slices from all over the foreground."""
+    shown, labels = [], {rule: [] for rule in predictor.rules}
+    for values in predictor.slices(volume):
+        shown.append(values)
+        for rule, label in predictor.decide(predictor.resize(values), source).items():
+            labels[rule].append(resize_labels(label.astype(np.uint8), values.shape))
+    found = [i for i in range(volume.num_slices) if any(labels[rule][i].any() for rule in labels)]
+    found = found or list(range(volume.num_slices))
+    chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), MONTAGE**2)).round().astype(int)]
+    for rule, slices in labels.items():
+        values = {i: predictor.format.encode(label) for i, label in enumerate(slices)}
+        save_volume(values, volume, output.mask(rule, source))
+        tiles = [blend_labels(predictor.show(shown[i][..., None]), slices[i], predictor.palette) for i in chosen]
+        _save_picture(montage(tiles), output.overlay(rule, source))
+
+
+def montage(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8 slices, MONTAGE**2 at most -> one picture, MONTAGE in a row, enlarged where they are small."""
+    width, height = tile_size(*tiles[0].shape[:2])
+    rows = -(-len(tiles) // MONTAGE)
+    picture = np.full((rows * height, min(len(tiles), MONTAGE) * width, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // MONTAGE * height, i % MONTAGE * width
+        resized = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
+        picture[top : top + height, left : left + width] = resized
+    return picture
+
+
+def _save_picture(picture: np.ndarray, path: Path) -> None:
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary)
+
+
+def describe_classes(predictor: Predictor) -> str:
+    """Classes -> JSON: the value in masks, the name and the colour of each."""
+    rows = [
+        {"value": int(value), "name": name, "colour": [int(v) for v in colour]}
+        for value, name, colour in zip(predictor.format.values, predictor.classes, predictor.palette)
+    ]
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def build_predictor(
+    path: Path, predict: Sequence[PredictConfig], test: TestConfig | None, device: torch.device
+) -> Predictor:
+    """A checkpoint, the rules, and how images become probabilities (None: as the checkpoint's run was judged)."""
+    checkpoint = load_checkpoint(path)
+    data = _config_of(checkpoint, "data", DataConfig)
+    test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
+    cls = find_dataset(data.dataset)
+    facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
+    facts |= dataset_facts(data)
+    if list(facts["classes"]) != checkpoint.classes:
+        raise InputError(
+            f"{path}: got the classes {show(checkpoint.classes)}, expected those of {data.dataset}: "
+            f"{show(list(facts['classes']))}"
+        )
+    num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
+    for config in predict:
+        if config.scope == "case" and volumes is None:
+            raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
+    model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
+    if test.temperature == "fitted":
+        fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
+        test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
+    return Predictor(
+        model=model if test.amp == "off" else Autocast(model, test.amp, device),
+        inference=build_inference(test),
+        normalize=build_normalize(data),
+        rules={c.name: build_rule(c, num_classes) for c in predict},
+        device=device,
+        classes=facts["classes"],
+        palette=facts["palette"],
+        format=mask_format(num_classes, facts["palette"], facts["label_map"]),
+        channels=facts["channels"],
+        window=facts["window"],
+        volumes=volumes,
+    )
+
+
+def _load_model(checkpoint: Checkpoint, channels: int, weights: str) -> nn.Module:
+    config = _config_of(checkpoint, "model", ModelConfig)
+    with _no_larger_than(checkpoint):
+        model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
+    load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes, weights)
+    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
+    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@contextmanager
+def _no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
+    """InputError as soon as a network that is being built has far more parameters than the checkpoint.
+
+    A checkpoint's own config says what is built: a line of it could ask for more memory than the machine has.
+    """
+    held = sum(v.numel() for v in (checkpoint.model or checkpoint.ema).values() if isinstance(v, Tensor))
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > 2 * held + SPARE_PARAMETERS:
+            raise InputError(
+                f"{checkpoint.path}: got {held} weights, expected those of the network that its config names"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _config_of(checkpoint: Checkpoint, group: str, cls: type) -> Any:
+    values = checkpoint.config.get(group) if isinstance(checkpoint.config, dict) else None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{checkpoint.path}: got no {group} settings, expected a checkpoint of this program")
+    return build_dataclass(cls, values, checkpoint.path, {})

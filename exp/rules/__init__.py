@@ -1,0 +1,1 @@
+"""The decision rules: probabilities -> labels."""

@@ -1,0 +1,102 @@
+"""The decision rules by name. All have one signature: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exp.config.training import PredictConfig
+from exp.rules.exact import rankseg_exact
+from exp.rules.pooled import PooledRule, Thresholds, load_thresholds
+from exp.runtime.errors import InputError
+from rankseg_rma import rankseg_rma
+
+Rule = Callable[[Tensor], Tensor]
+
+
+def argmax(prob: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): the most probable class of each pixel."""
+    return prob.max(dim=1).indices  # the first of equals, as argmax; on a CPU in a third of its time
+
+
+def threshold(prob: Tensor, *, threshold: float) -> Tensor:
+    """(B, 2, H, W) -> (B, H, W): 1 where the foreground's probability is above the threshold."""
+    return (prob[:, 1] > threshold).long()
+
+
+def rankseg_package(prob: Tensor, *, opt_metric: str, pruning_prob: float, solver: str) -> Tensor:
+    """(B, 2, H, W) -> (B, H, W): the foreground by the authors' package `rankseg`, the paper's baselines.
+
+    solver: BA or TRNA (Dai & Li, JMLR 2023), the approximations that Table 2 and Table 3 compare with.
+    """
+    from rankseg import RankSEG  # here, because only these baselines need it
+
+    package = RankSEG(metric=opt_metric, solver=solver, output_mode="multilabel", pruning_prob=pruning_prob)
+    return package.predict(prob[:, 1:])[:, 0].to(torch.int64)
+
+
+def rankseg_rma_on_one_thread(prob: Tensor, **options: Any) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): the same labels, on a CPU by one thread.
+
+    Its many short steps gain little from a second thread, and waking one that sleeps (OMP_WAIT_POLICY=PASSIVE) costs
+    more: 114 ms on one thread and 221 on two for a map of 21 classes and 512x512 pixels, on a busy machine.
+    """
+    if prob.device.type != "cpu":
+        return rankseg_rma(prob, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return rankseg_rma(prob, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rankseg_rma_fixed(prob: Tensor, *, thresholds: Thresholds) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): RankSEG-RMA under thresholds that come from other images (exp/rules/pooled.py)."""
+    return thresholds.decide(prob)
+
+
+RULES: dict[str, Callable[..., Tensor | PooledRule]] = {
+    "argmax": argmax,
+    "threshold": threshold,
+    "rankseg_rma": rankseg_rma_on_one_thread,
+    "rankseg_rma_pooled": PooledRule,
+    "rankseg_rma_fixed": rankseg_rma_fixed,
+    "rankseg_package": rankseg_package,
+    "rankseg_exact": rankseg_exact,
+}
+TWO_CLASSES_ONLY = ("threshold", "rankseg_package", "rankseg_exact")
+
+
+def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
+    """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more."""
+    if config.rule in TWO_CLASSES_ONLY and num_classes != 2:
+        raise InputError(
+            f"--predict_yaml {config.name}: got {num_classes} classes, expected 2 (background, foreground)"
+        )
+    if isinstance(config.unassigned, int) and not 0 <= config.unassigned < num_classes:
+        raise InputError(f"predict.unassigned: got {config.unassigned}, expected a label in 0..{num_classes - 1}")
+    if config.rule == "rankseg_rma_pooled":
+        return PooledRule(**config.options())
+    options = config.options()
+    if config.rule == "rankseg_rma_fixed":
+        if config.thresholds is None:
+            raise InputError(
+                f"--predict_yaml {config.name}: got no thresholds, expected --set predict.thresholds=FILE, which an "
+                "evaluation under rankseg_rma_dataset writes (results/<rule>.<split>.thresholds.json)"
+            )
+        options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
+    return partial(RULES[config.rule], **options)
+
+
+def bind_rules(
+    rules: Mapping[str, Rule | PooledRule], thresholds: Mapping[str, Mapping[str | None, Thresholds]], case: str | None
+) -> dict[str, Rule]:
+    """The rules for an image of `case`, those of a wider scope under their thresholds (by rule, then by case)."""
+    return {
+        name: thresholds[name][rule.key(case)[1]].decide if isinstance(rule, PooledRule) else rule
+        for name, rule in rules.items()
+    }

@@ -1,0 +1,326 @@
+"""The process group as a context manager: the only file that knows ranks."""
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from exp.runtime.errors import InputError
+from exp.runtime.interrupt import Interrupted, StopRequest, catch_signals
+
+T = TypeVar("T")
+STEP_TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(days=30)
+NCCL_MARGIN = timedelta(minutes=5)
+STOP_KEY = "stop"
+GRACE = 2.0  # seconds for others to say that they, too, miss somebody
+# In messages of gloo, nccl and the store.
+LOST_CONNECTION = (
+    "onnection",
+    "imed out",
+    "imeout",
+    "Broken pipe",
+    "ocket",
+    "NCCL",
+)
+MEETING_PAUSE = 0.02  # seconds between two looks
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process's place among the processes that torchrun started (or alone: rank 0 of 1).
+
+    patient, control: the processes again, on their CPUs, for waits of any length and for those of a training step.
+    store: what all processes can write to and read. stop: whether this process was asked to stop.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    patient: torch_dist.ProcessGroup | None = None
+    control: torch_dist.ProcessGroup | None = None
+    store: torch_dist.Store | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def hides_bars(self) -> bool | None:
+        """For tqdm's `disable`: rank 0 shows progress bars on a terminal (None), the others none (True)."""
+        return None if self.is_main else True
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A tensor -> its mean over the processes, on every rank (of one process: the tensor itself)."""
+        if self.world_size == 1:
+            return value
+        total = value.detach().clone()
+        torch_dist.all_reduce(total)
+        return total / self.world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A tensor -> its sum over the processes, on every rank, for a function that every rank computes alike.
+
+        The gradient goes to this process's part, times the number of processes: DDP's average of gradients is then
+        the gradient of the function of the sum.
+        """
+        if self.world_size == 1:
+            return value
+        total = value.detach().clone()
+        torch_dist.all_reduce(total)
+        return total + self.world_size * (value - value.detach())  # adds 0, and a path for the gradient
+
+    def gather(self, item: Any) -> list[Any]:
+        """One picklable object a rank -> all of them in the order of ranks, on every rank, however late one comes."""
+        if self.world_size == 1:
+            return [item]
+        items = [None] * self.world_size
+        torch_dist.all_gather_object(items, item, group=self.patient)
+        return items
+
+    def any(self, mark: object) -> bool:
+        """Whether the mark of any process is true, on every rank; no wait for the devices."""
+        if self.world_size == 1:
+            return bool(mark)
+        total = torch.tensor(bool(mark), dtype=torch.uint8)
+        torch_dist.all_reduce(total, torch_dist.ReduceOp.MAX, group=self.control)
+        return bool(total)
+
+    def fetch(self, value: Tensor) -> Callable[[], list]:
+        """A small tensor -> a function that returns its content, waiting for no later work."""
+        if self.device.type != "cuda":
+            return value.tolist
+        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        copy.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def content() -> list:
+            event.synchronize()
+            return copy.tolist()
+
+        return content
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether this process, or another one that has looked here since, was asked to stop; no wait for others."""
+        if self.world_size == 1:
+            return bool(self.stop)
+        if self.stop:
+            self.store.set(STOP_KEY, self.stop.by)
+        elif self.store.check([STOP_KEY]):
+            self.stop.by = self.store.get(STOP_KEY).decode()
+        return bool(self.stop)
+
+    def stop_if_asked(self, what: str) -> None:
+        """Interrupted on every rank if any of them was asked to stop; to be called on all. what: left undone."""
+        by = next((name for name in self.gather(self.stop.by) if name), None)
+        if by is not None:
+            raise Interrupted(f"{by}: {what}")
+
+    @contextmanager
+    def named_step(self, iteration: int) -> Iterator[None]:
+        """Where all processes meet in a step: if they do not, InputError with the numbers of those that are late."""
+        if self.world_size == 1:
+            yield
+            return
+        try:
+            yield
+            self.store.set(f"done/{self.rank}", str(iteration))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            if not any(word in reason for word in LOST_CONNECTION):  # this process's own trouble, such as its memory
+                raise
+            self.store.set(f"failed/{self.rank}", "")
+            late = self._absent(iteration)
+            if not late:
+                raise
+            raise InputError(f"{', '.join(late)} did not come through iteration {iteration} ({reason})") from error
+
+    def _absent(self, iteration: int) -> list[str]:
+        """The processes that have neither done the iteration nor found, as this one, that others are missing."""
+        until = time.monotonic() + GRACE
+        try:
+            while True:
+                done = {r: self._read(f"done/{r}") for r in range(self.world_size) if r != self.rank}
+                missing = {r: at for r, at in done.items() if at is None or int(at) < iteration}
+                missing = {r: at for r, at in missing.items() if self._read(f"failed/{r}") is None}
+                if not missing or time.monotonic() > until:
+                    return [f"rank {r} (last done: {'none' if at is None else at})" for r, at in missing.items()]
+                time.sleep(MEETING_PAUSE)
+        except RuntimeError:  # the store went with the process that kept it
+            return []
+
+    def _read(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What action() returns on rank 0, on every rank; so with its InputError, and what the system refuses it."""
+        if self.world_size == 1:
+            return action()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (InputError, OSError) as raised:
+                error = str(raised)
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise InputError(error)
+        return result
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself).
+
+        Those on another device than the processes', such as the counter of an average, are alike on all.
+        """
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                if buffer.device.type == self.device.type:
+                    torch_dist.broadcast(buffer, src=0)
+
+    def split_batch(self, batch_size: int) -> int:
+        """The global batch size -> this process's share; InputError if it does not divide."""
+        if batch_size % self.world_size:
+            raise InputError(
+                f"schedule.batch_size: got {batch_size} for {self.world_size} processes, "
+                "expected a multiple (the batch size is that of all processes together)"
+            )
+        return batch_size // self.world_size
+
+    def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager:
+        """Where a wrapped model's backward runs; not enabled: gradients stay local, to be averaged with the next."""
+        return nullcontext() if enabled or self.world_size == 1 else model.no_sync()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model that trains: in DDP where there are several processes, with SyncBN where PyTorch offers it."""
+        if self.world_size == 1:
+            return model
+        if self.device.type == "cpu":
+            return DistributedDataParallel(model)
+        model = convert_sync_batchnorm(model)  # timm's: its norm layers hold activations, which PyTorch's drops
+        return DistributedDataParallel(model, device_ids=[self.device])
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> the device of this process."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: got no usable CUDA device on this machine, expected one (or --device cpu)")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node: got a process with local rank {local_rank}, expected at most one per "
+            f"CUDA device ({torch.cuda.device_count()} here)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dist]:
+    """Join the process group that torchrun describes in the environment, leave it at the end; alone: a no-op.
+
+    Inside, SIGTERM, SIGINT and SIGUSR1 only ask to stop (Dist.stop).
+    timeout: of the start and of the collectives of a training step, which all processes reach together. gather() and
+    the end, where one process may wait for another's share of the evaluation or for rank 0's pictures, go through a
+    group of their own without such a limit; a process that dies is noticed by the closed connection. InputError where
+    the environment names several processes and not how they meet, or where one of them does not come.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if rank > 0:
+        logging.getLogger("exp").setLevel(logging.ERROR)  # rank 0 says it for all
+    with catch_signals() as stop:
+        if world_size == 1:
+            yield Dist(rank, world_size, device, stop=stop)
+            return
+        dist = _join(rank, world_size, device, timeout, stop)
+        try:
+            yield dist
+        except InputError as error:
+            raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
+        except Interrupted as interruption:
+            _leave(dist)
+            raise interruption if rank == 0 else Interrupted("") from None  # rank 0 says it for all
+        _leave(dist)
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, stop: StopRequest) -> Dist:
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE: got {world_size} in the environment without {', '.join(missing)}, expected all that torchrun "
+            "sets: start with torchrun, or unset it"
+        )
+    store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
+    store = meet(store, rank, world_size, timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # nccl's own watchdog ends the process without a word: `control` notices before it who does not come.
+    patience = timeout + NCCL_MARGIN if device.type == "cuda" else timeout
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    patient = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+    control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    return Dist(rank, world_size, device, patient, control, torch_dist.PrefixStore("exp", store), stop)
+
+
+def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta) -> torch_dist.Store:
+    """A store that torchrun keeps -> the part of it that these processes alone have, once all of them are here.
+
+    After a restart the store still holds what the processes before wrote, the addresses of dead ones among it. So
+    rank 0 names this meeting, every other rank answers with a mark of its own, and takes the name for new when rank 0
+    has read that mark. InputError that names the ranks which do not come.
+    """
+    mine, until, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+
+    def read(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    def wait_for(found: Callable[[], T | None], absent: Callable[[], str]) -> T:
+        while (value := found()) is None:
+            if time.monotonic() > until:
+                raise InputError(f"{absent()} did not arrive at the start within {timeout}")
+            time.sleep(MEETING_PAUSE)
+        return value
+
+    if rank == 0:
+        store.set("meeting", mine)
+        for other in others:
+            mark = wait_for(
+                lambda other=other: read(f"{mine}/mark/{other}"),
+                lambda: ", ".join(f"rank {r}" for r in others if read(f"{mine}/mark/{r}") is None),
+            )
+            store.set(f"{mine}/read/{other}", mark)
+        return torch_dist.PrefixStore(mine, store)
+
+    def answered() -> str | None:
+        meeting = read("meeting")
+        if meeting is None:
+            return None
+        store.set(f"{meeting}/mark/{rank}", mine)
+        return meeting if read(f"{meeting}/read/{rank}") == mine else None
+
+    return torch_dist.PrefixStore(wait_for(answered, lambda: "rank 0"), store)
+
+
+def _leave(dist: Dist) -> None:
+    torch_dist.barrier(group=dist.patient)
+    torch_dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The training session: step, loop, losses, optimisers, validation, saving."""

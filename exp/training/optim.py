@@ -1,0 +1,90 @@
+"""Optimiser with the paper's parameter groups, the learning rate's course, and the average of the weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from exp.config.training import OptimConfig
+from exp.models import Segmentor
+
+
+def parameter_groups(model: Segmentor, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
+    """The model's parameters by rate (encoder: lr; all else: lr x head_lr_factor) and decay (1-D parameters: none)."""
+    groups = []
+    for part, own_lr in (("encoder", lr), ("head", lr * head_lr_factor)):
+        named = [p for name, p in model.named_parameters() if name.startswith("encoder.") == (part == "encoder")]
+        for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+            params = [p for p in named if (p.ndim > 1) == (kind == "decay")]
+            groups.append({"name": f"{part}_{kind}", "params": params, "lr": own_lr, "weight_decay": decay})
+    return groups
+
+
+def build_optimizer(config: OptimConfig, model: Segmentor) -> Optimizer:
+    """A YAML and the raw (unwrapped) model -> the optimiser.
+
+    Fused: these kernels take a mark on the device, `found_inf`, under which a step changes nothing.
+    """
+    groups = parameter_groups(model, config.lr, config.head_lr_factor, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    sgd = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+    if config.momentum:  # the fused kernel would leave it unset if the first step of all is left out
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+@dataclass(frozen=True)
+class WarmupPoly:
+    """Iteration (from 0) -> factor of the base rate: linear from start_factor, then (1 - progress) ** power."""
+
+    start_factor: float
+    warmup_iters: int
+    total_iters: int
+    power: float
+
+    def __call__(self, iteration: int) -> float:
+        if iteration < self.warmup_iters:
+            return self.start_factor + (1 - self.start_factor) * iteration / self.warmup_iters
+        span = max(1, self.total_iters - self.warmup_iters)
+        return max(0.0, 1 - (iteration - self.warmup_iters) / span) ** self.power
+
+
+def build_scheduler(config: OptimConfig, optimizer: Optimizer, total_iters: int) -> LambdaLR:
+    """The learning rate per iteration; every group keeps its ratio to the encoder's rate."""
+    warmup = round(config.warmup_fraction * total_iters)
+    scheduler = LambdaLR(optimizer, WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power))
+    optimizer.step()  # a no-op, without gradients; where fp16 leaves out the first step, the scheduler would warn
+    return scheduler
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a model: a copy; statistics of norm layers are averaged too."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.multi_avg_fn, self.decay = self._approach, decay
+
+    def update(self, model: nn.Module, counts: Tensor) -> None:
+        """Move towards the model's weights where `counts`, (), is 1; where it is 0, stay. No wait for the device."""
+        self._share = (1 - self.decay) * counts
+        self.update_parameters(model)
+
+    @torch.no_grad()
+    def _approach(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:
+        if not averages[0].is_floating_point():  # counters
+            torch._foreach_copy_(averages, values)
+            return
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, self._share)
+        torch._foreach_add_(averages, steps)
+
+
+def build_ema(config: OptimConfig, model: nn.Module) -> MovingAverage | None:
+    """A YAML and the raw model -> the average of its weights, or None."""
+    return None if config.ema_decay is None else MovingAverage(model, config.ema_decay)

@@ -1,0 +1,100 @@
+"""When and what a training saves, and how it goes on from that."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver
+from exp.config.experiment import ExperimentConfig, training_digest
+from exp.data import SegmentationDataset
+from exp.data.loader import describe_position, iterations_per_epoch
+from exp.provenance import describe_code
+from exp.runtime.distributed import Dist
+from exp.runtime.errors import InputError
+from exp.training.loop import TrainStep
+from exp.training.random_state import get_random_state, set_random_state
+from exp.training.validation import ScoreHistory
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Saves a training; to be called on every rank, rank 0 writes."""
+
+    config: ExperimentConfig
+    step: TrainStep
+    history: ScoreHistory
+    dataset: SegmentationDataset
+    saver: Saver
+    dist: Dist
+
+    def intervals(self) -> tuple[int, ...]:
+        """The numbers of iterations after whose multiples a checkpoint is due."""
+        schedule = self.config.schedule
+        if schedule.save_epochs is None:
+            return (schedule.save_iters,)
+        return schedule.save_iters, schedule.save_epochs * iterations_per_epoch(len(self.dataset), schedule.batch_size)
+
+    def __call__(self, iteration: int) -> None:
+        """Write the checkpoint after so many iterations: all that decides the steps to come."""
+        self._check_weights(iteration)
+        dist, step = self.dist, self.step
+        parts = dist.gather((get_random_state(dist.device), step.faults.images))
+        training = {
+            **step.state_dict(),
+            "validations": self.history.state_dict(),
+            "sampler": self._position(iteration),
+            "random": [state for state, _ in parts],
+            "world_size": dist.world_size,
+        }
+        training["faults"]["images"] = sum(images for _, images in parts)
+        epoch, keep = training["sampler"]["epoch"], self.config.schedule.keep_checkpoints
+        dist.on_main(lambda: self.saver.save(iteration, epoch, training, keep))
+
+    def save_best(self, iteration: int) -> None:
+        """Write best.pt and best.safetensors."""
+        self._check_weights(iteration)
+        self.dist.on_main(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
+
+    def export_last(self, iteration: int) -> None:
+        """Write last.safetensors; after a save of the same weights."""
+        self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
+
+    def _position(self, iteration: int) -> dict[str, Any]:
+        return describe_position(self.dataset, self.config.schedule.batch_size, iteration)
+
+    def _check_weights(self, iteration: int) -> None:
+        """Every rank: the buffers of rank 0, which are saved; InputError for weights that are no numbers."""
+        step = self.step
+        if not all(parameter.isfinite().all() for parameter in step.raw_model.parameters()):  # the same on every rank
+            raise InputError(
+                f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
+                "try a lower rate"
+            )
+        for model in (step.raw_model, step.ema):
+            if model is not None:
+                self.dist.share_buffers(model)
+
+
+def build_saving(
+    config: ExperimentConfig,
+    folder: Path,
+    step: TrainStep,
+    history: ScoreHistory,
+    dataset: SegmentationDataset,
+    dist: Dist,
+) -> Saving:
+    """What saves the training of `step` on `dataset` in `folder`."""
+    plain = config.to_dict()
+    facts = {"config_digest": training_digest(plain), "processes": dist.world_size, **describe_code()}
+    classes = list(dataset.classes)
+    return Saving(config, step, history, dataset, Saver(folder, step.raw_model, step.ema, plain, classes, facts), dist)
+
+
+def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:
+    """Go on from the checkpoint's state; the damaged images before it are counted on rank 0."""
+    step.load_state_dict(checkpoint.training, checkpoint.ema)
+    if not dist.is_main:
+        step.faults.images = 0
+    states = checkpoint.training["random"]
+    if dist.rank < len(states):  # of more processes than before the others keep what the seed gave them
+        set_random_state(states[dist.rank], dist.device)

@@ -1,0 +1,60 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+SCRIPT = ROOT / "scripts" / "benchmarks" / "benchmark_rules.py"
+
+
+@pytest.fixture
+def benchmark():
+    from scripts.benchmarks import benchmark_rules
+
+    return benchmark_rules
+
+
+def test_maps_of_a_network_are_measured_by_every_rule(tmp_path: Path):
+    prob = np.random.default_rng(0).random((3, 16, 20), np.float32)
+    np.save(tmp_path / "street.npy", prob / prob.sum(0))
+    output = tmp_path / "rules.json"
+    flags = ["--maps", tmp_path, "--threads", "1", "--repeats", "1", "--no-memory", "--output", output]
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| argmax |" in done.stdout
+    assert "Measured on a CPU only" in done.stdout
+    (result,) = json.loads(output.read_text())["results"]
+    assert result["name"] == "street"
+    assert result["shape"] == [1, 3, 16, 20]
+    for rule in ("argmax", "amax (one read)"):
+        assert result["seconds"][rule] > 0
+    for metric in ("dice", "iou"):
+        for rule in ("ours {}", "ours {} float16", "sort-based {}", "rankseg default {}", "rankseg screening {}"):
+            assert result["seconds"][rule.format(metric)] > 0
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_the_sort_based_rule_is_the_papers(benchmark, metric: str):
+    from rankseg_rma import rankseg_rma
+
+    prob = benchmark.realistic_map((2, 6, 40, 50), 0.5)
+    ours = rankseg_rma(prob, metric, unassigned="first", contested="all")
+    assert (benchmark.sort_rma(prob, metric) != ours).float().mean() < 1e-3
+
+
+def test_generated_maps_have_the_stated_share_of_pruned_classes(benchmark):
+    prob = benchmark.realistic_map((1, 21, 128, 128), 0.89)
+    torch.testing.assert_close(prob.sum(1), torch.ones(1, 128, 128))
+    assert abs(benchmark.describe_map(prob)["pruned_classes"] - 0.89) < 0.03
+
+
+def test_memory_is_measured_in_a_process_of_its_own(benchmark):
+    prob = benchmark.realistic_map((1, 4, 512, 512), 0.0)
+    peaks = benchmark.measure_memory(prob, ["argmax", "sort-based dice"])
+    assert peaks["argmax"] >= 512 * 512 * 8
+    assert peaks["sort-based dice"] > 2 * prob.numel() * 4

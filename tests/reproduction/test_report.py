@@ -1,0 +1,314 @@
+"""Published figures beside measured ones, from runs of any kind."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from exp.data.sets.pascal_voc import PascalVOC
+from exp.data.sets.slices import Tumour
+from exp.evaluation.comparison import compare_rules
+from exp.evaluation.metrics import EvalResult, compute_scores
+from exp.evaluation.results import save_results
+from exp.reproduction import plans
+from exp.reproduction.job import Cell
+from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.plans import find_counterpart, table_cells
+from exp.reproduction.report.formats import latex_text
+from exp.reproduction.report.page import write_report
+from exp.reproduction.report.sections import find_trainings, training_titles
+from tests.config.test_config import compose
+from tests.reproduction.test_reproduce import SMALL, figure
+
+
+def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
+    """Write results of a cell's rules as an evaluation does: random counts; later rules are a little better."""
+    config = cell.config.to_dict()
+    medical = cell.fold is not None
+    classes = Tumour.classes if medical else PascalVOC.classes
+    names = tuple(f"{cell.fold or 0}_{i:03d}" for i in range(12))
+    cases = tuple(f"case{cell.fold}_{i // 3}" for i in range(12)) if medical else None
+    rng = np.random.default_rng(shift + 10 * cell.seed + (cell.fold or 0))
+    counts = rng.integers(50, 100, (12, 3, len(classes)))
+    results, contexts = [], []
+    for place, rule in enumerate(config["predict"]):
+        better = counts.copy()
+        better[:, 0] += 3 * place + rng.integers(0, 5, better[:, 0].shape)
+        results.append(EvalResult(rule["name"], names, classes, better, cases))
+        training = {group: config[group] for group in ("model", "data", "loss", "schedule", "optim", "seed")}
+        steps = config["schedule"]["train_iters"] or 77
+        training |= {"iteration": steps if iteration is None else iteration, "weights": "raw"}
+        contexts.append({"training": training, "config": {g: config[g] for g in ("data", "test")} | {"predict": rule}})
+    folder = output / cell.name / cell.config.run_name / "results"
+    save_results(results, folder, contexts)
+    times = {"images": 12, "forward_passes": 12, "milliseconds_per_image": {"forward": 250.0}}
+    times["decision_milliseconds_per_image"] = {rule["name"]: 2.0 for rule in config["predict"]}
+    (folder / "timing.json").write_text(json.dumps(times))
+    last = folder.parent / "checkpoints" / "last.safetensors.json"  # what tells that a training has come to its end
+    last.parent.mkdir(exist_ok=True)
+    last.write_text(json.dumps({"config_digest": cell.digest, "iteration": config["schedule"]["train_iters"] or 77}))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    """Table 2's U-Net on LiTS in all folds, Table 7's VOC in all seeds, and a run of another kind with two seeds."""
+    folder = tmp_path_factory.mktemp("report") / "out"
+    for cell in table_cells("table2"):
+        if (cell.model, cell.data) == ("unet_resnet50d", "lits"):
+            judge(cell, folder)
+    for cell in table_cells("table7"):
+        if cell.data == "pascal_voc":
+            judge(cell, folder)
+    for seed in (0, 1):
+        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
+    write_report(folder)
+    return folder
+
+
+def csv_rows(output: Path) -> list[dict[str, str]]:
+    with open(output / "report" / "tables.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def one(output: Path, **wanted: str) -> dict[str, str]:
+    (row,) = (row for row in csv_rows(output) if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
+    files = sorted(output.glob("unet_resnet50d.lits_fold*/*/results/rankseg_ba.json"))
+    folds = [json.loads(path.read_text())["metrics"]["mDiceI"] for path in files]
+    assert len(folds) == 5
+    row = one(output, table="table2", row="unet_resnet50d", data="lits", of="rankseg_ba", score="mDiceI")
+    assert float(row["measured"]) == pytest.approx(np.mean(folds), rel=1e-12)
+    assert float(row["difference"]) == pytest.approx(np.mean(folds) - 50.08)
+    seeds = {
+        rule: [
+            json.loads(path.read_text())["metrics"]["mIoUI"]
+            for path in sorted(output.glob(f"upernet*.pascal_voc.*/*/results/{rule}.json"))
+        ]
+        for rule in ("argmax", "rankseg_rma_paper")
+    }
+    assert len(seeds["argmax"]) == 10
+    own = {"table": "table7", "data": "pascal_voc", "of": "rankseg_rma"}
+    assert float(one(output, **own, score="mIoUI_std")["measured"]) == pytest.approx(
+        np.std(seeds["rankseg_rma_paper"], ddof=1)
+    )
+    expected = stats.ttest_rel(seeds["argmax"], seeds["rankseg_rma_paper"]).pvalue
+    assert float(one(output, **own, score="p")["measured"]) == pytest.approx(expected)
+
+
+def test_gains_have_the_interval_of_the_evaluation(output: Path):
+    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    measured = Measured(output)
+    results = [measured.load(folder / f"{rule}.csv") for rule in ("argmax", "rankseg_rma_paper")]
+    expected = compare_rules(results, "mIoUI")[0]
+    row = one(output, table="table1", row=plans.UPERNET, data="pascal_voc", of="rankseg_rma - argmax", score="mIoUI")
+    assert float(row["measured"]) == pytest.approx(expected.difference)
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(expected.interval)
+    assert float(row["published"]) == pytest.approx(88.25 - 87.82)
+
+
+def test_classes_times_and_worst_cases(output: Path):
+    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    scores = json.loads((folder / "argmax.json").read_text())["metrics"]
+    row = one(output, table="table5", row=plans.UPERNET, data="pascal_voc", of="argmax", score="mIoUI5")
+    assert float(row["measured"]) == pytest.approx(scores["mIoUI5"])
+    times = {
+        row["of"]: row["measured"]
+        for row in csv_rows(output)
+        if row["table"] == "table3" and row["data"] == "pascal_voc"
+    }
+    assert {name: float(value) for name, value in times.items()} == pytest.approx(
+        {"argmax": 0.024, "rankseg_rma": 0.024, "forward": 3.0}
+    )
+
+
+def test_what_is_missing_says_how_to_get_it_and_what_cannot_be_why(output: Path):
+    text = (output / "report" / "tables.md").read_text()
+    assert "`python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT` fills them" in text
+    assert "cpt_swin_large: none of the libraries that this framework stands on has CPT" in text
+    assert (
+        one(output, table="table1", row="cpt_swin_large", data="ade20k", of="argmax", score="mIoUI")["measured"] == ""
+    )
+    assert "| cpt_swin_large | ade20k | mIoUI | argmax | 57.85 | not available | – | – |" in text  # noqa: RUF001
+
+
+def test_misprints_have_their_notes(output: Path):
+    section = (output / "report" / "tables.md").read_text().partition("## table2")[2].partition("## table3")[0]
+    assert "| unet_resnet50d | kits | mIoUI | rankseg_ba | 50.34 [1][" in section
+    medical = (output / "report" / "tables.md").read_text().partition("## readme_medical")[2].partition("## table1")[0]
+    assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma | 40.09 |" in medical
+    assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma - argmax | +1.64 [1] |" in medical  # argmax's note
+    assert "[1] Print" in section
+    row = one(output, table="readme_medical", row="unet_resnet50d", data="kits", of="argmax")
+    lits = one(output, table="table2", row="unet_resnet50d", data="lits", of="argmax", score="mDiceI")
+    assert row["measured"] == lits["measured"] != ""  # what it is meant to be of
+    assert "U-Net's mDiceI on LiTS" in row["erratum"]
+
+
+def test_the_same_results_give_the_same_bytes(output: Path, tmp_path: Path):
+    before = {path.name: path.read_bytes() for path in (output / "report").iterdir()}
+    assert set(before) == {"tables.md", "tables.tex", "tables.csv", "index.html"}
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(output, copy)
+    shutil.rmtree(copy / "report")
+    for path in copy.glob("*/*/results/*.json"):  # only who trained what is taken from these
+        content = json.loads(path.read_text())
+        if "metrics" in content:
+            path.write_text(json.dumps({**content, "metrics": {}}))
+    write_report(copy)
+    assert {path.name: path.read_bytes() for path in (copy / "report").iterdir()} == before
+    assert str(output).encode() not in b"".join(before.values())
+
+
+def test_other_trainings_and_their_seeds(output: Path):
+    section = (output / "report" / "tables.md").read_text().partition("## Other trainings")[2]
+    assert section.count("### unet_mobilenetv3_small_100, shapes, ce, seed") == 2
+    assert section.index("shapes, ce, seed 0, ") < section.index("shapes, ce, seed 1, ")
+    assert "### unet_mobilenetv3_small_100, shapes, ce, 3 iterations: seeds 0, 1" in section
+    assert "upernet" not in section
+    folders = [next(output.glob(f"unet_mobilenetv3*shapes*{end}/*/results")) for end in (".seed1.*", "[!1].????????")]
+    scores = {
+        rule: [json.loads((folder / f"{rule}.json").read_text())["metrics"]["mIoUI"] for folder in folders]
+        for rule in ("argmax", "rankseg_rma")
+    }
+    for values in scores.values():
+        assert f"| {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |" in section
+    gains = np.subtract(scores["rankseg_rma"], scores["argmax"])
+    assert f"| {gains.mean():+.2f} ± {gains.std(ddof=1):.2f} |" in section
+    assert "n = 2 seeds" in section
+    assert "n = 12 images" in section
+
+
+def test_trainings_of_the_papers_tables_have_plots_too(output: Path):
+    """Of seed 0 and fold 0; and what was measured comes first."""
+    text = (output / "report" / "index.html").read_text()
+    shown = re.findall(r'<section id="paper-\d+"><h2>(.*?)</h2>(.*?)</section>', text, re.DOTALL)
+    titles = [title for title, _ in shown]
+    assert [title.split(", ")[1:4] for title in titles] == [["lits", "ce", "fold 0"], ["pascal_voc", "ce", "seed 0"]]
+    assert all(content.count("<img") >= 4 for _, content in shown)
+    assert text.index('<section id="table1">') < text.index('<section id="paper-0">') < text.index('id="training-0"')
+    tables = (output / "report" / "tables.md").read_text()
+    assert tables.index("## table1") < tables.index("## Other trainings")
+
+
+def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
+    """A copy of a run is none, and an evaluation under other test settings is compared with none of these."""
+    for seed in (0, 1):
+        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
+    run = next(path.parent for path in tmp_path.glob("*/*/results") if ".seed1." not in str(path))
+    for folder in ("copy", "flipped"):
+        shutil.copytree(run, run.parent / folder / run.name)
+    for path in (run.parent / "flipped").glob("*/results/*a*.json"):
+        content = json.loads(path.read_text())
+        if "config" in content:
+            content["config"]["test"]["flip"] = True
+            path.write_text(json.dumps(content))
+    trainings = find_trainings(Measured(tmp_path))
+    assert len(trainings.others) == 4
+    assert [[t.config["seed"] for t in group] for group in trainings.seeded] == [[0, 1]]
+    assert all("copy" not in t.place and "flipped" not in t.place for t in trainings.seeded[0])
+
+
+def test_evaluations_of_one_training_have_titles_of_their_own(tmp_path: Path):
+    judge(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
+    run = next(tmp_path.glob("*/*/results")).parent
+    shutil.copytree(run, run.parent / "fixed" / run.name)
+    titles = training_titles(find_trainings(Measured(tmp_path)).others)
+    title = "unet_mobilenetv3_small_100, shapes, ce, seed 0, 3 iterations"
+    assert titles == [title, f"{title} (fixed)"]
+
+
+def test_statistics_over_seeds():
+    def training(seed: int, gain: int) -> Training:
+        config = compose(seed=seed).to_dict()
+        counts = np.full((6, 3, 3), 50)
+        better = counts.copy()
+        better[:, 0] += gain + np.arange(6)[:, None]
+        results = [
+            EvalResult(rule, tuple("abcdef"), ("x", "y", "z"), c) for rule, c in (("argmax", counts), ("r", better))
+        ]
+        return Training(Path("f"), config, 3, "mIoUI", tuple(results))
+
+    group = [training(seed, gain) for seed, gain in ((0, 1), (1, 5), (2, 3))]
+    found = compare_seeds(group, "r")
+    scores = [
+        compute_scores(t.results[1].counts)["mIoUI"] - compute_scores(t.results[0].counts)["mIoUI"] for t in group
+    ]
+    assert found.values == pytest.approx(scores)
+    assert found.mean == pytest.approx(np.mean(scores))
+    assert (found.wins, found.losses, found.num_units) == (6, 0, 6)
+    assert found.seed_p == pytest.approx(stats.ttest_1samp(scores, 0).pvalue)
+    assert found.interval[0] < found.mean < found.interval[1]
+
+
+def test_latex_is_balanced_and_escaped(output: Path):
+    text = (output / "report" / "tables.tex").read_text()
+    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == 9 + 3  # published, and the others
+    assert text.replace("\\{", "").replace("\\}", "").count("{") == text.replace("\\{", "").replace("\\}", "").count(
+        "}"
+    )
+    body = [line for line in text.splitlines() if line.endswith("\\\\") and not line.startswith("\\label")]
+    published = body[: next(i for i, line in enumerate(body) if line.startswith("rule & "))]
+    assert len(published) > 500
+    assert all(line.replace("\\&", "").count(" & ") == 7 for line in published)
+    assert "unet\\_resnet50d" in text
+    assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (
+        r"a\_b \& 5\% of \$x \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
+def test_latex_makes_a_document_of_it(output: Path, tmp_path: Path):
+    shutil.copy(output / "report" / "tables.tex", tmp_path)
+    packages = "\\usepackage[margin=1.5cm]{geometry}\\usepackage{booktabs,longtable,pdflscape}"
+    (tmp_path / "paper.tex").write_text(
+        f"\\documentclass[a4paper]{{article}}{packages}\\begin{{document}}\\input{{tables}}\\end{{document}}"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout
+    assert (tmp_path / "paper.pdf").stat().st_size > 20_000
+
+
+def test_unfinished_trainings_do_not_count(tmp_path: Path):
+    cell = table_cells("table4")[0]
+    medical = next(c for c in table_cells("table2") if c.data == "kits")
+    judge(medical, tmp_path, iteration=70)  # of a schedule in epochs
+    assert Measured(tmp_path).find(medical, "argmax") is None
+    judge(cell, tmp_path, iteration=30_000)
+    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
+    shutil.rmtree(tmp_path / cell.name)
+    judge(cell, tmp_path)
+    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
+
+
+def test_empty_and_damaged_folders(script, tmp_path: Path):
+    status, _, err = script("report", tmp_path / "no")
+    assert status == 2
+    assert "no such folder, expected one with runs below it" in err
+    status, printed, _ = script("report", tmp_path)
+    assert status == 0
+    assert f"report: {tmp_path / 'report'}" in printed
+    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    for text in ('{"rule": "argmax", "training": 5, "config": {}}', '{"rule": "argmax"}'):  # results of something else
+        (tmp_path / "other" / "results").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / "results" / "argmax.json").write_text(text)
+        (tmp_path / "other" / "results" / "argmax.csv").write_text("image\n")
+        assert script("report", tmp_path)[0] == 0
+    table = next(tmp_path.glob(f"{SMALL.name}/*/results/argmax.csv"))
+    table.write_text("image,tp.a\nx,none\n")
+    status, _, err = script("report", tmp_path)
+    assert status == 2
+    assert f"{table}: " in err
+    assert err.count("\n") == 1

@@ -1,0 +1,211 @@
+"""Names of files that lead out of the data folder, and what a name may do to a message or an output folder."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exp.config.experiment import load_groups
+from exp.data import build_dataset
+from exp.data.prepare.voc import find_sources, trainaug_names
+from exp.files.paths import Fence, leads_out
+from exp.runtime.errors import InputError
+from tests.conftest import TINY, TINY_RUN, write_png
+from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg, write_voc
+
+LEADS_OUT = [
+    "../x",
+    "a/../../x",
+    "/etc/passwd",
+    "C:\\x",
+    "c:x",
+    "\\\\host\\x",
+    "..\\x",
+    "a\\..\\..\\x",
+    "a\0b",
+    "a\x1b[2J",
+    "",
+]
+
+
+def listed(data_dir: Path, name: str, split: str = "val", **changes: object):
+    overrides = [f"data.{key}={value}" for key, value in changes.items()]
+    return build_dataset(load_groups({"data": [name]}, overrides)["data"], str(data_dir), split)
+
+
+@pytest.mark.parametrize("name", LEADS_OUT)
+def test_names_that_lead_out(name: str):
+    assert leads_out(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.png", "photo 1.jpg", "..a", "a..b/c", "Straße/1.png", "at 12:30.jpg"])
+def test_names_that_stay(name: str):
+    assert not leads_out(name)
+
+
+@pytest.mark.parametrize("name", [name for name in LEADS_OUT if name.strip()])
+def test_a_list_with_a_name_that_leads_out_is_refused(voc_dir: Path, tmp_path: Path, name: str):
+    path = voc_dir / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
+    path.write_text(path.read_text() + f"{name}\n")
+    with pytest.raises(
+        InputError, match=r"val\.txt: got .* which leads out of the data folder, expected a name inside"
+    ):
+        listed(voc_dir, "pascal_voc")
+    write_folder(tmp_path / "own", {"val": 2})
+    for kind in ("images", "labels"):
+        (tmp_path / "own" / f"val_{kind}.txt").write_text(f"{name}\n")
+    with pytest.raises(InputError, match=r"val_images\.txt: got .* which leads out of the data folder"):
+        listed(tmp_path / "own", "folder", images="'{split}_images.txt'", labels="'{split}_labels.txt'")
+
+
+@pytest.mark.parametrize("role", ["JPEGImages", "SegmentationClass"])
+def test_a_listed_name_that_a_link_leads_out_is_refused(voc_dir: Path, tmp_path: Path, role: str):
+    folder = voc_dir / "VOCdevkit" / "VOC2012" / role
+    victim = sorted(path for path in folder.iterdir() if "_val_" in path.name)[1]
+    outside = tmp_path / "outside" / victim.name
+    outside.parent.mkdir()
+    shutil.move(victim, outside)
+    victim.symlink_to(outside)
+    with pytest.raises(InputError, match=rf"{victim.name}: got a listed file that a link leads to .*outside.*expected"):
+        listed(voc_dir, "pascal_voc")
+    victim.unlink()
+    shutil.move(outside, folder / f"moved_{victim.name}")
+    victim.symlink_to(f"moved_{victim.name}")  # a link that stays
+    assert len(listed(voc_dir, "pascal_voc")) == 3
+
+
+def test_a_listed_path_through_a_folder_that_a_link_leads_out_is_refused(tmp_path: Path):
+    data, outside = tmp_path / "data", tmp_path / "outside"
+    write_folder(data, {"val": 2})
+    write_folder(outside, {"val": 2})
+    (data / "linked").symlink_to(outside)
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        names = [f"val/{kind}/photo 0.{suffix}", f"linked/val/{kind}/photo 0.{suffix}"]
+        (data / f"val_{kind}.txt").write_text("\n".join(names))
+    lists = {"images": "'{split}_images.txt'", "labels": "'{split}_labels.txt'"}
+    with pytest.raises(InputError, match=r"linked/val/images/photo 0\.jpg: got a listed file that a link leads to"):
+        listed(data, "folder", **lists)
+    (data / "linked").unlink()
+    shutil.copytree(outside, data / "linked")
+    assert len(listed(data, "folder", **lists)) == 2
+
+
+def test_folders_of_the_layout_may_be_links(tmp_path: Path):
+    """As on clusters, where the data lie on a shared disk."""
+    shared, data = tmp_path / "shared", tmp_path / "data"
+    write_voc(shared, {"trainaug": 2, "val": 2})
+    write_cityscapes(shared, {"train": 2, "val": 2}, (32, 48))
+    write_ade20k(shared, {"training": 2, "validation": 2})
+    write_camvid(shared, {"train": 2, "val": 2})
+    names = ("pascal_voc", "cityscapes", "ade20k", "camvid")
+    (tmp_path / "all").symlink_to(shared)
+    for name in names:
+        assert len(listed(tmp_path / "all", name)) == 2
+    for depth in ("*", "*/*", "*/*/*"):  # DATA/cityscapes, or its folders, or theirs
+        shutil.rmtree(data, ignore_errors=True)
+        for path in shared.glob(depth):
+            link = data / path.relative_to(shared)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+        for name in names:
+            assert len(listed(data, name)) == 2, (depth, name)
+
+
+def test_files_that_are_found_may_be_links(tmp_path: Path):
+    """Nobody but the user puts them there, and some keep every file as one."""
+    write_camvid(tmp_path / "shared", {"val": 2})
+    for path in (tmp_path / "shared").rglob("*.png"):
+        link = tmp_path / "data" / path.relative_to(tmp_path / "shared")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert len(listed(tmp_path / "data", "camvid")) == 2
+
+
+def test_a_long_list_costs_no_look_at_each_file(tmp_path: Path, monkeypatch):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    names = [f"2008_{i:06d}" for i in range(10_582)]
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassTrainAug", "png")):
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            os.close(os.open(root / folder / f"{name}.{suffix}", os.O_CREAT | os.O_WRONLY))
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("\n".join(names))
+    resolved, real = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **kw: resolved.append(path) or real(path, **kw))
+    start = time.process_time()
+    assert len(listed(tmp_path, "pascal_voc", split="train")) == 10_582
+    assert time.process_time() - start < 5  # some 0.3 s
+    assert len(resolved) < 10
+
+
+def test_lists_of_sbd_cannot_lead_out(tmp_path: Path):
+    voc, sbd = tmp_path / "voc", tmp_path / "sbd"
+    (voc / "SegmentationClass").mkdir(parents=True)
+    (sbd / "cls").mkdir(parents=True)
+    for name in ("train", "val"):
+        (sbd / f"{name}.txt").write_text("2008_000001\n")
+        (voc / f"{name}.txt").write_text("2008_000002\n")
+    assert trainaug_names(voc, sbd) == ["2008_000001"]
+    (sbd / "val.txt").write_text("../../2008_000003\n")
+    with pytest.raises(InputError, match=r"val\.txt: got '\.\./\.\./2008_000003', which leads out"):
+        trainaug_names(voc, sbd)
+    (tmp_path / "secret.mat").touch()
+    (sbd / "cls" / "2008_000001.mat").symlink_to(tmp_path / "secret.mat")
+    with pytest.raises(InputError, match=r"2008_000001\.mat: got a listed file that a link leads to .*secret\.mat"):
+        list(find_sources(voc, sbd, ["2008_000001"]))
+
+
+def test_a_loop_of_links_ends(tmp_path: Path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match="got a listed file that a link leads to"):
+        Fence(tmp_path / "inside").check(tmp_path / "a", is_link=True)
+
+
+def test_strange_names_stay_in_the_output_folder_and_on_one_line(program, script, tmp_path: Path):
+    assert program(*TINY, "schedule.train_iters=1", "--output_dir", tmp_path / "runs")[0] == 0
+    checkpoint = sorted((tmp_path / "runs" / TINY_RUN / "checkpoints").glob("iter_*.pt"))[-1]
+    rng, photos = np.random.default_rng(0), tmp_path / "photos"
+    names = ["...png", "..x.png", "a\nb.png", "\x1b[2J.png", "-rf .png", "a\\..\\b.png", "$(id).png", "é\udcff.png"]
+    for i, name in enumerate(names):
+        folder = photos / str(i)
+        folder.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "photo.png")
+        os.replace(tmp_path / "photo.png", folder / name)
+    before = set(tmp_path.rglob("*"))
+    for path in (photos, *sorted(photos.glob("*/*"))):
+        out = tmp_path / "out" / str(len(list((tmp_path / "out").glob("*"))))
+        status, _, err = script("predict", checkpoint, path, "--output_dir", out)
+        assert status == 0, err
+    new = set(tmp_path.rglob("*")) - before
+    assert new
+    assert all(path.is_relative_to(tmp_path / "out") for path in new)
+    bad = photos / "2" / "c\nerror: all is well\x1b[2J.png"
+    bad.write_bytes(b"no image")
+    status, _, err = script("predict", checkpoint, bad, "--output_dir", tmp_path / "out" / "bad")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+def test_masks_of_listed_images_stay_in_the_run_folder(program, tmp_path: Path):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for i in range(4):
+            write_jpg(data / f"deep/{split}" / f"{i}.jpg", np.full((40, 40, 3), 40 * i, np.uint8))
+            write_png(data / f"deep/{split}_labels" / f"{i}.png", np.full((40, 40), i % 2, np.uint8))
+        (data / f"{split}_images.txt").write_text("".join(f"deep/{split}/{i}.jpg\n" for i in range(4)))
+        (data / f"{split}_labels.txt").write_text("".join(f"./deep/{split}_labels/{i}.png\n" for i in range(4)))
+    lists = ["data.images='{split}_images.txt'", "data.labels='{split}_labels.txt'"]
+    tiny = [flag for flag in TINY if not flag.startswith(("data.train_samples", "data.val_samples"))]
+    flags = [*tiny, *lists, "--data_yaml", "folder", "--data_dir", data, "--output_dir", tmp_path / "runs"]
+    before = set(data.rglob("*"))
+    status, _, err = program(*flags, "--save_masks")
+    assert status == 0, err
+    assert set(data.rglob("*")) == before
+    run = tmp_path / "runs" / TINY_RUN.replace("shapes", "folder")
+    assert len(list((run / "masks" / "argmax").rglob("*.png"))) == 4
