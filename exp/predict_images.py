@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from exp.checkpoints.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
 from exp.config.data import DataConfig
+from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.model import ModelConfig
 from exp.config.strict_yaml import build_dataclass, show
-from exp.config.training import PredictConfig, ScheduleConfig, TestConfig
+from exp.config.training import ScheduleConfig
 from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image

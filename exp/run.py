@@ -33,10 +33,11 @@ from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import NullLogger, build_logger
-from exp.training.loop import Intervals, TrainStep, build_step, seed_everything, train
+from exp.training.loop import Intervals, train
 from exp.training.precision import Autocast
 from exp.training.random_state import seed_globals
 from exp.training.saving import Saving, build_saving, restore
+from exp.training.step import TrainStep, build_step, seed_everything
 from exp.training.validation import ScoreHistory, Validation
 
 

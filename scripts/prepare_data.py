@@ -18,7 +18,7 @@ from exp.data.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, f
 from exp.data.prepare.trees import check_tree
 from exp.data.prepare.voc import prepare_voc
 from exp.data.prepare.volumes import TRAIN, count_slices, missing_cases, prepare_cases
-from exp.files.nifti import case_number
+from exp.data.slice_files import case_number
 from exp.runtime.errors import InputError, run_and_report
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exp.reproduction.job import TRAINED, UNTRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.existing import TRAINED, UNTRAINED, WAITING, Existing, State
+from exp.reproduction.job import Cell
 from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
 from exp.reproduction.runner import Runner, laptop_data, missing_cells
 from exp.runtime.errors import InputError, run_and_report

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 from exp.config.data import DataConfig
-from exp.config.model import LossConfig, ModelConfig
+from exp.config.evaluation import PredictConfig, TestConfig
+from exp.config.loss import LossConfig
+from exp.config.model import ModelConfig
 from exp.config.strict_yaml import build_dataclass, closest, load_mapping, parse_value, show
-from exp.config.training import OptimConfig, PredictConfig, ScheduleConfig, TestConfig
+from exp.config.training import OptimConfig, ScheduleConfig
 from exp.runtime.errors import InputError
 
 MAX_NAME = 100  # characters of a YAML's name: five of them make the run folder's, which has 255 at most

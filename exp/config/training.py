@@ -1,21 +1,16 @@
 """How a network is trained and judged: configs/schedule, optim, test and predict."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from exp.config.checks import (
     MAX_BATCH,
     MAX_COUNT,
-    MAX_CROP,
-    MAX_SCALE,
     MAX_WORKERS,
     require,
     require_at_most,
     require_positive,
 )
-from exp.config.data import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -105,101 +100,3 @@ class OptimConfig:
             "a value in [0, 1)" if sgd else f"no such key with {self.optimizer}",
         )
         require(not sgd or 0 <= self.momentum < 1, "momentum", self.momentum, "a value in [0, 1)")
-
-
-@dataclass(frozen=True)
-class TestConfig:
-    """How an image becomes probabilities, and the per-image score by which rules are compared."""
-
-    __test__ = False  # not a test case, whatever pytest makes of the name
-
-    name: str
-    metric: Literal["mIoUI", "mDiceI", "mAccI"]
-    crop_size: tuple[int, int] | None = None  # null: the training crop
-    stride: tuple[int, int] | None = None  # null: ceil(2/3 crop)
-    window_batch: int = 4  # windows that go through the network together
-    weights: Literal["raw", "ema"] = "raw"  # ema: the moving average of optim.ema_decay
-    amp: Literal["off", "bf16", "fp16"] = "off"  # of the forward pass; the softmax is computed in float32 always
-    scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
-    flip: bool = False  # every scale also mirrored
-    temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
-    calibration: bool = True  # count the calibration errors
-    prob_cache_gb: float = 1.0  # a process keeps that many probabilities for the rules that need a second pass
-
-    def __post_init__(self) -> None:
-        require_positive(self, "crop_size", "stride", "window_batch", "scales")
-        require_at_most(self, MAX_CROP, "crop_size", "stride")
-        require_at_most(self, MAX_BATCH, "window_batch")
-        require_at_most(self, MAX_SCALE, "scales")
-        require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
-        require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
-        if self.temperature != "fitted":
-            require_positive(self, "temperature")
-        if self.crop_size and self.stride:
-            fits = all(step <= side for step, side in zip(self.stride, self.crop_size))
-            require(fits, "stride", self.stride, f"at most the window, {self.crop_size}")
-
-    def resolved(self, train_crop: tuple[int, int]) -> "TestConfig":
-        """With the window and its stride filled in: the training crop, and ceil(2/3 crop) as in the paper."""
-        crop = self.crop_size or train_crop
-        stride = self.stride or tuple(math.ceil(2 * side / 3) for side in crop)
-        return dataclasses.replace(self, crop_size=crop, stride=stride)
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """A decision rule by name and its options; an option that the rule does not read is refused."""
-
-    name: str
-    rule: Literal[
-        "argmax",
-        "threshold",
-        "rankseg_rma",
-        "rankseg_rma_pooled",
-        "rankseg_rma_fixed",
-        "rankseg_package",
-        "rankseg_exact",
-    ]
-    threshold: float | None = None
-    opt_metric: Literal["dice", "iou"] | None = None
-    pruning_prob: float | None = None
-    unassigned: Literal["max_score", "first"] | int | None = None
-    to_nonoverlap_method: Literal["rma_score", "weight_prob", "prob"] | None = None
-    contested: Literal["holders", "all"] | None = None
-    solver: Literal["BA", "TRNA"] | None = None
-    scope: Literal["case", "dataset"] | None = None  # the pixels that share their thresholds
-    thresholds: str | None = None  # a file that a rule of scope: dataset wrote; with --set, for it is nobody's default
-
-    def __post_init__(self) -> None:
-        known = RULE_OPTIONS[self.rule]
-        for key, value in self.all_options().items():
-            if key == "thresholds" and key in known:
-                continue  # build_rule asks for it
-            if key in known:
-                require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
-            else:
-                require(value is None, key, value, f"no such key: the rule {self.rule} does not read it")
-        if isinstance(self.unassigned, int):
-            require(0 <= self.unassigned < IGNORE_INDEX, "unassigned", self.unassigned, "a class")
-        require(self.thresholds != "", "thresholds", self.thresholds, "a file or null")
-        for key in ("threshold", "pruning_prob"):
-            value = getattr(self, key)
-            require(value is None or 0 <= value < 1, key, value, "a value in [0, 1)")
-
-    def all_options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "rule")}
-
-    def options(self) -> dict[str, Any]:
-        """The keywords of this rule's function."""
-        return {key: value for key, value in self.all_options().items() if key in RULE_OPTIONS[self.rule]}
-
-
-RULE_OPTIONS = {
-    "argmax": (),
-    "threshold": ("threshold",),
-    "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
-    "rankseg_rma_pooled": ("opt_metric", "pruning_prob", "scope"),
-    "rankseg_rma_fixed": ("thresholds",),
-    "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
-    "rankseg_exact": ("opt_metric",),
-}

@@ -1,6 +1,6 @@
 """Sample and the base of the data sets: files -> checked arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from exp.config.data import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
-from exp.files.lists import describe_numbers
 from exp.files.paths import Fence, files_and_links
 from exp.runtime.errors import InputError
 
@@ -208,3 +207,9 @@ def pair_samples(
     if unpaired:
         raise UnpairedError(unpaired, samples)
     return samples
+
+
+def describe_numbers(numbers: Sequence[int], separator: str = " or ") -> str:
+    """Ascending whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
+    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return separator.join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -12,17 +12,9 @@ import numpy as np
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.data.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
 from exp.data.prepare.volumes import TRAIN, RawCase, find_cases, is_finished
+from exp.data.slice_files import case_number, list_cases, read_case, read_slice
 from exp.files.images import PILLOW_ERRORS, open_image, read_bytes
-from exp.files.nifti import (
-    case_number,
-    list_cases,
-    open_volume,
-    read_case,
-    read_slice,
-    require_same_affine,
-    require_same_shape,
-    value_range,
-)
+from exp.files.nifti import open_volume, require_same_affine, require_same_shape, value_range
 from exp.files.text import read_text
 from exp.runtime.errors import InputError, printable
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exp.config.training import TestConfig
+from exp.config.evaluation import TestConfig
 from exp.runtime.errors import InputError
 
 CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, label_table
 from exp.data.decode import read_label
-from exp.files.nifti import CASE_FILE, Case, Volume, assemble_labels, read_case, save_labels
+from exp.data.slice_files import CASE_FILE, Case, read_case
+from exp.files.nifti import Volume, assemble_labels, save_labels
 from exp.files.output_folders import claim_folder, whole_file
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError

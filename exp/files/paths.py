@@ -3,6 +3,7 @@
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from exp.files.text import read_text
 from exp.runtime.errors import InputError
 
 
@@ -51,3 +52,20 @@ class Fence:
                 f"{path}: got a listed file that a link leads to {os.path.realpath(path)}, expected one that lies in "
                 f"{self._real}"
             )
+
+
+def read_names(path: Path, *, spaces: bool = False) -> list[str]:
+    """A list file -> the names or relative paths in it, one a line; InputError for a line that is anything else.
+
+    spaces: names may hold spaces.
+    """
+    lines = read_text(path, "one image name a line", encoding="utf-8-sig").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if not spaces and len(name.split()) > 1:
+            raise InputError(f"{path}: got the line '{name[:200]}', expected one image name and nothing else")
+        if leads_out(name):
+            raise InputError(
+                f"{path}: got '{name[:200]}', which leads out of the data folder, expected a name inside it"
+            )
+    return names

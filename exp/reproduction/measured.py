@@ -22,7 +22,8 @@ from exp.evaluation.comparison import (
 from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
 from exp.evaluation.results import load_result
 from exp.files.text import read_json
-from exp.reproduction.job import Cell, Existing
+from exp.reproduction.existing import Existing
+from exp.reproduction.job import Cell
 from exp.reproduction.plans import Counterpart
 from exp.runtime.errors import InputError
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-from exp.reproduction.job import DONE, TRAINED, UNTRAINED, WAITING, Cell, Existing, State
+from exp.reproduction.existing import DONE, TRAINED, UNTRAINED, WAITING, Existing, State
+from exp.reproduction.job import Cell
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted, StopRequest
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exp.config.training import PredictConfig
+from exp.config.evaluation import PredictConfig
 from exp.rules.exact import rankseg_exact
 from exp.rules.pooled import PooledRule, Thresholds, load_thresholds
 from exp.runtime.errors import InputError

@@ -2,26 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from exp.config.experiment import ExperimentConfig
 from exp.data.loader import Batch
-from exp.models import Segmentor
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted
 from exp.training.logger import Meter, NullLogger, say
-from exp.training.losses import build_criterion
-from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
-from exp.training.precision import autocast, build_scaler
-
-SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every overflow: after so many it is 2^-9
+from exp.training.step import SCALER_TRIES, Outcome, TrainStep, seed_everything
 
 
 @dataclass(frozen=True)
@@ -31,159 +21,6 @@ class Intervals:
     log: int
     save: tuple[int, ...]
     val: int | None
-
-
-@dataclass
-class Faults:
-    """Steps that were left out because loss or gradient was no number: in a row, and in all; damaged images skipped."""
-
-    in_row: int = 0
-    steps: int = 0
-    images: int = 0
-
-    def describe(self) -> str | None:
-        """What a run says of its faults; None if it had none."""
-        if not (self.steps or self.images):
-            return None
-        return f"{self.steps} steps left out (loss or gradient no number), {self.images} damaged images skipped"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step came to, still on the device.
-
-    loss: (), this process's share, detached. marks: (3,) of 0 and 1: nothing was updated, for the loss or the gradient
-    of some process was no number; some process's loss was none; this one's was none.
-    """
-
-    loss: Tensor
-    marks: Tensor
-
-
-@dataclass
-class TrainStep:
-    """One step of the optimiser on this process's share of a global batch: forward, backward, clip, update, average.
-
-    model: the wrapped one, so that DDP averages the gradients; raw_model: the same weights, without a wrapper.
-    accumulation: the share is cut into so many micro-batches, one forward and backward each; the loss is divided by
-    what counts in the whole global batch, so the gradients are those of the uncut one.
-    """
-
-    model: nn.Module
-    raw_model: nn.Module
-    criterion: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    normalize: Callable[[Tensor], Tensor]
-    dist: Dist
-    amp: str = "off"
-    accumulation: int = 1
-    clip_norm: float | None = None
-    ema: MovingAverage | None = None
-    faults: Faults = field(default_factory=Faults)
-
-    def __post_init__(self) -> None:
-        self.scaler = build_scaler(self.amp, self.dist.device)
-        self.grad_norm: Tensor | None = None  # of the last step, over all parameters, before clipping
-        self._buffers = [buffer.clone() for buffer in self.raw_model.buffers()]
-
-    def __call__(self, batch: Batch) -> Outcome:
-        """(B, channels, H, W) images and (B, H, W) labels -> what came of them; no wait.
-
-        Where loss or gradient is no number, weights, optimiser, average and statistics of norm layers stay as they
-        were, which the device decides by itself; the learning rate goes on. So on every rank.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(self._buffers, list(self.raw_model.buffers()))
-        counted = self.dist.mean(self.criterion.count(batch.label))
-        parts = list(zip(batch.image.chunk(self.accumulation), batch.label.chunk(self.accumulation), strict=True))
-        losses = []
-        for part, (image, label) in enumerate(parts, start=1):
-            with self.dist.gradient_sync(self.model, enabled=part == len(parts)):
-                losses.append(self._backward(image, label, counted))
-        loss = torch.stack(losses).sum()
-        self.scaler.unscale_(self.optimizer)
-        parameters = list(self.raw_model.parameters())
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        all_finite, finite = self.dist.mean(loss).isfinite(), loss.isfinite()
-        left_out = ~(all_finite & self.grad_norm.isfinite())
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, self.grad_norm)
-        self._update(left_out)
-        return Outcome(loss, torch.stack([left_out, ~all_finite, ~finite]))
-
-    def _backward(self, image: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        with autocast(self.amp, self.dist.device):
-            outputs = self.model(self.normalize(image))
-        loss = self.criterion(outputs, label, counted)
-        self.scaler.scale(loss).backward()
-        return loss.detach()
-
-    def _update(self, left_out: Tensor) -> None:
-        """The optimiser's step and what follows it, unless it is left out."""
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
-        self.optimizer.step()
-        del self.optimizer.grad_scale, self.optimizer.found_inf
-        self.scaler.update()
-        self.scheduler.step()
-        for buffer, before in zip(self.raw_model.buffers(), self._buffers):
-            torch.where(left_out, before, buffer, out=buffer)
-        if self.ema is not None:
-            self.ema.update(self.raw_model, 1 - left_out.float())
-
-    def rates(self) -> dict[str, float]:
-        """The learning rate of every parameter group in the step that comes next."""
-        return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides the steps to come, but for the weights and their average."""
-        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
-        return {**parts, "faults": asdict(self.faults)}
-
-    def load_state_dict(self, state: dict[str, Any], ema: dict[str, Any] | None) -> None:
-        """Go on from what state_dict returned and, where an average is kept, from its state dict."""
-        for name in ("optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.faults = Faults(**state["faults"])
-        if self.ema is not None:
-            self.ema.load_state_dict(ema)
-
-
-def build_step(
-    config: ExperimentConfig,
-    raw_model: Segmentor,
-    normalize: Callable[[Tensor], Tensor],
-    total_iters: int,
-    dist: Dist,
-) -> TrainStep:
-    """A raw model on its device -> the step that trains it."""
-    optimizer = build_optimizer(config.optim, raw_model)
-    model = dist.wrap(raw_model)
-    return TrainStep(
-        model=torch.compile(model) if config.schedule.compile else model,
-        raw_model=raw_model,
-        criterion=build_criterion(config.loss, dist.sum),
-        optimizer=optimizer,
-        scheduler=build_scheduler(config.optim, optimizer, total_iters),
-        normalize=normalize,
-        dist=dist,
-        amp=config.schedule.amp,
-        accumulation=config.schedule.accumulation,
-        clip_norm=config.optim.clip_norm,
-        ema=build_ema(config.optim, raw_model),
-    )
-
-
-def seed_everything(seed: int, iteration: int, rank: int) -> None:
-    """Make dropout a function of (seed, iteration, rank): a resumed run draws what the uninterrupted one drew.
-
-    Not by torch.manual_seed, which, without CUDA, queues every call with its stack for the day that CUDA comes: 0.2 ms
-    and some memory a step.
-    """
-    value = (seed * 1_000_003 + iteration) * 4_099 + rank
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(value)
 
 
 def train(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exp.config.model import LossConfig
+from exp.config.loss import LossConfig
 from exp.data.base import IGNORE_INDEX
 
 

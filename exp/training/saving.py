@@ -11,8 +11,8 @@ from exp.data.loader import describe_position, iterations_per_epoch
 from exp.provenance import describe_code
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.training.loop import TrainStep
 from exp.training.random_state import get_random_state, set_random_state
+from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 
 

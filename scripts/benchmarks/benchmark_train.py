@@ -73,7 +73,7 @@ def make_loops(args: argparse.Namespace, folder: Path) -> tuple[dict, object]:
     from exp.models import build_model
     from exp.runtime.distributed import Dist
     from exp.training.logger import build_logger
-    from exp.training.loop import build_step, seed_everything
+    from exp.training.step import build_step, seed_everything
 
     dist, total = Dist(0, 1, device("cpu")), args.rounds * BLOCK + BLOCK
     yamls = {**DEFAULT_YAMLS, "model": args.model_yaml, "predict": "argmax"}

@@ -21,7 +21,7 @@ from exp.files.lock import FolderLock
 from exp.runtime.interrupt import STATUS
 from exp.training import logger as loggers
 from exp.training import loop as training
-from exp.training.loop import TrainStep
+from exp.training.step import TrainStep
 from tests.conftest import ROOT, TINY, TINY_RUN, free_port
 
 EVERYTHING = ["optim.ema_decay=0.9", "optim.clip_norm=1", "schedule.amp=bf16", "schedule.val_iters=3"]

@@ -16,8 +16,8 @@ from exp.data.sets.ade20k import ADE20K
 from exp.data.sets.cityscapes import Cityscapes
 from exp.data.sets.pascal_voc import PascalVOC
 from exp.data.sets.slices import Hippocampus, KiTS, LiTS
-from exp.files.lists import read_names
-from exp.files.nifti import Case, write_case
+from exp.data.slice_files import Case, write_case
+from exp.files.paths import read_names
 from exp.runtime.errors import InputError
 from tests.conftest import write_png
 from tests.data import volume_trees

@@ -14,7 +14,7 @@ from PIL import Image
 from exp.data.prepare import jobs
 from exp.data.prepare.facts import VOLUMES, fold_of
 from exp.data.prepare.volumes import find_cases
-from exp.files.nifti import list_cases, list_slices, read_case, read_slice
+from exp.data.slice_files import list_cases, list_slices, read_case, read_slice
 from exp.runtime.errors import InputError
 from tests.conftest import ROOT
 from tests.data.volume_trees import (

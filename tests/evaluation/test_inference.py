@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from exp.config.training import TestConfig
+from exp.config.evaluation import TestConfig
 from exp.evaluation.inference import Inference, build_inference, resize, softmax_, starts
 from exp.runtime.errors import InputError
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from exp.data import DATASETS
 from exp.data.base import IGNORE_INDEX, Sample, label_table
+from exp.data.slice_files import Case, write_case
 from exp.data.transforms import CenterCrop
 from exp.evaluation.masks import MaskWriter, mask_format, paste_centre
-from exp.files.nifti import Case, write_case
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from tests.conftest import TINY, TINY_RUN

@@ -6,23 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from exp.data.slice_files import Case, case_number, list_cases, list_slices, read_case, read_slice, write_case
 from exp.files import nifti as volumes
-from exp.files.nifti import (
-    Case,
-    assemble_labels,
-    case_number,
-    find_slices,
-    list_cases,
-    list_slices,
-    open_pair,
-    open_volume,
-    read_case,
-    read_image,
-    read_labels,
-    read_slice,
-    save_labels,
-    write_case,
-)
+from exp.files.nifti import assemble_labels, find_slices, open_pair, open_volume, read_image, read_labels, save_labels
 from exp.runtime.errors import InputError
 
 SUPERIOR_LAST = np.diag([0.7, 0.7, 3.0, 1.0])

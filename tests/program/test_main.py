@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from exp.checkpoints.checkpoint import load_checkpoint
-from exp.training.loop import TrainStep
+from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 from tests.conftest import ROOT, TINY, TINY_RUN, free_port
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import exp.main
-from exp.config.training import TestConfig
+from exp.config.evaluation import TestConfig
 from exp.data.prepare.facts import VolumeFacts
 from exp.data.sets.shapes import Shapes
 from exp.data.transforms import Normalize

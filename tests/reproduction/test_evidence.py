@@ -10,7 +10,8 @@ import pytest
 
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
-from exp.reproduction.job import DONE, UNTRAINED, WAITING, Again, Existing, join_cells
+from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
+from exp.reproduction.job import Again, join_cells
 from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.page import write_report

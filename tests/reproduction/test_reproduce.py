@@ -15,7 +15,8 @@ import pytest
 
 from exp.data.prepare.facts import VOLUMES
 from exp.reproduction import data_state, plans
-from exp.reproduction.job import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Cell, Existing, join_cells
+from exp.reproduction.existing import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Existing
+from exp.reproduction.job import Cell, join_cells
 from exp.reproduction.laptop import fixed, tempered
 from exp.reproduction.plans import Counterpart, figure_cells, find_counterpart, table_cells
 from exp.reproduction.published import load_errata, load_tables, load_unavailable

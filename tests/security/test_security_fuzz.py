@@ -22,12 +22,13 @@ from scipy.sparse import csc_matrix
 from exp.config.strict_yaml import load_mapping
 from exp.data.decode import read_image, read_label
 from exp.data.prepare.voc import read_mat
+from exp.data.slice_files import Case, read_case, read_slice, write_case
 from exp.data.verify import read_manifest
 from exp.evaluation.probability_maps import MapReader, read_array
 from exp.evaluation.results import load_result
 from exp.evaluation.temperature import load_temperature
-from exp.files.lists import read_names
-from exp.files.nifti import Case, open_volume, read_case, read_labels, read_slice, value_range, write_case
+from exp.files.nifti import open_volume, read_labels, value_range
+from exp.files.paths import read_names
 from exp.files.tensors import load_tensor_file
 from exp.rules.pooled import load_thresholds
 from exp.runtime.errors import InputError

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from exp.config.model import LossConfig
+from exp.config.loss import LossConfig
 from exp.config.training import OptimConfig
 from exp.data.loader import Batch, TrainSampler
 from exp.models import build_model
@@ -16,9 +16,10 @@ from exp.runtime import distributed
 from exp.runtime.distributed import Dist, pick_device
 from exp.runtime.errors import InputError
 from exp.training.logger import NullLogger
-from exp.training.loop import Intervals, TrainStep, train
+from exp.training.loop import Intervals, train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_optimizer, build_scheduler
+from exp.training.step import TrainStep
 from tests.conftest import free_port
 from tests.models.test_models import tiny
 from tests.training.test_losses import losses_of_a_share

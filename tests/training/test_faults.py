@@ -10,7 +10,7 @@ from exp.data.loader import Batch
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted, StopRequest
-from exp.training.loop import SCALER_TRIES, Faults, TrainStep
+from exp.training.step import SCALER_TRIES, Faults, TrainStep
 from tests.training.test_train import CPU, batch, build, run_loop, run_loop_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from exp.checkpoints.checkpoint import load_checkpoint
 from exp.checkpoints.checkpoint_files import find_checkpoint
 from exp.config.experiment import CONFIG_DIR
-from exp.config.model import LOSS_OPTIONS, LossConfig
+from exp.config.loss import LOSS_OPTIONS, LossConfig
 from exp.config.strict_yaml import build_dataclass, load_mapping
 from exp.runtime import distributed
 from exp.runtime.errors import InputError

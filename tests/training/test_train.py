@@ -11,16 +11,17 @@ from torch import nn
 
 from exp.config.cli import DEFAULT_YAMLS
 from exp.config.experiment import load_experiment
-from exp.config.model import LossConfig
+from exp.config.loss import LossConfig
 from exp.config.training import OptimConfig
 from exp.data.loader import Batch
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import Meter, NullLogger
-from exp.training.loop import Intervals, TrainStep, build_step, seed_everything, train
+from exp.training.loop import Intervals, train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_ema, build_optimizer, build_scheduler
 from exp.training.precision import Autocast, autocast
+from exp.training.step import TrainStep, build_step, seed_everything
 
 CPU = torch.device("cpu")
 

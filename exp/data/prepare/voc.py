@@ -14,8 +14,7 @@ from scipy.io.matlab import MatReadError
 from exp.data.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
 from exp.data.prepare.mat_files import check_mat
 from exp.files.images import PILLOW_ERRORS, open_image, read_bytes, unreadable
-from exp.files.lists import read_names
-from exp.files.paths import Fence, files_and_links
+from exp.files.paths import Fence, files_and_links, read_names
 from exp.runtime.errors import InputError
 
 # What scipy raises on files that are damaged or of another kind.

@@ -7,22 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from exp.data.base import describe_numbers
 from exp.data.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
 from exp.data.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
-from exp.files.lists import describe_numbers
-from exp.files.nifti import (
-    CASE_FILE,
-    Case,
-    case_number,
-    find_slices,
-    list_cases,
-    list_slices,
-    open_pair,
-    read_case,
-    read_image,
-    read_labels,
-    write_case,
-)
+from exp.data.slice_files import CASE_FILE, Case, case_number, list_cases, list_slices, read_case, write_case
+from exp.files.nifti import find_slices, open_pair, read_image, read_labels
 from exp.runtime.errors import InputError, printable
 
 TRAIN = "train"  # the folder of prepared cases

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
-from exp.files.lists import read_names
+from exp.files.paths import read_names
 from exp.runtime.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")

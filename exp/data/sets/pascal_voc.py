@@ -1,7 +1,7 @@
 """PASCAL VOC 2012 with the labels of SBD, in the VOCdevkit layout."""
 
 from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
-from exp.files.lists import read_names
+from exp.files.paths import read_names
 
 
 class PascalVOC(SegmentationDataset):

@@ -6,7 +6,7 @@ import torch
 from exp.data.base import Sample, SegmentationDataset
 from exp.data.prepare.facts import VOLUMES, VolumeFacts, fold_of
 from exp.data.prepare.volumes import TRAIN
-from exp.files.nifti import case_number, list_cases, list_slices, read_slice
+from exp.data.slice_files import case_number, list_cases, list_slices, read_slice
 from exp.runtime.errors import InputError
 
 

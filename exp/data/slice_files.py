@@ -1,0 +1,127 @@
+"""Slices of volumes as training reads them: one .npz a slice, and the case they come from."""
+
+import json
+import math
+import re
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exp.files import arrays as array_files
+from exp.files.arrays import read_member
+from exp.files.nifti import MAX_SIDE, MAX_VOXELS, resize_image, resize_labels
+from exp.files.text import read_json
+from exp.runtime.errors import InputError
+
+MAX_SLICE = MAX_SIDE**2 * 2 + 4096  # bytes of an array in a slice file
+CASE_FILE = "case.json"
+SLICE_DTYPES = {"image": np.dtype(np.int16), "label": np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where prepared slices come from, as written to case.json beside them.
+
+    image, label: the source files' names relative to the data set's folder. shape, affine, spacing: the source's
+    grid. slices: indices along `axis`. size: (H, W) of the slice files. rescaled: MR intensities were (read_image).
+    """
+
+    image: str
+    label: str
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    spacing: tuple[float, float, float]
+    axis: int
+    slices: tuple[int, ...]
+    size: tuple[int, int]
+    resized: bool
+    rescaled: bool
+
+
+def write_case(folder: Path, case: Case, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write <folder>/<slice:04d>.npz for each of case.slices, and case.json; the folder is there and empty.
+
+    images: (N, H, W) int16, labels: (N, H, W) uint8, of the source's size; they are resized to case.size.
+    """
+    for index, image, label in zip(case.slices, images, labels, strict=True):
+        arrays = {"image": resize_image(image, case.size), "label": resize_labels(label, case.size)}
+        np.savez(folder / f"{index:04d}.npz", **arrays)
+    (folder / CASE_FILE).write_text(json.dumps(asdict(case), indent=1) + "\n", encoding="utf-8")
+
+
+def read_case(folder: Path) -> Case:
+    """A case's folder -> its case.json; InputError if that is missing or damaged."""
+    path, expected = folder / CASE_FILE, "what scripts/prepare_data.py writes"
+    values = read_json(path, expected)
+    try:
+        case = Case(**{key: _tuples(value) for key, value in values.items()})
+        affine = np.asarray(case.affine, np.float64)
+        valid = (
+            len(case.shape) == 3
+            and all(type(side) is int and 0 < side <= MAX_SIDE for side in (*case.shape, *case.size))
+            and math.prod(case.shape) <= MAX_VOXELS
+            and affine.shape == (4, 4)
+            and bool(np.isfinite(affine).all())
+            and case.axis in (0, 1, 2)
+            and all(type(index) is int and 0 <= index < case.shape[case.axis] for index in case.slices)
+            and len(case.size) == 2
+        )
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from None
+    if not valid:
+        raise InputError(f"{path}: got values that fit no volume, expected {expected}")
+    return case
+
+
+def list_cases(folder: Path) -> list[Path]:
+    """The folder of prepared slices -> the cases' folders by their numbers; what has no case.json is no case."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (scripts/prepare_data.py makes it)")
+    return sorted((p.parent for p in folder.glob(f"*/{CASE_FILE}")), key=lambda p: (case_number(p.name), p.name))
+
+
+def list_slices(folder: Path) -> list[Path]:
+    """A case's folder -> its slice files in the volume's order."""
+    return sorted(folder.glob("*.npz"))
+
+
+def case_number(name: str) -> int:
+    """The last whole number in a case's name: 12 for 'volume-12' and for 'case_00012'."""
+    numbers = re.findall(r"\d+", name)
+    if not numbers:
+        raise InputError(f"{name}: got a case without a number, expected one such as case_00012")
+    return int(numbers[-1])
+
+
+def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
+    try:
+        if (size := path.stat().st_size) > 2 * MAX_SLICE:
+            raise ValueError(f"{size} bytes")
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != [f"{name}.npy" for name in sorted(SLICE_DTYPES)]:
+                raise ValueError(f"members {archive.namelist()}")
+            for name in SLICE_DTYPES:
+                if (size := archive.getinfo(f"{name}.npy").file_size) > MAX_SLICE:
+                    raise ValueError(f"{size} bytes as '{name}'")
+            arrays = {name: read_member(archive, name) for name in SLICE_DTYPES}
+        for name, dtype in SLICE_DTYPES.items():
+            if arrays[name].dtype != dtype or arrays[name].ndim != 2:
+                raise ValueError(f"'{name}' of type {arrays[name].dtype} and shape {arrays[name].shape}")
+        if arrays["image"].shape != arrays["label"].shape:
+            raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except array_files.UNREADABLE as error:
+        raise InputError(
+            f"{path}: got {' '.join(str(error).split())[:200]}, expected a slice of scripts/prepare_data.py, with "
+            "'image' int16 and 'label' uint8 of the same size"
+        ) from None
+    return arrays["image"], arrays["label"]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
