@@ -236,7 +236,7 @@ def montage(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 def _save_picture(picture: np.ndarray, path: Path) -> None:
     with replacing(path, durable=False) as temporary:
-        Image.fromarray(picture).save(temporary)
+        Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def describe_classes(predictor: Predictor) -> str:

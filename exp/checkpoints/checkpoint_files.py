@@ -127,5 +127,5 @@ def remove_older(folder: Path, keep: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half written; for the one process that writes to the folder."""
     for path in folder.glob(".tmp-*"):
-        if re.fullmatch(r".*-\d+-.*\.(pt|safetensors)(\.json)?", path.name):
+        if re.fullmatch(r".*-\d+-.*\.(pt|safetensors)(\.json)?\.part", path.name):
             path.unlink()

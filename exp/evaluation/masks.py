@@ -134,5 +134,5 @@ def paste_centre(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def save_volume(slices: Mapping[int, np.ndarray], grid: Case | Volume, path: Path) -> None:
     """(H, W) file values by slice index -> a NIfTI volume on the grid's shape and affine, all of it or nothing."""
-    with replacing(path, durable=False) as temporary:
+    with replacing(path, durable=False, suffix=".nii.gz") as temporary:
         save_labels(assemble_labels(slices, grid.shape, grid.axis), np.array(grid.affine), temporary)

@@ -13,6 +13,7 @@ from exp.files.lock import is_alive
 from exp.runtime.errors import InputError
 
 TEMPORARY = f".tmp-{socket.gethostname()}-"  # then the process, and the name
+PART = ".part"
 GIB = 2**30
 
 
@@ -23,13 +24,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = True, new: bool = False) -> Iterator[Path]:
-    """Gives a path beside `path`, of the same suffix, for a file or folder that becomes `path` if the body succeeds.
+def replacing(path: Path, *, durable: bool = True, new: bool = False, suffix: str = PART) -> Iterator[Path]:
+    """Gives a path beside `path`, for a file or folder that becomes `path` if the body succeeds.
 
     durable: it is on the disk then; without, a power cut may take it. new: InputError if there is something by then.
+    suffix: of the path until then, for libraries that go by it; nothing that is looked for ends in PART.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name[-40:]}")  # names have 255 bytes at most
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name[-40:]}{suffix}")  # 255 bytes at most
     try:
         yield temporary
         if new and path.exists():

@@ -156,7 +156,7 @@ def kill_once(job: Job, kind: str, draw: random.Random) -> int | None:
         return None
     if kind == "save":
         checkpoints = job.run / "checkpoints"
-        if not wait_until(lambda: any(checkpoints.glob("*.tmp")), process, 0.0002):
+        if not wait_until(lambda: any(checkpoints.glob("*.part")), process, 0.0002):
             return None
         delay = draw.uniform(0, 0.01)
     time.sleep(delay)

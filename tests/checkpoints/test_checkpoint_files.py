@@ -85,8 +85,8 @@ def test_damaged_files_are_kept_under_another_name(tmp_path: Path):
 def test_leftovers_of_killed_processes_go_and_the_users_files_stay(tmp_path: Path):
     path = write(tmp_path, 1)
     mine = [tmp_path / ".tmp-notes", tmp_path / ".tmp-host-7-notes.txt", tmp_path / "iter_0000001.pt.damaged"]
-    for name in (".tmp-host-77-iter_0000002.pt", ".tmp-host-3-best.pt.json", ".tmp-other-12-last.safetensors"):
-        (tmp_path / name).write_text("half")
+    for name in ("host-77-iter_0000002.pt", "host-3-best.pt.json", "other-12-last.safetensors"):
+        (tmp_path / f".tmp-{name}.part").write_text("half")
     for other in mine:
         other.write_text("mine")
     remove_leftovers(tmp_path)
