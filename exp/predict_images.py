@@ -28,17 +28,16 @@ from exp.evaluation.inference import Inference, build_inference
 from exp.evaluation.masks import MaskFormat, mask_format, save_volume
 from exp.evaluation.pictures import Palette, blend_labels, tile_size
 from exp.evaluation.temperature import load_temperature
-from exp.files.atomic import write_atomically
+from exp.files.atomic import replacing, write_atomically
+from exp.files.images import FORMATS
 from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
-from exp.files.output_folders import whole_file
 from exp.models import build_model
 from exp.rules.pooled import PooledRule, Pools, Thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
 from exp.runtime.errors import InputError
 from exp.training.precision import Autocast
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SPARE_PARAMETERS = 2**26  # encoders are built with a classifier that is taken off again
 MONTAGE = 3  # rows and columns of slices in the overlay of a volume
@@ -140,7 +139,7 @@ def list_sources(path: Path, output: Path) -> list[Source]:
         return [Source(strip_suffix(path.name), path)]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    suffixes = IMAGE_SUFFIXES + VOLUME_SUFFIXES
+    suffixes = (*FORMATS, *VOLUME_SUFFIXES)
     found: dict[str, Source] = {}
     for file in sorted(path.rglob("*")):
         own = output.resolve() in file.resolve().parents
@@ -236,8 +235,8 @@ def montage(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _save_picture(picture: np.ndarray, path: Path) -> None:
-    with whole_file(path) as temporary:
-        Image.fromarray(picture).save(temporary)
+    with replacing(path, durable=False) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def describe_classes(predictor: Predictor) -> str:

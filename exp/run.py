@@ -35,7 +35,6 @@ from exp.runtime.errors import InputError
 from exp.training.logger import NullLogger, build_logger
 from exp.training.loop import Intervals, train
 from exp.training.precision import Autocast
-from exp.training.random_state import seed_globals
 from exp.training.saving import Saving, build_saving, restore
 from exp.training.step import TrainStep, build_step, seed_everything
 from exp.training.validation import ScoreHistory, Validation
@@ -177,7 +176,6 @@ class Run:
         if start == 0:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
-        seed_globals(config.seed * 4_099 + dist.rank)
         if checkpoint:
             restore(step, checkpoint, dist)
         if dist.is_main:

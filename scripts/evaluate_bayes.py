@@ -20,29 +20,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import add_overrides, add_rules, build_script_parser, check_folder
 from exp.config.experiment import load_groups
 from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = build_script_parser(__doc__)
     add = parser.add_argument
     add("--data_yaml", default="shapes_noisy", metavar="NAME", help="configs/data/NAME.yaml (default: shapes_noisy)")
-    add(
-        "--predict_yaml",
-        nargs="+",
-        default=["argmax", "rankseg_rma"],
-        metavar="NAME",
-        help="configs/predict/NAME.yaml, one or more rules (default: argmax rankseg_rma)",
-    )
-    add("--set", nargs="+", action="extend", default=[], metavar="GROUP.KEY=VALUE", dest="overrides")
+    add_rules(parser, ["argmax", "rankseg_rma"])
+    add_overrides(parser)
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--metric", choices=("mIoUI", "mDiceI", "mAccI"), default="mDiceI", help="by which the rules are compared")
     args = parser.parse_args(argv)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    check_folder("--output_dir", args.output_dir)
     return args
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import add_overrides, add_rules, build_script_parser, check_folder
 from exp.config.experiment import load_groups
 from exp.runtime.errors import InputError, run_and_report
 
@@ -40,26 +41,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--ignore_label: got {args.ignore_label}, expected a value in 0..255")
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance: got {args.tolerance}, expected a value in [0, 1)")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    check_folder("--output_dir", args.output_dir)
     return args
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = build_script_parser(__doc__)
     add = parser.add_argument
     add("prob_dir", type=Path, metavar="MAPS", help="folder of .npy and .npz probability maps")
     add("label_dir", type=Path, metavar="LABELS", help="folder of label files of the same names")
-    add(
-        "--predict_yaml",
-        nargs="+",
-        default=["argmax", "rankseg_rma"],
-        metavar="NAME",
-        help="configs/predict/NAME.yaml, one or more rules (default: argmax rankseg_rma)",
-    )
-    add("--set", nargs="+", action="extend", default=[], metavar="predict.KEY=VALUE", dest="overrides")
+    add_rules(parser, ["argmax", "rankseg_rma"])
+    add_overrides(parser, "predict.KEY=VALUE")
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--unit", choices=("slice", "case"), default="slice", help="what is decided and scored at a time in a volume")
     add(

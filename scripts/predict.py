@@ -24,14 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import add_device, add_overrides, add_rules, build_script_parser, check_folder
 from exp.config.experiment import load_groups
 from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"--output_dir: {args.output_dir}: got a file, expected a folder")
+    check_folder("--output_dir", args.output_dir)
     for text in args.overrides:
         if text.startswith("test.") and not args.test_yaml:
             raise InputError(
@@ -42,24 +42,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = build_script_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of <run>/checkpoints/")
     add("input", type=Path, metavar="INPUT", help="an image, a NIfTI volume, or a folder of them")
-    add(
-        "--predict_yaml",
-        nargs="+",
-        default=["rankseg_rma"],
-        metavar="NAME",
-        help="configs/predict/NAME.yaml, one or more rules (default: rankseg_rma)",
-    )
+    add_rules(parser, ["rankseg_rma"])
     add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was judged)")
-    add("--set", nargs="+", action="extend", default=[], metavar="GROUP.KEY=VALUE", dest="overrides")
+    add_overrides(parser)
     add("--output_dir", type=Path, default=Path("predicted"), metavar="DIR", help="default: ./predicted")
     add("--overwrite", action="store_true", help="replace files of the same names")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     return parser
 
 

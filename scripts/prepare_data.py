@@ -4,7 +4,7 @@
 
 pascal_voc: writes SegmentationClassTrainAug/ and trainaug.txt from VOC 2012 and SBD. lits, kits, hippocampus: writes
 the slices that hold tumour (any structure) to <name>/train/. cityscapes, ade20k, camvid: nothing to convert; the tree
-is checked. Interrupted, the same command goes on. Nothing that was there before is changed or removed.
+is checked. Interrupted, the same command resumes. Nothing that was there before is changed or removed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import build_script_parser
 from exp.data.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, fold_of
 from exp.data.prepare.trees import check_tree
 from exp.data.prepare.voc import prepare_voc
@@ -23,7 +24,7 @@ from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_script_parser(__doc__)
     parser.add_argument("name", choices=sorted(ARCHIVES))
     parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the folder of the data sets")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

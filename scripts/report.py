@@ -12,17 +12,17 @@ anew from the counts of every image, so the same results give the same files, by
 shorter account between two marks of that file: what was and was not reproduced, the rules, and every loss.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import build_script_parser
 from exp.runtime.errors import InputError, run_and_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_script_parser(__doc__)
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="renew the results between the marks in this file")
     args = parser.parse_args()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import add_device, add_overrides, build_script_parser, require_data_dir
 from exp.reproduction.existing import TRAINED, UNTRAINED, WAITING, Existing, State
 from exp.reproduction.job import Cell
 from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
@@ -27,7 +28,7 @@ from exp.runtime.interrupt import catch_signals
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_script_parser(__doc__)
     parser.add_argument("tables", nargs="+", metavar="TABLE")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the data sets (see DATA.md)")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="a folder a training")
@@ -35,13 +36,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes a training (torchrun)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
     parser.add_argument("--weights", metavar="FILE", help="MobileNetV2's weights for laptop, where no hub is reached")
-    parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="GROUP.KEY=VALUE", help="for all")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_overrides(parser)
+    add_device(parser)
     args = parser.parse_args()
     if args.nproc_per_node < 1:
         raise InputError(f"--nproc_per_node: got {args.nproc_per_node}, expected 1 or more")
-    if not args.data_dir.is_dir():
-        raise InputError(f"--data_dir: {args.data_dir}: no such folder (DATA.md shows the expected tree)")
+    require_data_dir(args.data_dir)
     if args.weights is not None and not Path(args.weights).is_file():
         raise InputError(f"--weights: {args.weights}: no such file, expected a state dict")
     return args

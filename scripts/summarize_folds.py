@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import build_script_parser
 from exp.files.text import read_json
 from exp.runtime.errors import InputError, run_and_report
 
@@ -24,9 +25,7 @@ TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = build_script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, one for each fold")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the means and each fold's scores, JSON")
     args = parser.parse_args(argv)

@@ -17,24 +17,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from exp.config.cli import add_overrides, build_script_parser
 from exp.config.data import DataConfig
 from exp.config.experiment import load_groups
 from exp.data import dataset_facts, find_dataset, verify
 from exp.data.base import SegmentationDataset
 from exp.data.prepare.facts import SPLIT_TOTALS, VOLUMES
-from exp.data.prepare.jobs import run_jobs, staged, thread_pool
+from exp.data.prepare.jobs import run_jobs, thread_pool
 from exp.data.prepare.volumes import RawCase, missing_cases
 from exp.data.verify import Finding
+from exp.files.atomic import replacing
 from exp.runtime.errors import InputError, run_and_report
 
 Checked = tuple[list[Finding], dict[Path, str]]  # findings, and SHA-256 by file
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_script_parser(__doc__)
     parser.add_argument("--data_yaml", required=True, metavar="NAME", help="configs/data/NAME.yaml, or a path")
     parser.add_argument("--data_dir", required=True, type=Path, metavar="DIR", help="the folder of the data sets")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", dest="overrides")
+    add_overrides(parser, "data.KEY=VALUE")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="in place of <data_dir>/<YAML's name>.sha256")
     parser.add_argument(
@@ -141,7 +143,7 @@ def check_manifest(path: Path, hashes: dict[Path, str], data_dir: Path, reason: 
     elif not os.access(path.parent, os.W_OK):
         print(f"{path}: not written, the folder cannot be written to (--manifest names another file)")
     else:
-        with staged(path) as temporary:
+        with replacing(path, durable=False, new=True) as temporary:
             temporary.write_text(verify.format_manifest(hashes, data_dir), encoding="utf-8")
         print(f"{path}: written; the next run compares with it")
     return []

@@ -21,7 +21,7 @@ BEST, LAST = "best", "last"
 METADATA = "rankseg_rma"  # the key of a safetensors file's metadata that holds the JSON below
 EXPECTED = "a checkpoint of this program"
 # What `training` of a checkpoint holds: what decides the steps to come, besides weights and averages.
-TRAINING_STATE = ("optimizer", "scheduler", "scaler", "faults", "validations", "sampler", "random", "world_size")
+TRAINING_STATE = ("optimizer", "scheduler", "scaler", "faults", "validations", "sampler", "world_size")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Saver:
     facts: Mapping[str, Any]
 
     def save(self, iteration: int, epoch: int, training: dict[str, Any], keep: int) -> Path:
-        """Write <folder>/iter_<iteration>.pt, to go on from; of the older ones the last keep - 1 stay.
+        """Write <folder>/iter_<iteration>.pt, to resume from; of the older ones the last keep - 1 stay.
 
         InputError if there is no room for it on the disk.
         """
@@ -232,7 +232,7 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any], images: dict
     if checkpoint.training is None or not set(TRAINING_STATE) <= checkpoint.training.keys():
         raise InputError(
             f"{checkpoint.path}: got a checkpoint without the whole state of a training (of an earlier version?), "
-            "expected one to go on from; --test-only evaluates it"
+            "expected one to resume from; --test-only evaluates it"
         )
     names = (*TRAINING_GROUPS, "seed")
     differences = _differences({n: checkpoint.config[n] for n in names}, {n: config[n] for n in names})

@@ -1,26 +1,22 @@
 """Files of a run's checkpoints: written whole with a checksum beside them, checked before they are read, rotated."""
 
-import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from exp.files.atomic import free_bytes, replacing, sync
+from exp.files.atomic import file_sha256, free_bytes, move_aside, no_room, replacing, require_room, sync
 from exp.files.text import read_json
 from exp.runtime.errors import DISK_ERRORS, InputError
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
 DAMAGED = ".damaged"
-CHUNK = 2**20
 MAX_FACTS = 2**20  # bytes of the JSON beside a checkpoint, which has one or two thousand
-GIB = 2**30
 
 
 def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str, Any], needed: int) -> None:
@@ -32,7 +28,7 @@ def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str,
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before = file_sha256(path) if path.exists() else None
-    _require_room(path, needed)
+    require_room(path, needed)
     try:
         with replacing(path) as temporary:
             write(temporary)
@@ -48,9 +44,9 @@ def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str,
                 temporary_facts.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = find_disk_error(error)
-        if reason is None and _has_room(path, needed):
+        if reason is None and free_bytes(path) >= needed:
             raise
-        raise _no_room(path, needed, reason or " ".join(str(error).split())[:200]) from None
+        raise no_room(path, needed, reason or " ".join(str(error).split())[:200]) from None
 
 
 def find_disk_error(error: BaseException | None) -> str | None:
@@ -68,14 +64,6 @@ def find_disk_error(error: BaseException | None) -> str | None:
 def facts_path(path: Path) -> Path:
     """A checkpoint file -> the JSON beside it: best.pt -> best.pt.json."""
     return path.with_name(f"{path.name}.json")
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def find_damage(path: Path) -> str | None:
@@ -122,15 +110,11 @@ def set_aside_damaged(folder: Path, whole: Path) -> None:
     """Rename the checkpoints that are newer than `whole` to *.damaged; training will write them anew."""
     for path in list_checkpoints(folder):
         if int(PATTERN.match(path.name)[1]) > int(PATTERN.match(whole.name)[1]):
-            for old in (path, facts_path(path)):
-                if old.exists():
-                    os.replace(old, _free_name(old))
+            move_aside([path, facts_path(path)], _damaged_name)
 
 
-def _free_name(path: Path) -> Path:
-    """iter_N.pt -> iter_N.pt.damaged, or .damaged.2 and so on where that is there."""
-    names = (path.with_name(f"{path.name}{DAMAGED}{'' if n == 1 else f'.{n}'}") for n in count(1))
-    return next(name for name in names if not name.exists())
+def _damaged_name(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}{DAMAGED}{'' if number == 1 else f'.{number}'}")
 
 
 def remove_older(folder: Path, keep: int) -> None:
@@ -142,23 +126,6 @@ def remove_older(folder: Path, keep: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half written; for the one process that writes to the folder."""
-    for path in folder.glob("*.tmp"):
-        if re.search(r"\.(pt|safetensors)(\.json)?\.\d+\.tmp$", path.name):
-            path.unlink(missing_ok=True)
-
-
-def _has_room(path: Path, needed: int) -> bool:
-    return free_bytes(path.parent) >= needed
-
-
-def _require_room(path: Path, needed: int) -> None:
-    if not _has_room(path, needed):
-        raise _no_room(path, needed, "not begun")
-
-
-def _no_room(path: Path, needed: int, reason: str) -> InputError:
-    free = free_bytes(path.parent)
-    return InputError(
-        f"{path}: not saved ({reason}): it needs {needed:,} bytes ({needed / GIB:.2f} GiB) and {free:,} are free; the "
-        "checkpoints before it are whole: make room and start the same command again"
-    )
+    for path in folder.glob(".tmp-*"):
+        if re.fullmatch(r".*-\d+-.*\.(pt|safetensors)(\.json)?\.part", path.name):
+            path.unlink()

@@ -31,19 +31,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
     if args.seed >= 2**31:
         raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
-    for flag, folder in (("--data_dir", args.data_dir), ("--output_dir", args.output_dir)):
-        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-            raise InputError(f"{flag}: {folder}: got a file, expected a folder")
+    check_folder("--data_dir", args.data_dir)
+    check_folder("--output_dir", args.output_dir)
     return args
 
 
 def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
-    """Whether there are weights to go on from, or to evaluate.
+    """Whether there are weights to resume from, or to evaluate.
 
     InputError for data or a checkpoint that is not there, said before PyTorch is loaded.
     """
-    if args.data_dir is not None and not Path(args.data_dir).is_dir():
-        raise InputError(f"--data_dir: {args.data_dir}: no such folder (DATA.md shows the expected tree)")
+    require_data_dir(args.data_dir)
     checkpoints, path = run_folder / "checkpoints", args.model_checkpoint
     if path is not None and path != Path("best"):
         if not path.is_file():
@@ -61,19 +59,13 @@ def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="main.py",
-        description="Train a segmentation network and judge decision rules (argmax, RankSEG-RMA) on it. Without "
+        description="Train a segmentation network and evaluate decision rules (argmax, RankSEG-RMA) on it. Without "
         "flags: a small network on synthetic shapes. Start under torchrun for several processes.",
         allow_abbrev=False,
     )
     for group, default in DEFAULT_YAMLS.items():
         if group == "predict":
-            parser.add_argument(
-                "--predict_yaml",
-                nargs="+",
-                default=default,
-                metavar="NAME",
-                help=f"configs/predict/NAME.yaml, one or more rules (default: {' '.join(default)})",
-            )
+            add_rules(parser, default)
         else:
             parser.add_argument(
                 f"--{group}_yaml",
@@ -92,17 +84,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         default="output",
         metavar="DIR",
         type=Path,
-        help="holds a folder a run: <model>.<data>.<loss>.<schedule>.<optim> (default: ./output)",
+        help="holds a folder per run: <model>.<data>.<loss>.<schedule>.<optim> (default: ./output)",
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="GROUP.KEY=VALUE",
-        dest="overrides",
-        help="override keys of the YAMLs, e.g. schedule.batch_size=4 data.crop_size=[64,64]",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--test-only", "--test_only", action="store_true", help="evaluate the run's newest checkpoint, train nothing"
     )
@@ -123,8 +107,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="write panels (image, truth, each rule, differences) of the N images with the largest gain of the last "
-        "rule over the first, the N with the largest loss, and N at random",
+        help="write panels (image, ground truth, each rule, differences) of the N images with the largest gain of the "
+        "last rule over the first, the N with the largest loss, and N at random",
     )
     parser.add_argument(
         "--save_masks",
@@ -138,9 +122,54 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write the probability maps of the first N images, (C, H, W) float32 .npy",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+
+
+def build_script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A script's docstring -> a parser that shows it as it stands."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def add_rules(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    parser.add_argument(
+        "--predict_yaml",
+        nargs="+",
+        default=default,
+        metavar="NAME",
+        help=f"configs/predict/NAME.yaml, one or more rules (default: {' '.join(default)})",
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser, metavar: str = "GROUP.KEY=VALUE") -> None:
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar=metavar,
+        dest="overrides",
+        help="override keys of the YAMLs, e.g. schedule.batch_size=4 data.crop_size=[64,64]",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def check_folder(flag: str, path: str | Path | None) -> None:
+    """InputError for a file where a folder is to be, or is to be made."""
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise InputError(f"{flag}: {path}: got a file, expected a folder")
+
+
+def require_data_dir(path: str | Path | None) -> None:
+    """InputError for a --data_dir that is not there."""
+    if path is not None and not Path(path).is_dir():
+        raise InputError(f"--data_dir: {path}: no such folder (DATA.md shows the expected tree)")
 
 
 def requested_yamls(args: argparse.Namespace) -> dict[str, list[str]]:

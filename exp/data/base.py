@@ -32,7 +32,7 @@ class Item:
     """What a data set hands out: the image, its label and the sample's index.
 
     image: (channels, H, W) uint8 (RGB or grey) or int16 (CT, MR), contiguous; label: (H, W) uint8 in 0..C-1 or 255.
-    damaged: why the sample could not be read, where a training goes on without it.
+    damaged: why the sample could not be read, where a training does without it.
     """
 
     image: Tensor

@@ -5,9 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from exp.files.images import JPEG, PILLOW_ERRORS, PNG, check_size, open_image, read_bytes, unreadable
+from exp.files.images import PNG_END, PNG_START, open_image, read_bytes
 from exp.runtime.errors import InputError
 
+WHOLE = ((PNG_START, PNG_END), (b"\xff\xd8", b"\xff\xd9"))  # how a PNG or JPEG begins and ends
 PNG_BIT_DEPTH = 24  # the byte of a PNG's header that holds it
 
 
@@ -18,14 +19,13 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray:
     never takes a truncated file for a whole one as some versions of OpenCV do.
     """
     data = read_bytes(path)
-    if data.startswith(PNG[0]) and data[PNG_BIT_DEPTH : PNG_BIT_DEPTH + 1] == b"\x10":
+    if data.startswith(PNG_START) and data[PNG_BIT_DEPTH : PNG_BIT_DEPTH + 1] == b"\x10":
         raise InputError(f"{path}: got 16 bits a channel, expected 8")
     colour = channels == 3
-    pixels = None
-    if check_size(data, path):
+    with open_image(path, data) as image:  # which compares the number of pixels with the limit
         pixels = _decode_whole(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE)
-    if pixels is None:
-        return np.atleast_3d(_decode_pillow(data, path, "RGB" if colour else "L"))
+        if pixels is None:
+            return np.atleast_3d(np.array(image.convert("RGB" if colour else "L")))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if colour else pixels[..., None]
 
 
@@ -34,22 +34,15 @@ def read_label(path: Path) -> np.ndarray:
 
     Through Pillow: OpenCV turns the indices of a palette PNG into colours.
     """
-    return _decode_pillow(read_bytes(path), path)
+    with open_image(path) as image:
+        return np.array(image)
 
 
 def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
     """A PNG or JPEG with its end in place -> OpenCV's pixels; None for anything else."""
-    if not any(data.startswith(start) and data.endswith(end) for start, end in (PNG, JPEG)):
+    if not any(data.startswith(start) and data.endswith(end) for start, end in WHOLE):
         return None
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         return None
-
-
-def _decode_pillow(data: bytes, path: Path, mode: str | None = None) -> np.ndarray:
-    with open_image(data, path) as image:
-        try:
-            return np.array(image if mode is None else image.convert(mode))
-        except PILLOW_ERRORS as error:
-            raise unreadable(path, error) from None

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from exp.files import arrays as array_files
 from exp.files.arrays import read_member
 from exp.files.nifti import MAX_SIDE, MAX_VOXELS, resize_image, resize_labels
 from exp.files.text import read_json
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, decoding
 
 MAX_SLICE = MAX_SIDE**2 * 2 + 4096  # bytes of an array in a slice file
+EXPECTED = "a slice of scripts/prepare_data.py, with 'image' int16 and 'label' uint8 of the same size"
 CASE_FILE = "case.json"
 SLICE_DTYPES = {"image": np.dtype(np.int16), "label": np.dtype(np.uint8)}
 
@@ -56,7 +56,7 @@ def read_case(folder: Path) -> Case:
     """A case's folder -> its case.json; InputError if that is missing or damaged."""
     path, expected = folder / CASE_FILE, "what scripts/prepare_data.py writes"
     values = read_json(path, expected)
-    try:
+    with decoding(path, expected):
         case = Case(**{key: _tuples(value) for key, value in values.items()})
         affine = np.asarray(case.affine, np.float64)
         valid = (
@@ -69,8 +69,6 @@ def read_case(folder: Path) -> Case:
             and all(type(index) is int and 0 <= index < case.shape[case.axis] for index in case.slices)
             and len(case.size) == 2
         )
-    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected {expected}") from None
     if not valid:
         raise InputError(f"{path}: got values that fit no volume, expected {expected}")
     return case
@@ -98,7 +96,7 @@ def case_number(name: str) -> int:
 
 def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
-    try:
+    with decoding(path, EXPECTED):
         if (size := path.stat().st_size) > 2 * MAX_SLICE:
             raise ValueError(f"{size} bytes")
         with zipfile.ZipFile(path) as archive:
@@ -113,13 +111,6 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 raise ValueError(f"'{name}' of type {arrays[name].dtype} and shape {arrays[name].shape}")
         if arrays["image"].shape != arrays["label"].shape:
             raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except array_files.UNREADABLE as error:
-        raise InputError(
-            f"{path}: got {' '.join(str(error).split())[:200]}, expected a slice of scripts/prepare_data.py, with "
-            "'image' int16 and 'label' uint8 of the same size"
-        ) from None
     return arrays["image"], arrays["label"]
 
 

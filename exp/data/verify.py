@@ -1,7 +1,6 @@
 """Every file of a data set, decoded to its end and compared with what training expects: all faults, not the first."""
 
 import contextlib
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.data.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
 from exp.data.prepare.volumes import TRAIN, RawCase, find_cases, is_finished
 from exp.data.slice_files import case_number, list_cases, read_case, read_slice
-from exp.files.images import PILLOW_ERRORS, open_image, read_bytes
+from exp.files.atomic import file_sha256
+from exp.files.images import FORMATS, open_image
 from exp.files.nifti import open_volume, require_same_affine, require_same_shape, value_range
 from exp.files.text import read_text
 from exp.runtime.errors import InputError, printable
@@ -27,7 +27,7 @@ FAULTS = {
     "size": "labels of another size than their image",
     "label value": "labels with values that are no class",
     "empty label": "labels without a counted pixel",
-    "not a number": "volumes with NaN or infinite voxels",
+    "non-finite": "volumes with NaN or infinite voxels",
     "constant": "images or volumes of one value",
     "affine": "label volumes whose grid lies elsewhere than their image's",
     "duplicate name": "samples that cannot be told apart",
@@ -41,7 +41,6 @@ NOTES = {  # worth a look, but found in sound data too
     "other affine": "label volumes whose grid lies elsewhere than their image's, which was to be ignored",
     "not in the manifest": "files that came after it",
 }
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # those that Pillow names so
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def check_sample(dataset: SegmentationDataset, index: int) -> list[Finding]:
 def _decode(path: Path) -> tuple[np.ndarray | None, list[Finding]]:
     """An image file -> its values, None if they cannot be had, and what is wrong with the file."""
     try:
-        with open_image(read_bytes(path), path) as image:
-            found, values = image.format, np.asarray(image)
-    except PILLOW_ERRORS as error:  # InputError is one of them
-        return None, [Finding("unreadable", path, " ".join(str(error).removeprefix(f"{path}: ").split()))]
+        with open_image(path) as image:
+            found, values = image.format.replace("MPO", "JPEG"), np.asarray(image)  # MPO: cameras' JPEGs with previews
+    except InputError as error:
+        return None, [Finding("unreadable", path, str(error).removeprefix(f"{path}: "))]
     expected = FORMATS.get(path.suffix.lower(), found)
     if found != expected:
         return values, [Finding("wrong format", path, f"got {found} content, expected {expected}")]
@@ -142,7 +141,7 @@ def check_volumes(raw: RawCase, *, check_affine: bool = True) -> list[Finding]:
                 break
     for path, values in ranges.items():
         if not values.finite:
-            findings.append(Finding("not a number", path, "got NaN or infinite voxels"))
+            findings.append(Finding("non-finite", path, "got NaN or infinite voxels"))
     image, label = ranges.get(raw.image), ranges.get(raw.label)
     if image and image.low >= image.high:
         findings.append(Finding("constant", raw.image, f"got {image.low:g} everywhere"))
@@ -220,17 +219,8 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
     hashes = {}
     for path in paths:
         with contextlib.suppress(OSError):  # reported where the file is decoded
-            hashes[path] = hash_file(path)
+            hashes[path] = file_sha256(path)
     return hashes
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, str]:

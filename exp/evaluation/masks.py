@@ -14,8 +14,9 @@ from torch import Tensor
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, label_table
 from exp.data.decode import read_label
 from exp.data.slice_files import CASE_FILE, Case, read_case
+from exp.files.atomic import replacing
 from exp.files.nifti import Volume, assemble_labels, save_labels
-from exp.files.output_folders import claim_folder, whole_file
+from exp.files.output_folders import claim_folder
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 
@@ -44,7 +45,7 @@ class MaskFormat:
         """Write (H, W) file values as a palette PNG, all of it or nothing; folders are made."""
         picture = Image.fromarray(values, "L")
         picture.putpalette(self.colours.tobytes())  # which makes it a palette image
-        with whole_file(path) as temporary:
+        with replacing(path, durable=False) as temporary:
             picture.save(temporary, format="PNG", compress_level=COMPRESSION)
 
 
@@ -133,5 +134,5 @@ def paste_centre(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def save_volume(slices: Mapping[int, np.ndarray], grid: Case | Volume, path: Path) -> None:
     """(H, W) file values by slice index -> a NIfTI volume on the grid's shape and affine, all of it or nothing."""
-    with whole_file(path) as temporary:
+    with replacing(path, durable=False, suffix=".nii.gz") as temporary:
         save_labels(assemble_labels(slices, grid.shape, grid.axis), np.array(grid.affine), temporary)

@@ -21,11 +21,11 @@ from exp.data import decode
 from exp.data.base import IGNORE_INDEX, label_table
 from exp.evaluation.calibration import count_calibration
 from exp.evaluation.metrics import EvalResult, count
-from exp.files.arrays import UNREADABLE, map_array, read_member
+from exp.files.arrays import read_member
 from exp.files.nifti import MAX_VOXELS, open_volume, read_labels
 from exp.rules.pooled import PooledRule, Pools, Thresholds
 from exp.rules.registry import Rule, bind_rules
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, decoding
 
 MAP_SUFFIXES = (".npy", ".npz")
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".png", ".npy")
@@ -203,20 +203,12 @@ def is_nifti(path: Path) -> bool:
 
 def read_array(path: Path, key: str | None) -> np.ndarray:
     """An .npy file (mapped into memory), or an array of an .npz file; InputError for anything that needs unpickling."""
-    try:
+    with decoding(path, "what numpy's save or savez writes; nothing is unpickled here"):
         if not zipfile.is_zipfile(path):
-            return map_array(path)
+            return np.load(path, mmap_mode="r", allow_pickle=False)
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             return read_member(archive, _pick_key(path, names, key))
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: got a file that cannot be read as an array of numbers ({reason}), expected what numpy's save or "
-            "savez writes; nothing is unpickled here"
-        ) from None
 
 
 def _pick_key(path: Path, keys: list[str], key: str | None) -> str:

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
 from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
-from exp.files.atomic import write_atomically
+from exp.files.atomic import move_aside, write_atomically
 from exp.files.text import read_json, read_text
 from exp.runtime.errors import InputError
 
@@ -69,7 +68,7 @@ def save_results(
     for name, text in texts.items():
         path = folder / name
         if path.is_file() and (any(changed) if text is None else _figures(path) != _selected(json.loads(text))):
-            _keep_older([path], folder / "older")
+            move_aside([path])
         if text is not None:
             write_atomically(path, text)
 
@@ -80,7 +79,7 @@ def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> 
     text = result_csv(result)
     changed = table.is_file() and table.read_bytes() != text.encode()
     if changed:
-        _keep_older([table, cases, scores], folder / "older")
+        move_aside([table, cases, scores])
     write_atomically(table, text)
     if result.cases is not None:
         write_atomically(cases, case_csv(result))
@@ -290,14 +289,3 @@ def _figures(path: Path) -> dict[str, Any] | None:
 def _selected(content: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison's or calibration's content without what it says of where that came from."""
     return {key: content.get(key) for key in ("comparisons", "metrics", "top_label", "per_class")}
-
-
-def _keep_older(paths: Sequence[Path], folder: Path) -> None:
-    """Move files of an earlier evaluation aside, under the first free number."""
-    folder.mkdir(exist_ok=True)
-    number = 1
-    while any((folder / f"{p.stem}.{number}{p.suffix}").exists() for p in paths):
-        number += 1
-    for path in paths:
-        if path.exists():
-            os.rename(path, folder / f"{path.stem}.{number}{path.suffix}")

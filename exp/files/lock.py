@@ -36,13 +36,18 @@ class Owner:
         """Whether the process has ended; None where that cannot be seen from `here`."""
         if (self.host, self.machine) != (here.host, here.machine):
             return None
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # somebody else's process
-        return started(self.pid) != self.started
+        return not is_alive(self.pid) or started(self.pid) != self.started
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine has such a process, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def this_process(doing: str) -> Owner:

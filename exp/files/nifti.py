@@ -2,7 +2,6 @@
 
 import math
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,26 +9,11 @@ from pathlib import Path
 import cv2
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
 
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, decoding
 
-# What nibabel, gzip and zlib raise on files that are damaged or of another kind.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-)
+EXPECTED = "a NIfTI volume"
 MAX_SIDE = 4096  # voxels; scanners give matrices of up to 2048 and some 2,000 slices
 MAX_VOXELS = 2**29  # 512 x 512 x 2048: two metres at a millimetre; scanners' 1024 x 1024 x 512
 MAX_HEADER = 2**24  # bytes before the first voxel; extensions (the scanner's or a program's notes) have some kB
@@ -72,7 +56,7 @@ class Volume:
 
 def open_volume(path: Path) -> Volume:
     """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
-    try:
+    with decoding(path, EXPECTED):
         if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
             raise ValueError(f"{offset} bytes of header")
         image = nib.load(path)
@@ -80,10 +64,6 @@ def open_volume(path: Path) -> Volume:
             raise ValueError(f"a {type(image).__name__}")
         proxy, affine = image.dataobj, np.asarray(image.affine, np.float64)
         shape, dtype = tuple(int(n) for n in proxy.shape), np.dtype(proxy.dtype)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected a NIfTI volume") from None
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or not all(0 < side <= MAX_SIDE for side in shape):
@@ -263,18 +243,15 @@ def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type)
 def _planes(volume: Volume, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """The file's planes across its last axis -> (index, (X, Y) stored values), in one pass through the file."""
     size = volume.shape[0] * volume.shape[1] * volume.dtype.itemsize
-    try:
-        with ImageOpener(volume.path) as file:
-            for k in range(volume.shape[2]) if wanted is None else wanted:
-                file.seek(volume.offset + k * size)
-                data = file.read(size)
-                if len(data) < size:
-                    raise EOFError(f"it ends in plane {k} of {volume.shape[2]}")
-                yield k, np.frombuffer(data, volume.dtype).reshape(volume.shape[:2], order="F")
-            if wanted is None:
-                file.read(1)  # gzip compares its checksum where the data end
-    except UNREADABLE as error:
-        raise _unreadable(volume.path, error) from None
+    with decoding(volume.path, EXPECTED), ImageOpener(volume.path) as file:
+        for k in range(volume.shape[2]) if wanted is None else wanted:
+            file.seek(volume.offset + k * size)
+            data = file.read(size)
+            if len(data) < size:
+                raise EOFError(f"it ends in plane {k} of {volume.shape[2]}")
+            yield k, np.frombuffer(data, volume.dtype).reshape(volume.shape[:2], order="F")
+        if wanted is None:
+            file.read(1)  # gzip compares its checksum where the data end
 
 
 def _to_float(plane: np.ndarray, volume: Volume) -> np.ndarray:
@@ -314,11 +291,6 @@ def _check_size(path: Path, expected: int) -> None:
     most = size * MAX_DEFLATE if path.suffix.lower() == ".gz" else size
     if most < expected:
         raise InputError(f"{path}: got a file of {size} bytes, expected the {expected} that its header promises")
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(f"{path}: got a file that cannot be read ({reason}), expected a NIfTI volume")
 
 
 def _times(shape: Sequence[int]) -> str:

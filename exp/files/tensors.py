@@ -3,7 +3,6 @@
 import mmap
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -11,31 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, decoding
 
-# What torch.load and safetensors raise on files that are damaged, of another kind, or hold more than tensors.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    MemoryError,
-    OverflowError,
-    AssertionError,
-    NotImplementedError,
-    struct.error,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    SafetensorError,
-)
-MAX_HEADER = 2**24  # bytes of a safetensors file's table; a network of 2,000 tensors has 0.2 MB
 MAX_MEMBERS = 100_000  # of a checkpoint's archive: its tensors and some more
 
 
@@ -47,32 +26,23 @@ def load_tensor_file(path: Path, expected: str) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected {expected}")
-    try:
+    with decoding(path, expected):
         if path.suffix == ".safetensors":
-            check_safetensors(path)
-            return load_file(path)
+            return load_file(path)  # which takes no table of more than 100 MB
         if zipfile.is_zipfile(path):  # torch's format since 1.6; older files have no checksums
             _check_archive(path)
         _refuse_bytearrays(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of torch, on how the file came to be
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                    raise ValueError(f"it asks for {named[1]}; tensors and plain values alone are taken") from None
+                raise
         for tensor in _tensors(content):
             _check_tensor(tensor)
         return content
-    except UNREADABLE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it asks for {named[1]}, and nothing but tensors and plain values is taken from a file"
-        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}") from None
-
-
-def check_safetensors(path: Path) -> None:
-    """ValueError for a table of tensors that is longer than any is, before it is read."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise ValueError(f"a table of {length} bytes")
 
 
 def _check_archive(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
 
 import difflib
-from contextlib import nullcontext
 
 import segmentation_models_pytorch as smp
 import timm
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
 from exp.models.decoders import build_decoder, decoder_width
-from exp.models.weights import cache_alone_without_network, load_encoder_weights
+from exp.models.weights import load_encoder_weights
 from exp.runtime.errors import InputError
 
 
@@ -103,13 +102,13 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, 
     """
     source = config.pretrained if pretrained else False
     try:
-        with cache_alone_without_network() if source is True else nullcontext():
-            model = build_network(config, num_classes, in_channels, from_hub=source is True)
+        model = build_network(config, num_classes, in_channels, from_hub=source is True)
     except OSError as error:  # of the hub's client; nothing else here reads a file
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "
-            "there is a network (they are cached), or set model.pretrained to a local file, or to false"
+            "there is a network (they are cached; HF_HUB_OFFLINE=1 then asks nobody), or set model.pretrained to a "
+            "local file, or to false"
         ) from None
     except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError):

@@ -1,14 +1,8 @@
 """A file of encoder weights -> the encoder, by name or, where the names differ, by order and shape."""
 
 import logging
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -61,18 +55,3 @@ def _fit_stem(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, T
     if stem is None or weights[stem].shape[1:2] != (3,) or own[stem].shape[1] == 3:
         return weights
     return weights | {stem: adapt_input_conv(own[stem].shape[1], weights[stem])}
-
-
-@contextmanager
-def cache_alone_without_network() -> Iterator[None]:
-    """Without a network the hub's client looks in its local cache alone; it would retry for minutes."""
-    before = constants.HF_HUB_OFFLINE
-    if not urllib.request.getproxies():  # a proxy would resolve the name
-        try:
-            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

@@ -100,11 +100,10 @@ class Measured:
         return [training for training in found if training is not None]
 
     def _training(self, folder: Path, members: Sequence[tuple[Path, dict]]) -> "Training | None":
-        """Results of one folder -> its training; None without argmax, by a score that no image has, or of what a later
-        evaluation replaced."""
+        """Results of one folder -> its training; None without argmax, or by a score that no image has."""
         results = {path.stem: self.load(path) for path, _ in members}
         base = results.pop("argmax", None)
-        if base is None or folder.parent.name == "older":
+        if base is None:
             return None
         same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
         content = members[0][1]

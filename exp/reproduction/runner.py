@@ -75,7 +75,7 @@ class Runner:
             process = subprocess.Popen(self.command(cell, state), stdout=log, stderr=subprocess.STDOUT)
             status = _wait(process, stop)
         if stop:
-            raise Interrupted(f"{stop.by}: {cell.name} has saved what it had")
+            raise Interrupted(f"{stop.signal_name}: {cell.name} has saved what it had")
         if status == 0:
             return None
         return f"status {status}: {last_error(folder / LOG)} ({folder / LOG})"

@@ -119,14 +119,14 @@ class Dist:
         if self.world_size == 1:
             return bool(self.stop)
         if self.stop:
-            self.store.set(STOP_KEY, self.stop.by)
+            self.store.set(STOP_KEY, self.stop.signal_name)
         elif self.store.check([STOP_KEY]):
-            self.stop.by = self.store.get(STOP_KEY).decode()
+            self.stop.signal_name = self.store.get(STOP_KEY).decode()
         return bool(self.stop)
 
     def stop_if_asked(self, what: str) -> None:
         """Interrupted on every rank if any of them was asked to stop; to be called on all. what: left undone."""
-        by = next((name for name in self.gather(self.stop.by) if name), None)
+        by = next((name for name in self.gather(self.stop.signal_name) if name), None)
         if by is not None:
             raise Interrupted(f"{by}: {what}")
 

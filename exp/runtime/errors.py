@@ -4,7 +4,9 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from exp.runtime.interrupt import STATUS, Interrupted
 
@@ -13,6 +15,27 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class InputError(ValueError):
     """Wrong input of the user's: one line that says where, what was got and what was expected."""
+
+
+@contextmanager
+def decoding(path: Path, expected: str) -> Iterator[None]:
+    """Inside, libraries read a file: what they raise on a damaged one, or one of another kind, is an InputError.
+
+    That is nearly everything: struct.error, zlib.error, KeyError, SyntaxError, RecursionError, MemoryError, ...
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected {expected}") from None
+    except Exception as error:
+        raise unreadable(path, error, expected) from error
+
+
+def unreadable(path: Path, reason: object, expected: str) -> InputError:
+    reason = " ".join(str(reason).split())[:200] or type(reason).__name__
+    return InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}")
 
 
 def printable(text: str) -> str:
@@ -25,12 +48,12 @@ def printable(text: str) -> str:
 
 def run_and_report(main: Callable[[], None]) -> int:
     """Run main() -> exit status: 0; 2 with one line on stderr for what the user can put right; 75 where it was asked to
-    stop and can go on; 130 after Ctrl-C at once; 141 where nobody reads its output any more, as after `| head`."""
+    stop and can resume; 130 after Ctrl-C at once; 141 where nobody reads its output any more, as after `| head`."""
     try:
         main()
     except Interrupted as interruption:
         if str(interruption):
-            print(f"interrupted by {interruption}; the same command goes on", file=sys.stderr, flush=True)
+            print(f"interrupted by {interruption}; the same command resumes", file=sys.stderr, flush=True)
         return STATUS
     except (
         InputError,

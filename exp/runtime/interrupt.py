@@ -12,17 +12,17 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class Interrupted(Exception):
-    """The program was asked to stop, has done so in good order, and goes on when started again."""
+    """The program was asked to stop, has done so in good order, and resumes when started again."""
 
 
 @dataclass
 class StopRequest:
-    """by: the signal that asked, or None."""
+    """signal_name: the signal that asked, or None."""
 
-    by: str | None = None
+    signal_name: str | None = None
 
     def __bool__(self) -> bool:
-        return self.by is not None
+        return self.signal_name is not None
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def catch_signals() -> Iterator[StopRequest]:
     def ask(number: int, frame: object) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.by = signal.Signals(number).name
+        request.signal_name = signal.Signals(number).name
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

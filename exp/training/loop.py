@@ -68,7 +68,8 @@ def train(
         if saves:
             save(done)
         if stop_asked:
-            raise Interrupted(f"{dist.stop.by or 'a signal to another process'}: iteration {done} of {end} is saved")
+            asked_by = dist.stop.signal_name or "a signal to another process"
+            raise Interrupted(f"{asked_by}: iteration {done} of {end} is saved")
         if validates:
             try:
                 with meter.paused():

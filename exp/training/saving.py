@@ -11,7 +11,6 @@ from exp.data.loader import describe_position, iterations_per_epoch
 from exp.provenance import describe_code
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.training.random_state import get_random_state, set_random_state
 from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 
@@ -38,15 +37,14 @@ class Saving:
         """Write the checkpoint after so many iterations: all that decides the steps to come."""
         self._check_weights(iteration)
         dist, step = self.dist, self.step
-        parts = dist.gather((get_random_state(dist.device), step.faults.images))
+        images = dist.gather(step.faults.images)
         training = {
             **step.state_dict(),
             "validations": self.history.state_dict(),
             "sampler": self._position(iteration),
-            "random": [state for state, _ in parts],
             "world_size": dist.world_size,
         }
-        training["faults"]["images"] = sum(images for _, images in parts)
+        training["faults"]["images"] = sum(images)
         epoch, keep = training["sampler"]["epoch"], self.config.schedule.keep_checkpoints
         dist.on_main(lambda: self.saver.save(iteration, epoch, training, keep))
 
@@ -95,6 +93,3 @@ def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:
     step.load_state_dict(checkpoint.training, checkpoint.ema)
     if not dist.is_main:
         step.faults.images = 0
-    states = checkpoint.training["random"]
-    if dist.rank < len(states):  # of more processes than before the others keep what the seed gave them
-        set_random_state(states[dist.rank], dist.device)

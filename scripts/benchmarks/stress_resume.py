@@ -5,7 +5,7 @@
 
 Trains a small network on synthetic shapes (exp/main.py, on CPUs) once without interruption and once killed (SIGKILL to
 all of its processes) over and over: at random moments from its start on, and while a checkpoint is being written. The
-final weights, averages, optimiser, schedule, random states and validations have to be equal, and so has every loss
+final weights, averages, optimiser, schedule and validations have to be equal, and so has every loss
 that any of the starts logged. Status 1 if anything differs.
 """
 
@@ -156,7 +156,7 @@ def kill_once(job: Job, kind: str, draw: random.Random) -> int | None:
         return None
     if kind == "save":
         checkpoints = job.run / "checkpoints"
-        if not wait_until(lambda: any(checkpoints.glob("*.tmp")), process, 0.0002):
+        if not wait_until(lambda: any(checkpoints.glob("*.part")), process, 0.0002):
             return None
         delay = draw.uniform(0, 0.01)
     time.sleep(delay)

@@ -91,10 +91,10 @@ def test_the_newest_is_found_and_the_last_are_kept(tmp_path: Path):
 
 def test_other_files_are_no_checkpoints_and_stay(tmp_path: Path):
     (tmp_path / "iter_best.pt").write_text("mine")
-    (tmp_path / "iter_0000001.pt.77.tmp").write_text("half")
+    (tmp_path / ".tmp-host-77-iter_0000001.pt.part").write_text("half")
     save(tmp_path, 1, keep=1)
     save(tmp_path, 2, keep=1)
-    names = ["iter_0000001.pt.77.tmp", "iter_0000002.pt", "iter_0000002.pt.json", "iter_best.pt"]
+    names = [".tmp-host-77-iter_0000001.pt.part", "iter_0000002.pt", "iter_0000002.pt.json", "iter_best.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 

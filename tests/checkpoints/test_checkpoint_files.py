@@ -84,9 +84,9 @@ def test_damaged_files_are_kept_under_another_name(tmp_path: Path):
 
 def test_leftovers_of_killed_processes_go_and_the_users_files_stay(tmp_path: Path):
     path = write(tmp_path, 1)
-    mine = [tmp_path / "notes.tmp", tmp_path / "iter_0000001.pt.damaged"]
-    for name in ("iter_0000002.pt.77.tmp", "best.pt.json.3.tmp", "last.safetensors.12.tmp"):
-        (tmp_path / name).write_text("half")
+    mine = [tmp_path / ".tmp-notes", tmp_path / ".tmp-host-7-notes.txt", tmp_path / "iter_0000001.pt.damaged"]
+    for name in ("host-77-iter_0000002.pt", "host-3-best.pt.json", "other-12-last.safetensors"):
+        (tmp_path / f".tmp-{name}.part").write_text("half")
     for other in mine:
         other.write_text("mine")
     remove_leftovers(tmp_path)
@@ -147,8 +147,8 @@ def test_a_crash_at_each_stage_leaves_the_newest_whole_file(tmp_path: Path, monk
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch):
     path = write(tmp_path, 1)
-    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda folder: 999)
-    match = r"iter_0000002\.pt: not saved .*: it needs 5,000 bytes .* and 999 are free; the checkpoints before it are"
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: 999)
+    match = r"iter_0000002\.pt: not written .*: it needs 5,000 bytes .* and 999 are free; what was written before is"
     with pytest.raises(InputError, match=match):
         write(tmp_path, 2, bytes(5000))
     assert list_checkpoints(tmp_path) == [path]
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_what_was_there(tmp_path: Path, m
         temporary.write_bytes(b"half")
         raise error
 
-    with pytest.raises(InputError, match=f"not saved .*{error.strerror}.*it needs 7 bytes"):
+    with pytest.raises(InputError, match=f"not written .*{error.strerror}.*it needs 7 bytes"):
         write_checked(path, fail, {}, 7)
     assert path.read_bytes() == b"before"
     assert find_checkpoint(tmp_path) == path

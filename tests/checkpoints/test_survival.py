@@ -91,7 +91,7 @@ def test_five_interruptions_in_a_row(program, tmp_path: Path, monkeypatch, worke
     for iteration, name in zip((1, 2, 3, 5, 7), names):
         status, _, err = program(*flags, "--output_dir", tmp_path / "cut")
         assert status == STATUS == 75
-        assert f"interrupted by {name.name}: iteration {iteration} of 8 is saved; the same command goes on" in err
+        assert f"interrupted by {name.name}: iteration {iteration} of 8 is saved; the same command resumes" in err
         assert checkpoint_of(tmp_path / "cut" / TINY_RUN).iteration == iteration
     assert program(*flags, "--output_dir", tmp_path / "cut")[0] == 0
     assert_equal_runs(tmp_path / "cut" / TINY_RUN, tmp_path / "whole" / TINY_RUN)
@@ -240,7 +240,7 @@ def test_limits_of_a_files_size_are_told_by_the_real_writers(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stdout
-    assert all("not saved (File too large)" in line for line in lines)
+    assert all("not written (File too large)" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_during_the_run(program, small_disk: Path):
     status, _, err = program(*flags, "--output_dir", small_disk, "--predict_yaml", "argmax")
     assert status == 2
     error = err.splitlines()[-1]
-    assert "not saved" in error
+    assert "not written" in error
     assert "bytes" in error
     assert "are free; the checkpoints before it are whole: make room and start the same command again" in error
     checkpoints = list_checkpoints(small_disk / TINY_RUN / "checkpoints")

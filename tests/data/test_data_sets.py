@@ -251,7 +251,7 @@ def test_facts_of_volumes_that_do_not_fit_are_refused(changes: dict, message: st
         ("a 1\n", r"val\.txt: got the line 'a 1', expected one image name and nothing else"),
         ("../../secret\n", "leads out of the data folder"),
         ("/etc/passwd\n", "leads out of the data folder"),
-        ("\xff".encode("latin-1"), r"val\.txt: cannot be read"),
+        ("\xff".encode("latin-1"), r"val\.txt: got a file that cannot be read"),
         ("2007_val_000000\n2007_val_000000\n", "got '2007_val_000000' twice in split 'val'"),
     ],
 )

@@ -134,7 +134,7 @@ IMAGE_DAMAGES: dict[Callable, str] = {
     empty_file: "unreadable",
     swapped_extensions: "wrong format",
 }
-VOLUME_DAMAGES: dict[Callable, str] = {nan_volume: "not a number", mismatched_affine: "affine"}
+VOLUME_DAMAGES: dict[Callable, str] = {nan_volume: "non-finite", mismatched_affine: "affine"}
 
 
 def damage(damages: dict[Callable, str], pairs: list[tuple[Path, Path]]) -> dict[str, str]:
@@ -402,7 +402,7 @@ def test_what_cannot_be_read_at_all_is_status_2(verify, camvid_dir: Path, tmp_pa
     (tmp_path / "manifest").write_bytes(b"\xff\xfe")
     status, _, err = verify("camvid", camvid_dir, "--manifest", tmp_path / "manifest")
     assert status == 2
-    assert f"{tmp_path / 'manifest'}: cannot be read" in err
+    assert f"{tmp_path / 'manifest'}: got a file that cannot be read" in err
     assert verify("camvid", tmp_path)[0] == 2
     assert "known: " in verify("canvid", tmp_path)[2]
     assert "made on the fly" in verify("shapes", tmp_path)[2]

@@ -299,7 +299,7 @@ def test_a_damaged_case_file_is_named(tmp_path: Path, text: str):
     with pytest.raises(InputError, match=r"case\.json: no such file"):
         read_case(tmp_path)
     (tmp_path / "case.json").write_text(text)
-    with pytest.raises(InputError, match=r"case\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"case\.json: got a file that cannot be read"):
         read_case(tmp_path)
 
 

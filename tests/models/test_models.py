@@ -371,28 +371,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch, name: str):
         assert part in str(error.value)
 
 
-def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
-    import socket
-
-    from huggingface_hub import constants
-
-    from exp.models.weights import cache_alone_without_network
-
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
-    before = constants.HF_HUB_OFFLINE
-    with cache_alone_without_network():
-        assert before == constants.HF_HUB_OFFLINE
-
-    def fail(host: str, port: int) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with cache_alone_without_network():
-        assert constants.HF_HUB_OFFLINE is True
-    assert before == constants.HF_HUB_OFFLINE
-
-
 @pytest.mark.parametrize("encoder", ["convnext_base.bogus", "vit_tiny_patch16_224"])
 def test_encoders_that_the_libraries_refuse(encoder: str):
     with pytest.raises(InputError, match=f"model.encoder: got {encoder}, which the libraries cannot combine"):

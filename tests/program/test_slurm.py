@@ -170,7 +170,7 @@ def test_a_requeued_job_has_saved_and_goes_on(tmp_path: Path):
     assert time.monotonic() - asked < 30
     assert f"requeued {job}" in printed
     saved = load_checkpoint(find_checkpoint(folder / TINY_RUN / "checkpoints")).iteration
-    assert f"interrupted by SIGTERM: iteration {saved} of 60 is saved; the same command goes on" in err
+    assert f"interrupted by SIGTERM: iteration {saved} of 60 is saved; the same command resumes" in err
     assert saved < 60
     done = submit("one_node.sbatch", flags, tmp_path, **settings)
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def test_a_training_whose_scores_are_undefined_is_shown(tmp_path: Path):
         ("results/timing.json", "{}", "expected the times of an evaluation"),
         ("results/timing.json", '{"milliseconds_per_image": {"forward": "x"}, "forward_passes": 1, "images": 1, '
          '"decision_milliseconds_per_image": {}}', "expected numbers"),
-        ("pictures/gain/a.png", "PNG", "of no known kind"),
+        ("pictures/gain/a.png", "PNG", "cannot identify image file"),
         ("pictures/gain/a.png", "\x89PNG\r\n\x1a\n cut", "truncated"),
     ],
 )  # fmt: skip

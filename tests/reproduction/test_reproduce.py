@@ -252,7 +252,7 @@ def test_an_interruption_is_passed_on_and_the_same_command_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert f"interrupted by SIGINT: {cell.name} has saved what it had; the same command goes on" in err
+    assert f"interrupted by SIGINT: {cell.name} has saved what it had; the same command resumes" in err
     assert existing_state(tmp_path / "out", cell) == INTERRUPTED
     process = start()
     printed, err = process.communicate(timeout=120)

@@ -53,7 +53,7 @@ def test_folds_that_cannot_be_averaged(script, tmp_path: Path):
         ((one, otherwise), "otherwise: got another test.crop_size than"),
         ((one, single), "got no rule that all runs have"),
         ((one, tmp_path / "nowhere"), "nowhere/results: got no results"),
-        ((two, tmp_path / "broken"), "argmax.json: cannot be read (no JSON"),
+        ((two, tmp_path / "broken"), "argmax.json: got a file that cannot be read"),
     ]:
         status, _, err = script("summarize_folds", *args)
         assert status == 2

@@ -4,9 +4,9 @@ The bytes that are changed are drawn with a fixed seed, half of them among the f
 """
 
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from scipy.sparse import csc_matrix
 
 from exp.config.strict_yaml import load_mapping
 from exp.data.decode import read_image, read_label
-from exp.data.prepare.voc import read_mat
+from exp.data.prepare.jobs import run_jobs, worker_pool
+from exp.data.prepare.voc import LabelJob, read_mat, write_label
 from exp.data.slice_files import Case, read_case, read_slice, write_case
 from exp.data.verify import read_manifest
 from exp.evaluation.probability_maps import MapReader, read_array
@@ -32,7 +33,6 @@ from exp.files.paths import read_names
 from exp.files.tensors import load_tensor_file
 from exp.rules.pooled import load_thresholds
 from exp.runtime.errors import InputError
-from tests.conftest import ROOT
 
 MUTATIONS = 120
 RNG = np.random.default_rng(0)
@@ -42,11 +42,11 @@ THRESHOLD = {"threshold": 0.5, "size": 3, "mass": 1.0, "total": 5, "kept": True,
 CASE = Case("i", "l", (6, 7, 5), tuple(map(tuple, np.eye(4).tolist())), (1.0,) * 3, 2, (1,), (6, 7), False, False)
 
 
-def write_sbd(path: Path, packed: bool = True) -> None:
+def write_sbd(path: Path) -> None:
     boundaries = np.empty((2, 1), object)
     boundaries[:, 0] = [csc_matrix(np.eye(9)) for _ in range(2)]
     labels = {"Boundaries": boundaries, "Segmentation": SLICE["label"], "CategoriesPresent": np.array([[3]], np.uint8)}
-    savemat(path, {"GTcls": labels}, do_compression=packed)
+    savemat(path, {"GTcls": labels}, do_compression=True)
 
 
 def write_volume(path: Path) -> None:
@@ -130,39 +130,27 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, name: str):
     assert all(str(path) in message and len(message) < 1000 for message in refused)
 
 
-FUZZ_MAT = """
-import random, sys
-from pathlib import Path
-from tests.security.test_security_fuzz import damage, write_sbd
-from exp.runtime.errors import InputError
-from exp.data.prepare.voc import read_mat
-path, refused = Path(sys.argv[1]), 0
-for packed in (False, True):
-    write_sbd(path, packed)
-    sound, rng = path.read_bytes(), random.Random(5)
-    read_mat(path)
-    for _ in range(500):
-        path.write_bytes(sound[:128] + damage(sound[128:], rng))
-        try:
-            read_mat(path)
-        except InputError as error:
-            refused += str(path) in str(error)
-print(refused)
-"""
+def write_or_crash(job: LabelJob) -> None:
+    """As write_label, under a scipy that ends its process by a segmentation fault, as it does on some damaged files."""
+    if job.source.read_bytes() == b"damaged":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    write_label(job)
 
 
-def test_damaged_mat_files_do_not_crash_the_process(tmp_path: Path):
-    """In a process of its own: scipy alone ends it by a segmentation fault on some of these."""
-    command = [sys.executable, "-c", FUZZ_MAT, str(tmp_path / "a.mat")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 500
+def test_a_mat_file_that_crashes_scipy_is_named(tmp_path: Path):
+    jobs = [LabelJob(tmp_path / f"{i}.mat", tmp_path / f"{i}.png") for i in range(5)]
+    for job in jobs:
+        write_sbd(job.source)
+    jobs[2].source.write_bytes(b"damaged")
+    with (
+        pytest.raises(InputError, match=r"2\.mat: got a file at which the process that reads it dies, expected"),
+        worker_pool(2) as pool,
+    ):
+        run_jobs(write_or_crash, jobs, pool, "labels", "label")
+    assert not jobs[2].target.exists()
 
 
-def test_mat_files_that_unpack_to_gigabytes_are_refused(tmp_path: Path):
-    savemat(tmp_path / "a.mat", {"GTcls": {"Segmentation": np.zeros((2**14, 2**13), np.uint8)}}, do_compression=True)
-    with pytest.raises(InputError, match=r"a\.mat: got a file that cannot be read \(an element of more than"):
-        read_mat(tmp_path / "a.mat")
+def test_large_mat_files_are_refused(tmp_path: Path):
     (tmp_path / "a.mat").write_bytes(bytes(2**20 + 1))
-    with pytest.raises(InputError, match=r"a\.mat: got 1048577 bytes, expected SBD's GTcls, of 1048576 bytes at most"):
+    with pytest.raises(InputError, match=r"a\.mat: got 1048577 bytes, expected SBD.s GTcls, .* of 1048576 bytes"):
         read_mat(tmp_path / "a.mat")

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from exp.data import build_dataset
 from exp.data.prepare.voc import find_sources, trainaug_names
 from exp.files.paths import Fence, leads_out
 from exp.runtime.errors import InputError
-from tests.conftest import TINY, TINY_RUN, write_png
-from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg, write_voc
+from tests.conftest import TINY, TINY_RUN
+from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_voc
 
 LEADS_OUT = [
     "../x",
@@ -42,24 +41,15 @@ def test_names_that_lead_out(name: str):
     assert leads_out(name)
 
 
-@pytest.mark.parametrize("name", ["a", "a/b.png", "photo 1.jpg", "..a", "a..b/c", "Straße/1.png", "at 12:30.jpg"])
-def test_names_that_stay(name: str):
-    assert not leads_out(name)
+def test_names_that_stay():
+    assert not any(map(leads_out, ["a", "a/b.png", "photo 1.jpg", "..a", "a..b/c", "Straße/1.png", "at 12:30.jpg"]))
 
 
-@pytest.mark.parametrize("name", [name for name in LEADS_OUT if name.strip()])
-def test_a_list_with_a_name_that_leads_out_is_refused(voc_dir: Path, tmp_path: Path, name: str):
+def test_a_list_with_a_name_that_leads_out_is_refused(voc_dir: Path):
     path = voc_dir / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
-    path.write_text(path.read_text() + f"{name}\n")
-    with pytest.raises(
-        InputError, match=r"val\.txt: got .* which leads out of the data folder, expected a name inside"
-    ):
+    path.write_text(path.read_text() + "a/../../x\n")
+    with pytest.raises(InputError, match=r"val\.txt: got .* which leads out of the data folder, expected a name insid"):
         listed(voc_dir, "pascal_voc")
-    write_folder(tmp_path / "own", {"val": 2})
-    for kind in ("images", "labels"):
-        (tmp_path / "own" / f"val_{kind}.txt").write_text(f"{name}\n")
-    with pytest.raises(InputError, match=r"val_images\.txt: got .* which leads out of the data folder"):
-        listed(tmp_path / "own", "folder", images="'{split}_images.txt'", labels="'{split}_labels.txt'")
 
 
 @pytest.mark.parametrize("role", ["JPEGImages", "SegmentationClass"])
@@ -105,41 +95,12 @@ def test_folders_of_the_layout_may_be_links(tmp_path: Path):
     (tmp_path / "all").symlink_to(shared)
     for name in names:
         assert len(listed(tmp_path / "all", name)) == 2
-    for depth in ("*", "*/*", "*/*/*"):  # DATA/cityscapes, or its folders, or theirs
-        shutil.rmtree(data, ignore_errors=True)
-        for path in shared.glob(depth):
-            link = data / path.relative_to(shared)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-        for name in names:
-            assert len(listed(data, name)) == 2, (depth, name)
-
-
-def test_files_that_are_found_may_be_links(tmp_path: Path):
-    """Nobody but the user puts them there, and some keep every file as one."""
-    write_camvid(tmp_path / "shared", {"val": 2})
-    for path in (tmp_path / "shared").rglob("*.png"):
-        link = tmp_path / "data" / path.relative_to(tmp_path / "shared")
+    for path in shared.glob("*/*"):  # the folders of each data set
+        link = data / path.relative_to(shared)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    assert len(listed(tmp_path / "data", "camvid")) == 2
-
-
-def test_a_long_list_costs_no_look_at_each_file(tmp_path: Path, monkeypatch):
-    root = tmp_path / "VOCdevkit" / "VOC2012"
-    names = [f"2008_{i:06d}" for i in range(10_582)]
-    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassTrainAug", "png")):
-        (root / folder).mkdir(parents=True)
-        for name in names:
-            os.close(os.open(root / folder / f"{name}.{suffix}", os.O_CREAT | os.O_WRONLY))
-    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
-    (root / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("\n".join(names))
-    resolved, real = [], os.path.realpath
-    monkeypatch.setattr(os.path, "realpath", lambda path, **kw: resolved.append(path) or real(path, **kw))
-    start = time.process_time()
-    assert len(listed(tmp_path, "pascal_voc", split="train")) == 10_582
-    assert time.process_time() - start < 5  # some 0.3 s
-    assert len(resolved) < 10
+    for name in names:
+        assert len(listed(data, name)) == 2, name
 
 
 def test_lists_of_sbd_cannot_lead_out(tmp_path: Path):
@@ -190,22 +151,3 @@ def test_strange_names_stay_in_the_output_folder_and_on_one_line(program, script
     assert status == 2
     assert err.count("\n") == 1
     assert "\x1b" not in err
-
-
-def test_masks_of_listed_images_stay_in_the_run_folder(program, tmp_path: Path):
-    data = tmp_path / "data"
-    for split in ("train", "val"):
-        for i in range(4):
-            write_jpg(data / f"deep/{split}" / f"{i}.jpg", np.full((40, 40, 3), 40 * i, np.uint8))
-            write_png(data / f"deep/{split}_labels" / f"{i}.png", np.full((40, 40), i % 2, np.uint8))
-        (data / f"{split}_images.txt").write_text("".join(f"deep/{split}/{i}.jpg\n" for i in range(4)))
-        (data / f"{split}_labels.txt").write_text("".join(f"./deep/{split}_labels/{i}.png\n" for i in range(4)))
-    lists = ["data.images='{split}_images.txt'", "data.labels='{split}_labels.txt'"]
-    tiny = [flag for flag in TINY if not flag.startswith(("data.train_samples", "data.val_samples"))]
-    flags = [*tiny, *lists, "--data_yaml", "folder", "--data_dir", data, "--output_dir", tmp_path / "runs"]
-    before = set(data.rglob("*"))
-    status, _, err = program(*flags, "--save_masks")
-    assert status == 0, err
-    assert set(data.rglob("*")) == before
-    run = tmp_path / "runs" / TINY_RUN.replace("shapes", "folder")
-    assert len(list((run / "masks" / "argmax").rglob("*.png"))) == 4

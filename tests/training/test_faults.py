@@ -122,7 +122,7 @@ def test_a_request_to_stop_saves_and_leaves():
     def batches() -> Iterator[Batch]:
         for i in range(9):
             if i == 4:
-                stop.by = "SIGTERM"
+                stop.signal_name = "SIGTERM"
             yield batch(i)
 
     saved = []

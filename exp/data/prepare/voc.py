@@ -1,7 +1,5 @@
 """PASCAL VOC 2012 and SBD -> SegmentationClassTrainAug/ and trainaug.txt."""
 
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,31 +7,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
-from exp.data.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
-from exp.data.prepare.mat_files import check_mat
-from exp.files.images import PILLOW_ERRORS, open_image, read_bytes, unreadable
+from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
+from exp.files.atomic import remove_stale, replacing, require_room
+from exp.files.images import open_image
 from exp.files.paths import Fence, files_and_links, read_names
-from exp.runtime.errors import InputError
+from exp.files.text import require_file
+from exp.runtime.errors import InputError, decoding
 
-# What scipy raises on files that are damaged or of another kind.
-UNREADABLE = (
-    MatReadError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    NameError,
-    MemoryError,
-    NotImplementedError,
-    zlib.error,
-    struct.error,
-)
-MAX_MAT = 2**20  # bytes; SBD's have some 20,000
+MAX_MAT = 2**20  # bytes; SBD's have some 20,000; deflate makes a GB of it at most
 BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
 NUM_CLASSES = 21
 
@@ -45,11 +27,14 @@ class LabelJob:
     source: Path
     target: Path
 
+    def __str__(self) -> str:
+        return str(self.source)
+
 
 def prepare_voc(data_dir: Path, workers: int) -> None:
     """Write ImageSets/Segmentation/trainaug.txt and the labels it names.
 
-    trainaug: SBD's train and val and VOC's train, less VOC's val (so that no image is trained on that is judged),
+    trainaug: SBD's train and val and VOC's train, less VOC's val (so that no image is trained on that is evaluated),
     in alphabetical order. A label or list that is there already must say the same and is kept; if it does not,
     InputError. The list is written last: where it is, the labels are complete.
     """
@@ -66,15 +51,15 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
     jobs = [LabelJob(source, labels / f"{source.stem}.png") for source in find_sources(voc, sbd, names)]
     waiting = sum(not job.target.exists() for job in jobs)
     print(f"{labels}: {len(jobs)} labels, {len(jobs) - waiting} of them there before (compared, not changed)")
-    require_space(labels, waiting * BYTES_PER_LABEL)
+    require_room(labels, waiting * BYTES_PER_LABEL)
     labels.mkdir(exist_ok=True)
     remove_stale(labels)
     remove_stale(names_file.parent)
-    with worker_pool(workers) as pool:
+    with worker_pool(max(2, workers)) as pool:  # not in this process: on damaged files scipy can crash
         _, faults = run_jobs(write_label, jobs, pool, "labels", "label")
     report_faults(faults, "labels")
     if not names_file.exists():
-        with staged(names_file) as temporary:
+        with replacing(names_file, durable=False, new=True) as temporary:
             temporary.write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
@@ -102,33 +87,22 @@ def write_label(job: LabelJob) -> None:
         if not np.array_equal(read_png(job.target), values):
             raise InputError(f"{job.target}: got another label than that of {job.source}; it is left as it is")
         return
-    with staged(job.target) as temporary:
+    with replacing(job.target, durable=False, new=True) as temporary:
         Image.fromarray(values).save(temporary, format="PNG")
 
 
 def read_mat(path: Path) -> np.ndarray:
     """A file of SBD's dataset/cls -> (H, W) uint8 class indices."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected the label of an image in SBD's lists")
-    if (size := path.stat().st_size) > MAX_MAT:
-        raise InputError(f"{path}: got {size} bytes, expected SBD's GTcls, of {MAX_MAT} bytes at most")
-    try:
-        check_mat(path.read_bytes())
-        values = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: got a file that cannot be read ({reason}), expected SBD's GTcls") from None
-    return _check(np.asarray(values), path)
+    expected = "SBD's GTcls, the label of an image in its lists"
+    require_file(path, expected, MAX_MAT)
+    with decoding(path, expected):
+        return _check(np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]), path)
 
 
 def read_png(path: Path) -> np.ndarray:
     """A palette or grey PNG -> (H, W) uint8 class indices."""
-    with open_image(read_bytes(path), path) as image:
-        try:
-            values = np.asarray(image)
-        except PILLOW_ERRORS as error:
-            raise unreadable(path, error) from None
-    return _check(values, path)
+    with open_image(path) as image:
+        return _check(np.asarray(image), path)
 
 
 def _check(values: np.ndarray, path: Path) -> np.ndarray:

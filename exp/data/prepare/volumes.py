@@ -9,8 +9,9 @@ from pathlib import Path
 
 from exp.data.base import describe_numbers
 from exp.data.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
-from exp.data.prepare.jobs import remove_stale, report_faults, require_space, run_jobs, staged, worker_pool
+from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.data.slice_files import CASE_FILE, Case, case_number, list_cases, list_slices, read_case, write_case
+from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.nifti import find_slices, open_pair, read_image, read_labels
 from exp.runtime.errors import InputError, printable
 
@@ -25,6 +26,9 @@ class RawCase:
     name: str
     image: Path
     label: Path
+
+    def __str__(self) -> str:
+        return str(self.image)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     print(f"{root}: {len(cases)} cases, {len(states) - len(waiting)} of them prepared before")
     with worker_pool(workers if waiting else 1) as pool:
         scans, faults = run_jobs(partial(scan_case, facts, check_affine), waiting, pool, "looking", "case")
-        require_space(folder, sum(scan.num_bytes for _, scan in scans))
+        require_room(folder, sum(scan.num_bytes for _, scan in scans))
         folder.mkdir(exist_ok=True)
         write = partial(prepare_case, facts, check_affine, root)
         _, more = run_jobs(write, [(raw, scan.slices) for raw, scan in scans], pool, "writing", "case")
@@ -187,7 +191,7 @@ def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[
         resized=size != image.slice_shape,
         rescaled=facts.rescale,
     )
-    with staged(root / TRAIN / raw.name) as folder:
+    with replacing(root / TRAIN / raw.name, durable=False, new=True) as folder:
         folder.mkdir()
         write_case(folder, case, read_image(image, slices, rescale=facts.rescale), labels)
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
+from exp.files.images import FORMATS
 from exp.files.paths import read_names
 from exp.runtime.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Folder(SegmentationDataset):
@@ -51,7 +50,7 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
     """The images below a folder by their path in it without the suffix."""
     files = {}
     for path in sorted(require_folder(folder).rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        if path.suffix.lower() not in FORMATS or path.name.startswith("."):
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:

@@ -12,7 +12,7 @@ import numpy as np
 from exp.evaluation.metrics import EvalResult, class_scores, image_scores
 from exp.evaluation.results import IMAGES, load_entropy
 from exp.files.atomic import write_atomically
-from exp.files.images import PILLOW_ERRORS, open_image, read_bytes
+from exp.files.images import open_image
 from exp.files.text import read_json
 from exp.reproduction.measured import Measured, Training, read_times
 from exp.reproduction.published import Table, load_tables
@@ -259,12 +259,8 @@ def _gallery(folder: Path) -> str:
 
 
 def _small_panel(path: Path) -> bytes:
-    try:
-        picture = open_image(read_bytes(path), path).convert("RGB")
-    except InputError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected a picture of --save_pred") from None
+    with open_image(path) as image:
+        picture = image.convert("RGB")
     picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
