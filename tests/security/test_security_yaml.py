@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from exp.config.data import DATA_FACTS
 from exp.config.experiment import CONFIG_DIR, check_files, load_experiment, load_groups
 from exp.config.strict_yaml import MAX_YAML, load_mapping, parse_value, show
 from exp.files.text import read_json, read_text
@@ -85,17 +84,6 @@ def test_every_mutation_of_every_shipped_yaml_is_refused(tmp_path: Path):
         assert path in str(refused.value), mutation
         assert mutation.key in str(refused.value), mutation
         assert len(str(refused.value)) < 1000, mutation
-
-
-def test_the_configs_know_every_data_set_and_its_facts():
-    from exp.data import DATASETS
-
-    assert DATASETS.keys() == DATA_FACTS.keys()
-    for name, cls in DATASETS.items():
-        assert set(cls.yaml_facts) == DATA_FACTS[name].keys()
-        assert {key for key in cls.yaml_facts if getattr(cls, key, None) is None} == {
-            key for key, needed in DATA_FACTS[name].items() if needed
-        }
 
 
 @pytest.mark.parametrize(

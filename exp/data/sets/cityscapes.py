@@ -57,6 +57,11 @@ class Cityscapes(SegmentationDataset):
         (119, 11, 32),
     )
     label_map = {i: TRAIN_IDS.index(i) if i in TRAIN_IDS else IGNORE_INDEX for i in range(NUM_LABEL_IDS)}
+    archives = {
+        "leftImg8bit_trainvaltest.zip": ("cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val"),
+        "gtFine_trainvaltest.zip": ("cityscapes/gtFine/train", "cityscapes/gtFine/val"),
+    }
+    totals = {"train": 2975, "val": 500}
 
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "cityscapes" / "leftImg8bit" / self.split)

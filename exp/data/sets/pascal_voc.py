@@ -58,6 +58,15 @@ class PascalVOC(SegmentationDataset):
         (128, 192, 0),
         (0, 64, 128),
     )
+    archives = {
+        "VOCtrainval_11-May-2012.tar": (
+            "VOCdevkit/VOC2012/JPEGImages",
+            "VOCdevkit/VOC2012/SegmentationClass",
+            "VOCdevkit/VOC2012/ImageSets/Segmentation",
+        ),
+        "benchmark.tgz": ("VOCdevkit/VOCaug/benchmark_RELEASE/dataset/cls",),
+    }
+    totals = {"trainaug": 10582, "train": 1464, "val": 1449}
 
     def list_samples(self) -> list[Sample]:
         root = require_folder(self.root / "VOCdevkit" / "VOC2012")
