@@ -148,6 +148,16 @@ class SegmentationDataset(Dataset):
         return Item(torch.from_numpy(planes), torch.from_numpy(np.ascontiguousarray(label)), index)
 
 
+def class_names(text: str) -> tuple[str, ...]:
+    """'road, traffic light' -> the classes' names."""
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+def colours(text: str) -> tuple[tuple[int, int, int], ...]:
+    """'804080 f423e8' -> RGB, one colour per class."""
+    return tuple(tuple(bytes.fromhex(colour)) for colour in text.split())
+
+
 def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """(H, W) values of one channel -> (H, W, 3) uint8 grey, from the window's low end (black) to its high one."""
     low, high = window
