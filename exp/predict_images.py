@@ -20,10 +20,10 @@ from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.model import ModelConfig
 from exp.config.strict_yaml import build_dataclass, show
 from exp.config.training import ScheduleConfig
-from exp.data import build_normalize, dataset_facts, find_dataset
 from exp.data.base import show_values
 from exp.data.decode import read_image
 from exp.data.prepare.facts import VolumeFacts
+from exp.data.registry import DATASETS, build_normalize, dataset_facts
 from exp.evaluation.inference import Inference, build_inference
 from exp.evaluation.masks import MaskFormat, mask_format, save_volume
 from exp.evaluation.pictures import Palette, blend_labels, tile_size
@@ -255,7 +255,7 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
-    cls = find_dataset(data.dataset)
+    cls = DATASETS[data.dataset]
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data)
     if list(facts["classes"]) != checkpoint.classes:

@@ -20,15 +20,17 @@ from exp.checkpoints.checkpoint import (
 )
 from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig
-from exp.data import SegmentationDataset, build_dataset
+from exp.config.families import DECODER_TABLE
+from exp.data.base import SegmentationDataset
 from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
+from exp.data.registry import build_dataset
 from exp.evaluation.evaluator import Evaluation, Evaluator
 from exp.evaluation.inference import build_inference
 from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
 from exp.files.lock import FolderLock
-from exp.models import POOLING_DECODERS, Segmentor, build_model
+from exp.models import Segmentor, build_model
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -303,7 +305,7 @@ class Run:
                 f"{self.dist.world_size} process(es), expected a divisor of each process's share"
             )
         synchronised = self.dist.world_size > 1 and self.dist.device.type != "cpu"
-        if share == 1 and not synchronised and decoder in POOLING_DECODERS:
+        if share == 1 and not synchronised and DECODER_TABLE[decoder].pools:
             raise InputError(
                 f"schedule.batch_size: got 1 image a process (and micro-batch), expected 2 or more: {decoder} "
                 "normalises over the batch what it has pooled to one pixel"

@@ -15,17 +15,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import build_script_parser
-from exp.data.prepare.facts import ARCHIVES, NUM_FOLDS, SPLIT_TOTALS, VOLUMES, fold_of
+from exp.config.experiment import load_groups
+from exp.data.prepare.facts import NUM_FOLDS, VOLUMES, fold_of
 from exp.data.prepare.trees import check_tree
 from exp.data.prepare.voc import prepare_voc
 from exp.data.prepare.volumes import TRAIN, count_slices, missing_cases, prepare_cases
 from exp.data.slice_files import case_number
 from exp.runtime.errors import InputError, run_and_report
 
+# Workers import this file: exp.data.registry, with PyTorch behind it, is imported in functions alone.
+
 
 def parse_args() -> argparse.Namespace:
+    from exp.data.registry import DATASETS
+
     parser = build_script_parser(__doc__)
-    parser.add_argument("name", choices=sorted(ARCHIVES))
+    parser.add_argument("name", choices=sorted(name for name, cls in DATASETS.items() if cls.archives))
     parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the folder of the data sets")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default: {cores})")
@@ -41,8 +46,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    from exp.data.registry import DATASETS
+
     args = parse_args()
-    check_tree(args.name, args.data_dir)
+    check_tree(DATASETS[args.name].archives, args.data_dir)
     if args.name in VOLUMES:
         prepare_cases(args.name, args.data_dir, args.workers, check_affine=not args.ignore_affine)
         print_cases(args.name, args.data_dir)
@@ -75,12 +82,11 @@ def describe(folds: list[int] | tuple[int, ...]) -> str:
 
 def print_images(name: str, data_dir: Path) -> None:
     """Training and validation images that the data set finds, beside the known totals."""
-    from exp.config.experiment import load_groups  # with PyTorch behind it: not before it is needed
-    from exp.data import build_dataset
+    from exp.data.registry import DATASETS, build_dataset
 
     config = load_groups({"data": [name]}, [])["data"]
     for split, name_of_split in (("train", config.train_split), ("val", config.val_split)):
-        total = SPLIT_TOTALS[name][name_of_split]
+        total = DATASETS[name].totals.get(name_of_split, "an unknown number")
         print(f"{name}: {len(build_dataset(config, str(data_dir), split))} of {total} images to {split}")
 
 

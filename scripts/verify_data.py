@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from exp.config.cli import add_overrides, build_script_parser
 from exp.config.data import DataConfig
 from exp.config.experiment import load_groups
-from exp.data import dataset_facts, find_dataset, verify
+from exp.data import verify
 from exp.data.base import SegmentationDataset
-from exp.data.prepare.facts import SPLIT_TOTALS, VOLUMES
+from exp.data.prepare.facts import VOLUMES
 from exp.data.prepare.jobs import run_jobs, thread_pool
 from exp.data.prepare.volumes import RawCase, missing_cases
+from exp.data.registry import DATASETS, dataset_facts
 from exp.data.verify import Finding
 from exp.files.atomic import replacing
 from exp.runtime.errors import InputError, run_and_report
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = load_groups({"data": [args.data_yaml]}, args.overrides)["data"]
-    if not find_dataset(config.dataset).on_disk:
+    if not DATASETS[config.dataset].on_disk:
         raise InputError(f"--data_yaml {args.data_yaml}: got a data set made on the fly, expected one on disk")
     with thread_pool(args.workers) as pool:
         findings, hashes = check_dataset(config, args.data_dir, pool, check_affine=not args.ignore_affine)
@@ -88,7 +89,7 @@ def check_dataset(config: DataConfig, data_dir: Path, pool: Executor, *, check_a
     images = []
     for split in ("train", "val"):
         dataset = open_split(config, data_dir, split)
-        total = SPLIT_TOTALS.get(config.dataset, {}).get(dataset.split)
+        total = dataset.totals.get(dataset.split)
         results, _ = run_jobs(partial(check_index, dataset), range(len(dataset)), pool, split, "image")
         collect(results, findings, hashes)
         findings += verify.find_duplicates(dataset)
@@ -103,7 +104,7 @@ def check_dataset(config: DataConfig, data_dir: Path, pool: Executor, *, check_a
 
 def open_split(config: DataConfig, data_dir: Path, split: str) -> SegmentationDataset:
     """The 'train' or 'val' split with every pair it has, and in `unpaired` what has no partner."""
-    cls, name = find_dataset(config.dataset), config.train_split if split == "train" else config.val_split
+    cls, name = DATASETS[config.dataset], config.train_split if split == "train" else config.val_split
     return cls(data_dir, name, facts=dataset_facts(config), lenient=True)
 
 

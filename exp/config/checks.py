@@ -1,6 +1,9 @@
 """Checks of a YAML's values: InputError with the key, what was got and what was expected."""
 
-from exp.config.strict_yaml import show
+from collections.abc import Mapping
+
+from exp.config.families import Entry
+from exp.config.strict_yaml import closest, show
 from exp.files.paths import leads_out
 from exp.runtime.errors import InputError
 
@@ -38,3 +41,16 @@ def require_inside(config: object, *keys: str) -> None:
         value = getattr(config, key)
         if value is not None:
             require(not leads_out(value), key, value, "a name that stays below data_dir")
+
+
+def require_entry(config: object, family: str, table: Mapping[str, Entry]) -> None:
+    """InputError unless the table has the name under the key `family`, and the config the keys that it takes alone."""
+    name = getattr(config, family)
+    require(name in table, family, name, f"a known name{closest(name, table)}")
+    entry = table[name]
+    for key in sorted({key for other in table.values() for key in other.keys}):
+        value = getattr(config, key)
+        if key not in entry.keys:
+            require(value is None, key, value, f"no such key with the {family} {name}")
+        elif key in entry.needs:
+            require(value is not None, key, value, f"a value: the {family} {name} reads it")

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_at_most, require_inside, require_positive
-from exp.config.strict_yaml import closest
+from exp.config.checks import (
+    MAX_CROP,
+    MAX_SCALE,
+    require,
+    require_at_most,
+    require_entry,
+    require_inside,
+    require_positive,
+)
+from exp.config.families import DATASET_TABLE
 
 NUM_FOLDS = 5
 IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
@@ -32,7 +40,7 @@ class DataConfig:
     images: str | None = None  # of the data set folder, as the keys below: where they are, below data_dir
     labels: str | None = None
     classes: tuple[str, ...] | None = None
-    palette: tuple[tuple[int, int, int], ...] | None = None  # a colour a class
+    palette: tuple[tuple[int, int, int], ...] | None = None  # one colour per class
     label_map: dict[int, int] | None = None  # value in a file -> class or 255
     channels: Literal[1, 3] | None = None  # of an image
     label_noise: float | None = None  # of noisy shapes: the share of pixels labelled at random, any class as likely
@@ -43,7 +51,7 @@ class DataConfig:
         require_at_most(self, MAX_CROP, "crop_size", "test_crop")
         require_at_most(self, MAX_SCALE, "scale_range")
         require_inside(self, "train_split", "val_split", "images", "labels")
-        self._check_dataset()
+        require_entry(self, "dataset", DATASET_TABLE)
         require(self.fold is None or 0 <= self.fold < NUM_FOLDS, "fold", self.fold, f"0..{NUM_FOLDS - 1} or null")
         if self.window:
             fits = -(2**15) <= self.window[0] < self.window[1] < 2**15
@@ -52,19 +60,6 @@ class DataConfig:
             value = getattr(self, key)
             require(value is None or 0 <= value <= high, key, value, f"a value in [0, {high}]")
         self._check_classes()
-
-    def _check_dataset(self) -> None:
-        """The data set is a known one, and has the facts that it reads and no others."""
-        require(
-            self.dataset in DATA_FACTS, "dataset", self.dataset, f"a known data set{closest(self.dataset, DATA_FACTS)}"
-        )
-        facts = DATA_FACTS[self.dataset]
-        for key in sorted({key for known in DATA_FACTS.values() for key in known}):
-            value = getattr(self, key)
-            if key not in facts:
-                require(value is None, key, value, f"no such key with the data set {self.dataset}")
-            elif facts[key]:
-                require(value is not None, key, value, f"a value: the data set {self.dataset} needs it")
 
     def _check_classes(self) -> None:
         """A folder's classes, colours and label map fit together."""
@@ -84,20 +79,3 @@ class DataConfig:
         require(self.scale_range[0] <= self.scale_range[1], "scale_range", self.scale_range, "[low, high]")
         require(0 <= self.flip_prob <= 1, "flip_prob", self.flip_prob, "a value in [0, 1]")
         require(all(0 <= m <= 1 for m in self.mean), "mean", self.mean, "values in [0, 1]")
-
-
-# By data set: the keys that state facts of it; true: it cannot do without.
-DATA_FACTS = {
-    "ade20k": {},
-    "camvid": {},
-    "cityscapes": {},
-    "folder": {"images": True, "labels": True, "classes": True, "palette": True, "label_map": False, "channels": False},
-    "hippocampus": {"fold": True, "window": True},
-    "kits": {"fold": True, "window": True},
-    "lits": {"fold": True, "window": True},
-    "pascal_voc": {},
-    "shapes": {},
-    "shapes_binary": {},
-    "shapes_noisy": {"label_noise": True, "label_spread": True},
-    "shapes_noisy_binary": {"label_noise": True, "label_spread": True},
-}

@@ -11,9 +11,11 @@ from exp.config.checks import (
     MAX_SCALE,
     require,
     require_at_most,
+    require_entry,
     require_positive,
 )
 from exp.config.data import IGNORE_INDEX
+from exp.config.families import RULE_TABLE
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,7 @@ class PredictConfig:
     """A decision rule by name and its options; an option that the rule does not read is refused."""
 
     name: str
-    rule: Literal[
-        "argmax",
-        "threshold",
-        "rankseg_rma",
-        "rankseg_rma_pooled",
-        "rankseg_rma_fixed",
-        "rankseg_package",
-        "rankseg_exact",
-    ]
+    rule: str  # a name of RULE_TABLE
     threshold: float | None = None
     opt_metric: Literal["dice", "iou"] | None = None
     pruning_prob: float | None = None
@@ -80,14 +74,7 @@ class PredictConfig:
     thresholds: str | None = None  # a file that a rule of scope: dataset wrote; with --set, for it is nobody's default
 
     def __post_init__(self) -> None:
-        known = RULE_OPTIONS[self.rule]
-        for key, value in self.all_options().items():
-            if key == "thresholds" and key in known:
-                continue  # build_rule asks for it
-            if key in known:
-                require(value is not None, key, value, f"a value: the rule {self.rule} reads it")
-            else:
-                require(value is None, key, value, f"no such key: the rule {self.rule} does not read it")
+        require_entry(self, "rule", RULE_TABLE)
         if isinstance(self.unassigned, int):
             require(0 <= self.unassigned < IGNORE_INDEX, "unassigned", self.unassigned, "a class")
         require(self.thresholds != "", "thresholds", self.thresholds, "a file or null")
@@ -95,20 +82,6 @@ class PredictConfig:
             value = getattr(self, key)
             require(value is None or 0 <= value < 1, key, value, "a value in [0, 1)")
 
-    def all_options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "rule")}
-
     def options(self) -> dict[str, Any]:
         """The keywords of this rule's function."""
-        return {key: value for key, value in self.all_options().items() if key in RULE_OPTIONS[self.rule]}
-
-
-RULE_OPTIONS = {
-    "argmax": (),
-    "threshold": ("threshold",),
-    "rankseg_rma": ("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
-    "rankseg_rma_pooled": ("opt_metric", "pruning_prob", "scope"),
-    "rankseg_rma_fixed": ("thresholds",),
-    "rankseg_package": ("opt_metric", "pruning_prob", "solver"),
-    "rankseg_exact": ("opt_metric",),
-}
+        return {key: getattr(self, key) for key in RULE_TABLE[self.rule].keys}

@@ -63,7 +63,7 @@ class ExperimentConfig:
 
     @property
     def run_name(self) -> str:
-        """The run folder's name: what was trained, not how it is judged."""
+        """The run folder's name: what was trained, not how it is evaluated."""
         data = self.data.name if self.data.fold is None else f"{self.data.name}_fold{self.data.fold}"
         return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
 

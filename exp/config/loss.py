@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from exp.config.checks import require, require_positive
+from exp.config.checks import require, require_entry, require_positive
+from exp.config.families import LOSS_TABLE
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class LossConfig:
     """
 
     name: str
-    loss: Literal["ce", "focal", "jaccard", "dice", "tversky"]
+    loss: str  # a name of LOSS_TABLE
     aux_weight: float = 0.5
     gamma: float | None = None  # focal's exponent
     ce_weight: float | None = None
@@ -29,26 +29,15 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.aux_weight < 1, "aux_weight", self.aux_weight, "a value in [0, 1)")
-        known = LOSS_OPTIONS[self.loss]
-        for key in sorted({key for keys in LOSS_OPTIONS.values() for key in keys}):
-            value = getattr(self, key)
-            if key not in known:
-                require(value is None, key, value, f"no such key: the loss {self.loss} does not read it")
-                continue
-            require(value is not None, key, value, f"a value: the loss {self.loss} reads it")
-            require(value >= 0, key, value, "0 or more")
+        require_entry(self, "loss", LOSS_TABLE)
+        for key in LOSS_TABLE[self.loss].needs:
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require_positive(self, "smooth")
-        if "ce_weight" in known:
+        if self.ce_weight is not None:
             require(self.ce_weight < 1, "ce_weight", self.ce_weight, "a value in [0, 1)")
             total = self.dataset_weight + self.image_weight + self.class_weight
             require(math.isclose(total, 1), "dataset_weight", total, "1 with image_weight and class_weight added")
 
-
-OVERLAP_OPTIONS = ("ce_weight", "dataset_weight", "image_weight", "class_weight", "smooth")
-LOSS_OPTIONS = {
-    "ce": (),
-    "focal": ("gamma",),
-    "jaccard": OVERLAP_OPTIONS,
-    "dice": OVERLAP_OPTIONS,
-    "tversky": (*OVERLAP_OPTIONS, "alpha", "beta"),
-}
+    def options(self) -> dict[str, float]:
+        """The keywords of this loss's builder."""
+        return {key: getattr(self, key) for key in LOSS_TABLE[self.loss].keys}

@@ -1,4 +1,4 @@
-"""How a network is trained and judged: configs/schedule, optim, test and predict."""
+"""How a network is trained: configs/schedule and configs/optim."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,10 @@ from exp.config.checks import (
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, in iterations or epochs, and how often to log, save and validate."""
+    """How long to train, in iterations or epochs, and how often to log, save and validate.
+
+    The learning-rate schedule (warm-up, polynomial decay) is in configs/optim.
+    """
 
     name: str
     batch_size: int  # over all processes together
@@ -32,7 +35,7 @@ class ScheduleConfig:
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the forward and backward pass
     channels_last: bool = True  # memory format; on a CPU a step of DeepLabV3+ takes 0.6 of the time
     compile: bool = False  # torch.compile
-    nonfinite_limit: int = 10  # stop after so many steps in a row whose loss or gradient is no number
+    nonfinite_limit: int = 10  # stop after so many steps in a row whose loss or gradient is non-finite
 
     def __post_init__(self) -> None:
         require_positive(
@@ -70,7 +73,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and the learning rate's course: linear warm-up from start_lr, then polynomial decay to 0."""
+    """Optimiser and learning-rate schedule: linear warm-up from start_lr, then polynomial decay to 0."""
 
     name: str
     optimizer: Literal["adamw", "sgd"]
@@ -79,8 +82,8 @@ class OptimConfig:
     head_lr_factor: float = 10.0  # decoder and heads, relative to the encoder
     momentum: float | None = None  # sgd alone
     start_lr: float = 1e-6
-    warmup_fraction: float = 0.01
-    power: float = 0.9
+    warmup_fraction: float = 0.01  # of all iterations
+    power: float = 0.9  # of the polynomial decay; 1: linear
     clip_norm: float | None = None  # gradients are scaled down to this norm over all parameters
     ema_decay: float | None = None  # keeps an exponential moving average of the weights, e.g. 0.999
 

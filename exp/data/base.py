@@ -1,6 +1,6 @@
 """Sample and the base of the data sets: files -> checked arrays."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from exp.config.data import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
 from exp.files.paths import Fence, files_and_links
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, describe_numbers
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Item:
     """What a data set hands out: the image, its label and the sample's index.
 
     image: (channels, H, W) uint8 (RGB or grey) or int16 (CT, MR), contiguous; label: (H, W) uint8 in 0..C-1 or 255.
-    damaged: why the sample could not be read, where a training does without it.
+    damaged: why the sample could not be read, where a training skips it.
     """
 
     image: Tensor
@@ -49,7 +49,7 @@ class SegmentationDataset(Dataset):
 
     data_dir: the folder that holds the data set's own folder; None where nothing is on disk.
     transform: (image, label, draw) -> the same, augmented; `draw` numbers the random choices (see loader.py).
-    facts: values of the attributes that `yaml_facts` names, where the YAML gives them.
+    facts: attributes that the data YAML gives; exp/config/families.py says which.
     lenient: take the pairs that there are, none or twice the same too; what lacks a partner is in `unpaired`, path
         and reason.
     """
@@ -60,7 +60,8 @@ class SegmentationDataset(Dataset):
     channels = 3  # of an image: 3 (RGB) or 1
     image_dtype = torch.uint8
     window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
-    yaml_facts: tuple[str, ...] = ()  # the keys of the data YAML that state facts of this data set
+    archives: dict[str, tuple[str, ...]] = {}  # the owner's downloads: name -> the folders below data_dir that it fills
+    totals: dict[str, int] = {}  # known number of images by split
     on_disk = True  # False: made on the fly, no data_dir
 
     def __init__(
@@ -74,7 +75,6 @@ class SegmentationDataset(Dataset):
         lenient: bool = False,
     ) -> None:
         for name, value in (facts or {}).items():
-            assert name in self.yaml_facts
             setattr(self, name, value)
         if self.on_disk and data_dir is None:
             raise InputError(f"--data_dir: got none, expected the folder that holds {type(self).__name__}")
@@ -148,6 +148,16 @@ class SegmentationDataset(Dataset):
         return Item(torch.from_numpy(planes), torch.from_numpy(np.ascontiguousarray(label)), index)
 
 
+def class_names(text: str) -> tuple[str, ...]:
+    """'road, traffic light' -> the classes' names."""
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+def colours(text: str) -> tuple[tuple[int, int, int], ...]:
+    """'804080 f423e8' -> RGB, one colour per class."""
+    return tuple(tuple(bytes.fromhex(colour)) for colour in text.split())
+
+
 def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """(H, W) values of one channel -> (H, W, 3) uint8 grey, from the window's low end (black) to its high one."""
     low, high = window
@@ -207,9 +217,3 @@ def pair_samples(
     if unpaired:
         raise UnpairedError(unpaired, samples)
     return samples
-
-
-def describe_numbers(numbers: Sequence[int], separator: str = " or ") -> str:
-    """Ascending whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
-    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
-    return separator.join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from exp.config.experiment import ExperimentConfig
-from exp.data import SegmentationDataset, build_dataset, build_normalize
+from exp.data.base import SegmentationDataset
 from exp.data.loader import Batch, build_test_loader
+from exp.data.registry import build_dataset, build_normalize
 from exp.evaluation.calibration import count_calibration, mean_entropy
 from exp.evaluation.inference import Inference, build_inference
 from exp.evaluation.metrics import EvalResult, count

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from exp.data import SegmentationDataset
-from exp.data.base import IGNORE_INDEX
+from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.evaluation.calibration import calibration_scores, count_calibration
 from exp.evaluation.inference import Inference
 from exp.files.text import read_json

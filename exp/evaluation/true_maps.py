@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exp.config.data import DataConfig
-from exp.data import SegmentationDataset, build_dataset
+from exp.data.base import SegmentationDataset
+from exp.data.registry import build_dataset
 from exp.evaluation.probability_maps import MapFile, Unit
 from exp.runtime.errors import InputError
 

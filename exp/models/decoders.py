@@ -1,4 +1,4 @@
-"""The decoders of segmentation_models_pytorch by name, each with its encoder, set up as in the papers.
+"""The decoders by name, each with its encoder: those of segmentation_models_pytorch, set up as in the papers.
 
 The library resizes with align_corners=True here and there, fixes one width, and puts dropout inside some decoders; here
 all is align_corners=False, and the one dropout stands before the classifier.
@@ -6,7 +6,7 @@ all is align_corners=False, and the one dropout stands before the classifier.
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
 import timm
@@ -19,8 +19,21 @@ from exp.config.model import ModelConfig
 from exp.runtime.errors import InputError
 
 
-def build_decoder(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> nn.Module:
-    """-> the library's network, of which `encoder` and `decoder` are used; its own head, of one class, is not.
+class Parts(NamedTuple):
+    """A network without its heads: image -> encoder -> list of features -> decoder -> (B, width, h, w).
+
+    The encoder's out_channels has the width of each feature, from fine to coarse. Images are padded to a multiple of so
+    many pixels: the coarsest stride of encoder and decoder (None: model.output_stride).
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    width: int
+    multiple: int | None = None
+
+
+def build_parts(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> Parts:
+    """A YAML -> encoder and decoder, every resizing with align_corners=False.
 
     encoder: the name that smp takes. The libraries fit published weights for RGB to other channels: one grey channel
     gets the sum over the three, so that it gives what three equal channels would.
@@ -28,16 +41,17 @@ def build_decoder(config: ModelConfig, encoder: str, from_hub: bool, in_channels
     of_timm = encoder.startswith("tu-")
     weights = (True if of_timm else "imagenet") if from_hub else None
     keys = {"encoder_name": encoder, "encoder_weights": weights, "in_channels": in_channels}
-    net = BUILDERS[config.decoder](config, keys | (_any_image_size(encoder.removeprefix("tu-")) if of_timm else {}))
-    for module in net.decoder.modules():
+    parts = DECODERS[config.decoder](config, keys | (_any_image_size(encoder.removeprefix("tu-")) if of_timm else {}))
+    for module in parts.decoder.modules():
         if isinstance(module, nn.Upsample):
             module.align_corners = False if module.mode == "bilinear" else None
-    return net
+    return parts
 
 
-def decoder_width(net: nn.Module) -> int:
-    """The channels that the library's head would read."""
-    return next(module for module in net.segmentation_head.modules() if isinstance(module, nn.Conv2d)).in_channels
+def _parts(net: nn.Module, multiple: int | None = None) -> Parts:
+    """A network of the library -> its encoder and decoder; its own head, of one class, is left."""
+    head = next(module for module in net.segmentation_head.modules() if isinstance(module, nn.Conv2d))
+    return Parts(net.encoder, net.decoder, head.in_channels, multiple)
 
 
 def _sketch(encoder: str) -> nn.Module:
@@ -54,17 +68,18 @@ def _any_image_size(encoder: str) -> dict[str, bool]:
     return {"dynamic_img_size": True} if switch else {}
 
 
-def _deeplabv3(config: ModelConfig, encoder: dict[str, Any]) -> smp.DeepLabV3:
-    return smp.DeepLabV3(
+def _deeplabv3(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    net = smp.DeepLabV3(
         **encoder,
         encoder_output_stride=config.output_stride,
         decoder_channels=config.decoder_channels,
         decoder_atrous_rates=config.atrous_rates,
         decoder_aspp_dropout=0.0,
     )
+    return _parts(net)
 
 
-def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> smp.DeepLabV3Plus:
+def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     net = smp.DeepLabV3Plus(
         **encoder,
         encoder_output_stride=config.output_stride,
@@ -76,10 +91,10 @@ def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> smp.DeepLabV
     in_channels = net.decoder.block1[0].in_channels
     net.decoder.block1 = nn.Sequential(nn.Conv2d(in_channels, low, 1, bias=False), nn.BatchNorm2d(low), nn.ReLU())
     net.decoder.block2[0] = SeparableConv2d(low + width, width, kernel_size=3, padding=1, bias=False)
-    return net
+    return _parts(net)
 
 
-def _dpt(config: ModelConfig, encoder: dict[str, Any]) -> smp.DPT:
+def _dpt(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     name = encoder["encoder_name"].removeprefix("tu-")
     vit = _sketch(name) if timm.is_model(name.partition(".")[0]) else None
     if not (hasattr(vit, "blocks") and hasattr(vit, "prune_intermediate_layers")):
@@ -93,7 +108,7 @@ def _dpt(config: ModelConfig, encoder: dict[str, Any]) -> smp.DPT:
     # The norm and the classifier behind the last block are not run; DDP wants a gradient for every parameter.
     net.encoder.model.prune_intermediate_layers(len(vit.blocks), prune_norm=True, prune_head=True)
     net.decoder.fusion_blocks = nn.ModuleList(Fusion(block) for block in net.decoder.fusion_blocks)
-    return net
+    return _parts(net, multiple=32)
 
 
 class Fusion(nn.Module):
@@ -109,7 +124,7 @@ class Fusion(nn.Module):
         return self.block.project(F.interpolate(feature, scale_factor=2, mode="bilinear", align_corners=False))
 
 
-def _fpn(config: ModelConfig, encoder: dict[str, Any]) -> smp.FPN:
+def _fpn(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     """decoder_channels: of the pyramid; the branches behind it have half of them, as in the paper."""
     net = smp.FPN(
         **encoder,
@@ -121,26 +136,26 @@ def _fpn(config: ModelConfig, encoder: dict[str, Any]) -> smp.FPN:
         for index, conv in enumerate(branch.block):
             if conv.upsample:
                 branch.block[index] = nn.Sequential(conv.block, nn.Upsample(scale_factor=2, mode="bilinear"))
-    return net
+    return _parts(net)
 
 
-def _linknet(config: ModelConfig, encoder: dict[str, Any]) -> smp.Linknet:
-    return smp.Linknet(**encoder)
+def _linknet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(smp.Linknet(**encoder))
 
 
-def _manet(config: ModelConfig, encoder: dict[str, Any]) -> smp.MAnet:
-    return smp.MAnet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+def _manet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(smp.MAnet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear"))
 
 
-def _pan(config: ModelConfig, encoder: dict[str, Any]) -> smp.PAN:
+def _pan(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     net = smp.PAN(**encoder, encoder_output_stride=config.output_stride, decoder_channels=config.decoder_channels)
     for module in net.decoder.modules():
         if hasattr(module, "align_corners"):
             module.align_corners = False
-    return net
+    return _parts(net, multiple=8 * config.output_stride)
 
 
-def _pspnet(config: ModelConfig, encoder: dict[str, Any]) -> smp.PSPNet:
+def _pspnet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     net = smp.PSPNet(
         **encoder,
         encoder_depth=5,  # the library's default stops at stride 8 of an undilated network
@@ -149,7 +164,7 @@ def _pspnet(config: ModelConfig, encoder: dict[str, Any]) -> smp.PSPNet:
         psp_dropout=0.0,
     )
     net.decoder.psp.blocks = nn.ModuleList(PyramidBranch(block.pool) for block in net.decoder.psp.blocks)
-    return net
+    return _parts(net)
 
 
 class PyramidBranch(nn.Module):
@@ -163,24 +178,25 @@ class PyramidBranch(nn.Module):
         return F.interpolate(self.pool(feature), feature.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _segformer(config: ModelConfig, encoder: dict[str, Any]) -> smp.Segformer:
-    return smp.Segformer(**encoder, decoder_segmentation_channels=config.decoder_channels)
+def _segformer(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(smp.Segformer(**encoder, decoder_segmentation_channels=config.decoder_channels))
 
 
-def _unet(config: ModelConfig, encoder: dict[str, Any]) -> smp.Unet:
-    return smp.Unet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+def _unet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(smp.Unet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear"))
 
 
-def _unetplusplus(config: ModelConfig, encoder: dict[str, Any]) -> smp.UnetPlusPlus:
-    return smp.UnetPlusPlus(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+def _unetplusplus(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(
+        smp.UnetPlusPlus(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
+    )
 
 
-def _upernet(config: ModelConfig, encoder: dict[str, Any]) -> smp.UPerNet:
-    return smp.UPerNet(**encoder, decoder_channels=config.decoder_channels)
+def _upernet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
+    return _parts(smp.UPerNet(**encoder, decoder_channels=config.decoder_channels))
 
 
-POOLING_DECODERS = ("deeplabv3", "deeplabv3plus", "pan", "upernet")  # batch norm over what is pooled to one pixel
-BUILDERS: dict[str, Callable[[ModelConfig, dict[str, Any]], nn.Module]] = {
+DECODERS: dict[str, Callable[[ModelConfig, dict[str, Any]], Parts]] = {  # the names of exp/config/families.py
     "deeplabv3": _deeplabv3,
     "deeplabv3plus": _deeplabv3plus,
     "dpt": _dpt,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
-from exp.models.decoders import build_decoder, decoder_width
+from exp.models.decoders import build_parts
 from exp.models.weights import load_encoder_weights
 from exp.runtime.errors import InputError
 
@@ -59,12 +59,6 @@ class Segmentor(nn.Module):
         return self.head[-1].out_channels
 
 
-def input_multiple(config: ModelConfig) -> int:
-    """To a multiple of how many pixels images are padded: the coarsest stride of the encoder and of the decoder."""
-    coarsest = {"pan": 8 * config.output_stride, "dpt": 32}
-    return coarsest.get(config.decoder, config.output_stride)
-
-
 def encoder_name(name: str) -> str:
     """A timm name, or one of segmentation_models_pytorch's own (mit_b0 ... mit_b5) -> the name that smp takes."""
     if timm.is_model(name.partition(".")[0]):
@@ -81,15 +75,15 @@ def encoder_name(name: str) -> str:
 
 def build_network(config: ModelConfig, num_classes: int, in_channels: int, from_hub: bool) -> Segmentor:
     """The network with random weights, or (from_hub) with the encoder's published ones."""
-    net = build_decoder(config, encoder_name(config.encoder), from_hub, in_channels)
+    parts = build_parts(config, encoder_name(config.encoder), from_hub, in_channels)
     return Segmentor(
-        net.encoder,
-        net.decoder,
-        decoder_width=decoder_width(net),
+        parts.encoder,
+        parts.decoder,
+        decoder_width=parts.width,
         num_classes=num_classes,
         dropout=config.dropout,
         aux_channels=config.aux_channels,
-        multiple=input_multiple(config),
+        multiple=parts.multiple or config.output_stride,
     )
 
 

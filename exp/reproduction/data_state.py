@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exp.config.experiment import DataConfig
-from exp.data import build_dataset, find_dataset
-from exp.data.prepare.facts import ARCHIVES, SPLIT_TOTALS, VOLUMES
+from exp.data.prepare.facts import VOLUMES
+from exp.data.registry import DATASETS, build_dataset
 from exp.reproduction.job import Cell
 from exp.runtime.errors import InputError
 
@@ -25,7 +25,7 @@ def describe_set(config: DataConfig, data_dir: Path) -> str:
     found = " and ".join(f"{len(part)} {split}" for part, split in zip(parts, ("train", "val"))) + " images"
     if config.fold is not None:
         found += f", fold {config.fold}"
-    if not find_dataset(config.dataset).on_disk:
+    if not DATASETS[config.dataset].on_disk:
         return f"complete: {found}, made on the fly"
     known, number = known_total(config), sum(map(len, parts))
     if config.dataset == "hippocampus":  # whose slices nobody has counted, but the cases
@@ -41,12 +41,12 @@ def known_total(config: DataConfig) -> int | None:
     if config.dataset in VOLUMES:
         facts = VOLUMES[config.dataset]
         return sum(facts.fold_slices) if facts.fold_slices else facts.total_cases
-    totals = SPLIT_TOTALS.get(config.dataset, {})
+    totals = DATASETS[config.dataset].totals
     splits = (config.train_split, config.val_split)
     return sum(totals[split] for split in splits) if all(split in totals for split in splits) else None
 
 
 def has_any(dataset: str, data_dir: Path) -> bool:
     """Whether any file lies in the folders that the data set's downloads fill."""
-    folders = [data_dir / folder for archive in ARCHIVES.get(dataset, ()) for folder in archive.folders]
+    folders = [data_dir / folder for filled in DATASETS[dataset].archives.values() for folder in filled]
     return any(path.is_file() for folder in folders if folder.is_dir() for path in folder.rglob("*"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exp.config.evaluation import PredictConfig
+from exp.config.families import RULE_TABLE
 from exp.rules.exact import rankseg_exact
 from exp.rules.pooled import PooledRule, Thresholds, load_thresholds
 from exp.runtime.errors import InputError
@@ -59,7 +60,7 @@ def rankseg_rma_fixed(prob: Tensor, *, thresholds: Thresholds) -> Tensor:
     return thresholds.decide(prob)
 
 
-RULES: dict[str, Callable[..., Tensor | PooledRule]] = {
+RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and options of exp/config/families.py
     "argmax": argmax,
     "threshold": threshold,
     "rankseg_rma": rankseg_rma_on_one_thread,
@@ -68,34 +69,31 @@ RULES: dict[str, Callable[..., Tensor | PooledRule]] = {
     "rankseg_package": rankseg_package,
     "rankseg_exact": rankseg_exact,
 }
-TWO_CLASSES_ONLY = ("threshold", "rankseg_package", "rankseg_exact")
 
 
 def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
     """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more."""
-    if config.rule in TWO_CLASSES_ONLY and num_classes != 2:
+    if RULE_TABLE[config.rule].two_classes and num_classes != 2:
         raise InputError(
             f"--predict_yaml {config.name}: got {num_classes} classes, expected 2 (background, foreground)"
         )
     if isinstance(config.unassigned, int) and not 0 <= config.unassigned < num_classes:
         raise InputError(f"predict.unassigned: got {config.unassigned}, expected a label in 0..{num_classes - 1}")
-    if config.rule == "rankseg_rma_pooled":
-        return PooledRule(**config.options())
-    options = config.options()
-    if config.rule == "rankseg_rma_fixed":
+    rule, options = RULES[config.rule], config.options()
+    if "thresholds" in options:
         if config.thresholds is None:
             raise InputError(
                 f"--predict_yaml {config.name}: got no thresholds, expected --set predict.thresholds=FILE, which an "
                 "evaluation under rankseg_rma_dataset writes (results/<rule>.<split>.thresholds.json)"
             )
         options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
-    return partial(RULES[config.rule], **options)
+    return rule(**options) if rule is PooledRule else partial(rule, **options)
 
 
 def bind_rules(
     rules: Mapping[str, Rule | PooledRule], thresholds: Mapping[str, Mapping[str | None, Thresholds]], case: str | None
 ) -> dict[str, Rule]:
-    """The rules for an image of `case`, those of a wider scope under their thresholds (by rule, then by case)."""
+    """The rules for an image of `case`, the pooled ones under their thresholds (by rule, then by case)."""
     return {
         name: thresholds[name][rule.key(case)[1]].decide if isinstance(rule, PooledRule) else rule
         for name, rule in rules.items()

@@ -4,7 +4,7 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,17 @@ def printable(text: str) -> str:
     Names of files and keys of strangers get into messages, and could otherwise forge lines or drive the terminal.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def describe_numbers(numbers: Iterable[int], separator: str = " or ") -> str:
+    """Ascending whole numbers -> the same in words: [0, 1, 2, 255] -> '0..2 or 255'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return separator.join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
 
 
 def run_and_report(main: Callable[[], None]) -> int:

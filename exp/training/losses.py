@@ -13,13 +13,14 @@ every class is ignored.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exp.config.data import IGNORE_INDEX
 from exp.config.loss import LossConfig
-from exp.data.base import IGNORE_INDEX
 
 
 def count_pixels(label: Tensor) -> Tensor:
@@ -197,27 +198,23 @@ class WithAuxiliary(nn.Module):
             return (1 - self.weight) * main + self.weight * auxiliary
 
 
-TVERSKY = {"jaccard": (1.0, 1.0), "dice": (0.5, 0.5)}  # alpha, beta
+def overlap_loss(
+    sum_over_ranks: Callable[[Tensor], Tensor], *, ce_weight: float, alpha: float, beta: float, **options: float
+) -> nn.Module:
+    """The options of a YAML -> cross-entropy with the Tversky loss."""
+    return WithCrossEntropy(Overlap(alpha=alpha, beta=beta, **options, sum_over_ranks=sum_over_ranks), ce_weight)
+
+
+# The names of exp/config/families.py -> what makes the loss of Dist.sum and its options.
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "ce": lambda sum_over_ranks: CrossEntropy(),
+    "focal": lambda sum_over_ranks, gamma: Focal(gamma),
+    "jaccard": partial(overlap_loss, alpha=1.0, beta=1.0),
+    "dice": partial(overlap_loss, alpha=0.5, beta=0.5),
+    "tversky": overlap_loss,
+}
 
 
 def build_criterion(config: LossConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> nn.Module:
     """A YAML -> the criterion on the training model's two outputs; sum_over_ranks: Dist.sum."""
-    return WithAuxiliary(_build_loss(config, sum_over_ranks), config.aux_weight)
-
-
-def _build_loss(config: LossConfig, sum_over_ranks: Callable[[Tensor], Tensor]) -> nn.Module:
-    if config.loss == "ce":
-        return CrossEntropy()
-    if config.loss == "focal":
-        return Focal(config.gamma)
-    alpha, beta = TVERSKY.get(config.loss, (config.alpha, config.beta))
-    overlap = Overlap(
-        alpha=alpha,
-        beta=beta,
-        smooth=config.smooth,
-        dataset_weight=config.dataset_weight,
-        image_weight=config.image_weight,
-        class_weight=config.class_weight,
-        sum_over_ranks=sum_over_ranks,
-    )
-    return WithCrossEntropy(overlap, config.ce_weight)
+    return WithAuxiliary(LOSSES[config.loss](sum_over_ranks, **config.options()), config.aux_weight)

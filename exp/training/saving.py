@@ -6,7 +6,7 @@ from typing import Any
 
 from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver
 from exp.config.experiment import ExperimentConfig, training_digest
-from exp.data import SegmentationDataset
+from exp.data.base import SegmentationDataset
 from exp.data.loader import describe_position, iterations_per_epoch
 from exp.provenance import describe_code
 from exp.runtime.distributed import Dist

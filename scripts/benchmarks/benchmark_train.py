@@ -68,8 +68,8 @@ def make_loops(args: argparse.Namespace, folder: Path) -> tuple[dict, object]:
 
     from exp.config.cli import DEFAULT_YAMLS
     from exp.config.experiment import load_experiment
-    from exp.data import build_dataset, build_normalize
     from exp.data.loader import build_train_loader
+    from exp.data.registry import build_dataset, build_normalize
     from exp.models import build_model
     from exp.runtime.distributed import Dist
     from exp.training.logger import build_logger

@@ -9,9 +9,9 @@ from PIL import Image
 
 from exp.config.data import DataConfig
 from exp.config.experiment import load_groups
-from exp.data import build_dataset, build_normalize
 from exp.data.base import Sample
 from exp.data.prepare.facts import fold_of
+from exp.data.registry import build_dataset, build_normalize
 from exp.data.sets.ade20k import ADE20K
 from exp.data.sets.cityscapes import Cityscapes
 from exp.data.sets.pascal_voc import PascalVOC
@@ -159,13 +159,13 @@ def test_hippocampus_keeps_its_three_classes(tmp_path: Path):
 
 def test_slices_without_a_fold_or_of_another_split_are_refused(tmp_path: Path):
     write_slices(tmp_path, "lits", {"volume-3": 1})
-    with pytest.raises(InputError, match="key 'fold': got None, expected a value: the data set lits needs it"):
+    with pytest.raises(InputError, match="key 'fold': got None, expected a value: the dataset lits reads it"):
         build_dataset(data_config("lits", fold=None), str(tmp_path), "val")
     with pytest.raises(InputError, match=r"data\.\*_split: got 'test', expected train or val"):
         build_dataset(data_config("lits", val_split="test"), str(tmp_path), "val")
     with pytest.raises(InputError, match="got no samples of LiTS in split 'train'"):
         build_dataset(data_config("lits"), str(tmp_path), "train")
-    with pytest.raises(InputError, match="key 'fold': got 1, expected no such key with the data set camvid"):
+    with pytest.raises(InputError, match="key 'fold': got 1, expected no such key with the dataset camvid"):
         build_dataset(data_config("camvid", fold=1), str(tmp_path), "val")
 
 
@@ -224,7 +224,7 @@ def test_a_folder_whose_files_have_no_partner(tmp_path: Path):
         ({"palette": ((0, 0, 0),)}, "'palette'.*a colour of 0..255 for each class"),
         ({"classes": ("a", "a")}, "'classes'.*different names"),
         ({"label_map": {7: 2}}, "'label_map'.*0..1 or 255"),
-        ({"fold": 1}, "'fold': got 1, expected no such key with the data set folder"),
+        ({"fold": 1}, "'fold': got 1, expected no such key with the dataset folder"),
     ],
 )
 def test_facts_that_do_not_fit_together_are_refused(changes: dict, message: str):

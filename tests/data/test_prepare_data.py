@@ -427,7 +427,8 @@ def test_wrong_flags(prepare, tmp_path: Path):
 
 def test_preparing_imports_no_pytorch():
     code = (
-        "import sys, exp.data.prepare.volumes, exp.data.prepare.voc, exp.files.nifti; assert 'torch' not in sys.modules"
+        "import sys, exp.data.prepare.volumes, exp.data.prepare.voc, exp.files.nifti, scripts.prepare_data\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

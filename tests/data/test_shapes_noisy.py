@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from exp.data import build_dataset
+from exp.data.registry import build_dataset
 from exp.data.sets.shapes import Shapes, ShapesBinary, ShapesNoisy, ShapesNoisyBinary
 from exp.runtime.errors import InputError
 from tests.config.test_config import compose
@@ -100,5 +100,5 @@ def test_the_yaml_says_how_much_noise():
     assert (dataset.label_noise, dataset.label_spread) == (0.25, 3.0)
     with pytest.raises(InputError, match=r"key 'label_spread': got None, expected a value: .* shapes_noisy"):
         build_dataset(compose("data.label_spread=null", data="shapes_noisy").data, None, "val")
-    with pytest.raises(InputError, match=r"key 'label_noise': got 0.2, expected no such key with the data set shapes"):
+    with pytest.raises(InputError, match=r"key 'label_noise': got 0.2, expected no such key with the dataset shapes"):
         build_dataset(compose("data.label_noise=0.2").data, None, "val")

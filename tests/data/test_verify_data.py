@@ -11,6 +11,7 @@ from PIL import Image
 
 from exp.data.prepare import facts
 from exp.data.prepare.volumes import prepare_cases
+from exp.data.sets.camvid import CamVid
 from tests.conftest import write_png
 from tests.data.trees import write_camvid, write_cityscapes, write_folder
 from tests.data.volume_trees import KITS_AFFINE, ct_case, save_nifti, write_kits, write_list
@@ -315,7 +316,7 @@ def test_totals_are_those_of_the_split(verify, tmp_path: Path, monkeypatch):
     status, out, _ = verify("camvid", tmp_path, *test_split)
     assert status == 0
     assert "val: 2 of 233 known images" in out
-    monkeypatch.setitem(facts.SPLIT_TOTALS, "camvid", {"train": 3, "test": 1})
+    monkeypatch.setattr(CamVid, "totals", {"train": 3, "test": 1})
     status, out, _ = verify("camvid", tmp_path, *test_split)
     assert status == 1
     assert "count: 1 " in out

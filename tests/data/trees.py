@@ -64,7 +64,7 @@ def write_camvid(data_dir: Path, splits: dict[str, int]) -> None:
 
 def write_voc(data_dir: Path, splits: dict[str, int]) -> None:
     """A prepared VOCdevkit/VOC2012 of images of several sizes; labels as palette PNGs with 255 along the edge."""
-    from exp.data import DATASETS
+    from exp.data.registry import DATASETS
 
     root = data_dir / "VOCdevkit" / "VOC2012"
     for split, count in splits.items():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from exp.data import DATASETS
 from exp.data.base import IGNORE_INDEX, Sample, label_table
+from exp.data.registry import DATASETS
 from exp.data.slice_files import Case, write_case
 from exp.data.transforms import CenterCrop
 from exp.evaluation.masks import MaskWriter, mask_format, paste_centre

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from exp.data.prepare.facts import VOLUMES
+from exp.data.registry import DATASETS
 from exp.reproduction import data_state, plans
 from exp.reproduction.existing import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Existing
 from exp.reproduction.job import Cell, join_cells
@@ -309,7 +310,7 @@ def test_a_dry_run_of_every_table_on_whole_partial_and_empty_data(
     more = 0 if share == "all" else 1
     for name, splits in SPLITS.items():
         first = next(iter(splits))
-        monkeypatch.setitem(data_state.SPLIT_TOTALS, name, {**splits, first: splits[first] + more})
+        monkeypatch.setattr(DATASETS[name], "totals", {**splits, first: splits[first] + more})
     for name in ("lits", "kits"):
         facts = replace(VOLUMES[name], fold_slices=(1, 1, 1, 1, 1 + more))
         monkeypatch.setitem(data_state.VOLUMES, name, facts)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from exp.config.experiment import load_groups
-from exp.data import build_dataset
 from exp.data.prepare.voc import find_sources, trainaug_names
+from exp.data.registry import build_dataset
 from exp.files.paths import Fence, leads_out
 from exp.runtime.errors import InputError
 from tests.conftest import TINY, TINY_RUN

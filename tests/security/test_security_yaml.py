@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from exp.config.data import DATA_FACTS
 from exp.config.experiment import CONFIG_DIR, check_files, load_experiment, load_groups
 from exp.config.strict_yaml import MAX_YAML, load_mapping, parse_value, show
 from exp.files.text import read_json, read_text
@@ -66,17 +65,6 @@ def test_damaged_yamls_are_refused_before_anything_heavy_is_imported(tmp_path: P
         assert path in err, err
         assert key in err.replace(path, ""), err
     assert not (tmp_path / "marker").exists()
-
-
-def test_the_configs_know_every_data_set_and_its_facts():
-    from exp.data import DATASETS
-
-    assert DATASETS.keys() == DATA_FACTS.keys()
-    for name, cls in DATASETS.items():
-        assert set(cls.yaml_facts) == DATA_FACTS[name].keys()
-        assert {key for key in cls.yaml_facts if getattr(cls, key, None) is None} == {
-            key for key, needed in DATA_FACTS[name].items() if needed
-        }
 
 
 @pytest.mark.parametrize(

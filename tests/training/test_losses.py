@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from exp.checkpoints.checkpoint import load_checkpoint
 from exp.checkpoints.checkpoint_files import find_checkpoint
 from exp.config.experiment import CONFIG_DIR
-from exp.config.loss import LOSS_OPTIONS, LossConfig
+from exp.config.families import LOSS_TABLE
+from exp.config.loss import LossConfig
 from exp.config.strict_yaml import build_dataclass, load_mapping
 from exp.runtime import distributed
 from exp.runtime.errors import InputError
@@ -364,7 +365,7 @@ def test_losses_are_computed_in_float32(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "ce", "gamma": 2.0}, "key 'gamma': got 2.0, expected no such key: the loss ce does not read it"),
+        ({"loss": "ce", "gamma": 2.0}, "key 'gamma': got 2.0, expected no such key with the loss ce"),
         ({"loss": "focal"}, "key 'gamma': got None, expected a value: the loss focal reads it"),
         ({"loss": "jaccard", "alpha": 1.0}, "key 'alpha': got 1.0, expected no such key"),
         ({"loss": "tversky"}, "key 'alpha': got None"),
@@ -376,7 +377,7 @@ def test_losses_are_computed_in_float32(name: str, dtype: torch.dtype):
 )
 def test_keys_that_a_loss_does_not_read_are_refused(options: dict, message: str):
     versions = {"ce_weight": 0.25, "dataset_weight": 0.0, "image_weight": 0.5, "class_weight": 0.5, "smooth": 1.0}
-    given = versions if "smooth" in LOSS_OPTIONS[options["loss"]] else {}
+    given = versions if "smooth" in LOSS_TABLE[options["loss"]].keys else {}
     with pytest.raises(InputError) as error:
         LossConfig("x", **(given | options))
     assert message in str(error.value)

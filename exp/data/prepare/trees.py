@@ -1,24 +1,24 @@
 """What a data set's folder lacks, by the archives that hold it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exp.data.prepare.facts import ARCHIVES
 from exp.runtime.errors import InputError
 
 PACKED = (".zip", ".tar", ".tgz")  # what an unpacked tree does not consist of
 
 
-def check_tree(name: str, data_dir: Path) -> None:
-    """InputError that tells every missing or empty folder of a data set, and the archive it comes from."""
+def check_tree(archives: Mapping[str, Sequence[str]], data_dir: Path) -> None:
+    """Archive -> folders that it fills; InputError that tells all that are missing or empty, and their archive."""
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder, expected the one that holds the data sets")
     missing = []
-    for archive in ARCHIVES[name]:
-        folders = [folder for folder in archive.folders if not _holds_something(data_dir / folder)]
+    for archive, filled in archives.items():
+        folders = [folder for folder in filled if not _holds_something(data_dir / folder)]
         if folders:
-            packed = _find_packed(data_dir, folders[0], archive.name)
+            packed = _find_packed(data_dir, folders[0], archive)
             hint = f", which lies packed at {packed}" if packed else ""
-            missing.append(f"{', '.join(folders)} (from {archive.name}{hint})")
+            missing.append(f"{', '.join(folders)} (from {archive}{hint})")
     if missing:
         raise InputError(f"{data_dir}: got nothing unpacked in {'; '.join(missing)}. DATA.md shows the expected tree")
 

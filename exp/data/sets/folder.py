@@ -17,7 +17,6 @@ class Folder(SegmentationDataset):
 
     images: str
     labels: str
-    yaml_facts = ("images", "labels", "classes", "palette", "label_map", "channels")
     window = (0.0, 255.0)  # of grey images
 
     def list_samples(self) -> list[Sample]:

@@ -1,6 +1,6 @@
 """PASCAL VOC 2012 with the labels of SBD, in the VOCdevkit layout."""
 
-from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
+from exp.data.base import Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
 from exp.files.paths import read_names
 
 
@@ -12,52 +12,23 @@ class PascalVOC(SegmentationDataset):
     SegmentationClassTrainAug/ (split trainaug) or SegmentationClass/ (the others).
     """
 
-    classes = (
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    )
-    palette = (
-        (0, 0, 0),
-        (128, 0, 0),
-        (0, 128, 0),
-        (128, 128, 0),
-        (0, 0, 128),
-        (128, 0, 128),
-        (0, 128, 128),
-        (128, 128, 128),
-        (64, 0, 0),
-        (192, 0, 0),
-        (64, 128, 0),
-        (192, 128, 0),
-        (64, 0, 128),
-        (192, 0, 128),
-        (64, 128, 128),
-        (192, 128, 128),
-        (0, 64, 0),
-        (128, 64, 0),
-        (0, 192, 0),
-        (128, 192, 0),
-        (0, 64, 128),
-    )
+    classes = class_names("""
+        background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+        motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+    """)
+    palette = colours("""
+        000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000 c08000 400080 c00080 408080 c08080
+        004000 804000 00c000 80c000 004080
+    """)
+    archives = {
+        "VOCtrainval_11-May-2012.tar": (
+            "VOCdevkit/VOC2012/JPEGImages",
+            "VOCdevkit/VOC2012/SegmentationClass",
+            "VOCdevkit/VOC2012/ImageSets/Segmentation",
+        ),
+        "benchmark.tgz": ("VOCdevkit/VOCaug/benchmark_RELEASE/dataset/cls",),
+    }
+    totals = {"trainaug": 10582, "train": 1464, "val": 1449}
 
     def list_samples(self) -> list[Sample]:
         root = require_folder(self.root / "VOCdevkit" / "VOC2012")

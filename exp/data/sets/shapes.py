@@ -22,7 +22,7 @@ class Shapes(SegmentationDataset):
 
     It is here so that the whole program runs at once on any machine. The background is clutter: soft noise and
     unlabelled blobs. Objects are large and small, of colours that overlap between classes, with soft edges; the
-    label's edge is off by about a pixel, so the truth near a boundary is ambiguous. One image in three has a band
+    label's edge is off by about a pixel, so the label near a boundary is ambiguous. One image in three has a band
     of ignored pixels. Image i of a split is a function of (split, i) alone.
     """
 
@@ -62,7 +62,6 @@ class ShapesNoisy(Shapes):
     and what is scored are the same pixels.
     """
 
-    yaml_facts = ("label_noise", "label_spread")
     label_noise: float
     label_spread: float
 

@@ -20,7 +20,6 @@ class SliceDataset(SegmentationDataset):
     volumes: VolumeFacts
     channels = 1
     image_dtype = torch.int16
-    yaml_facts = ("fold", "window")
 
     def list_samples(self) -> list[Sample]:
         if self.split not in ("train", "val"):
@@ -51,12 +50,14 @@ class LiTS(Tumour):
     """7,190 slices of 512 x 512 from 131 CT volumes, liver tumour (Bilic et al., MedIA 2023)."""
 
     volumes = VOLUMES["lits"]
+    archives = {"Training_Batch1.zip": ("lits",), "Training_Batch2.zip": ("lits",)}
 
 
 class KiTS(Tumour):
     """5,712 slices of 512 x 512 from 210 CT volumes, kidney tumour (KiTS19: Heller et al., 2019)."""
 
     volumes = VOLUMES["kits"]
+    archives = {"the repository github.com/neheller/kits19 with its starter_code.get_imaging": ("kits",)}
 
 
 class Hippocampus(SliceDataset):
@@ -65,3 +66,4 @@ class Hippocampus(SliceDataset):
     classes = ("background", "anterior", "posterior")
     palette = ((0, 0, 0), (230, 159, 0), (86, 180, 233))
     volumes = VOLUMES["hippocampus"]
+    archives = {"Task04_Hippocampus.tar": ("hippocampus",)}

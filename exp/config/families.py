@@ -1,0 +1,97 @@
+"""What a YAML can name, one table a family: each name, and the keys of the YAML that it takes.
+
+The code behind the names: exp/rules/registry.py, exp/training/losses.py, exp/models/decoders.py and exp/data/sets/.
+docs/contributing.md leads through adding one.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """The keys that a name cannot do without, and those that it may have. Any other key of its family is refused."""
+
+    needs: tuple[str, ...] = ()
+    may_have: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.needs + self.may_have
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleEntry(Entry):
+    """two_classes: decides on background and foreground alone."""
+
+    two_classes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderEntry(Entry):
+    """A decoder: how many widths decoder_channels has, and the output strides that it takes of an encoder.
+
+    pools: it normalises over the batch what it has pooled to one pixel, so it cannot train on one image.
+    """
+
+    num_widths: int = 1
+    strides: tuple[int, ...] = (32,)
+    pools: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetEntry(Entry):
+    """code: the module in exp/data/sets/ and its class."""
+
+    code: str
+
+
+OVERLAP = ("ce_weight", "dataset_weight", "image_weight", "class_weight", "smooth")
+OF_VOLUMES = ("fold", "window")
+NOISE = ("label_noise", "label_spread")
+
+RULE_TABLE = {  # configs/predict, key `rule`
+    "argmax": RuleEntry(),
+    "threshold": RuleEntry(needs=("threshold",), two_classes=True),
+    "rankseg_rma": RuleEntry(needs=("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested")),
+    "rankseg_rma_pooled": RuleEntry(needs=("opt_metric", "pruning_prob", "scope")),
+    "rankseg_rma_fixed": RuleEntry(may_have=("thresholds",)),  # by --set; the rule's builder asks for it
+    "rankseg_package": RuleEntry(needs=("opt_metric", "pruning_prob", "solver"), two_classes=True),
+    "rankseg_exact": RuleEntry(needs=("opt_metric",), two_classes=True),
+}
+LOSS_TABLE = {  # configs/loss, key `loss`
+    "ce": Entry(),
+    "focal": Entry(needs=("gamma",)),
+    "jaccard": Entry(needs=OVERLAP),
+    "dice": Entry(needs=OVERLAP),
+    "tversky": Entry(needs=(*OVERLAP, "alpha", "beta")),
+}
+DECODER_TABLE = {  # configs/model, key `decoder`
+    "deeplabv3": DecoderEntry(needs=("atrous_rates",), strides=(8, 16), pools=True),
+    "deeplabv3plus": DecoderEntry(needs=("atrous_rates", "low_level_channels"), strides=(8, 16), pools=True),
+    "dpt": DecoderEntry(strides=(8, 16, 32)),  # that of the ViT's patches
+    "fpn": DecoderEntry(),
+    "linknet": DecoderEntry(num_widths=0),
+    "manet": DecoderEntry(num_widths=5),
+    "pan": DecoderEntry(strides=(16, 32), pools=True),
+    "pspnet": DecoderEntry(strides=(8, 16, 32)),
+    "segformer": DecoderEntry(),
+    "unet": DecoderEntry(num_widths=5),
+    "unetplusplus": DecoderEntry(num_widths=5),
+    "upernet": DecoderEntry(pools=True),
+}
+DATASET_TABLE = {  # configs/data, key `dataset`
+    "ade20k": DataSetEntry(code="ade20k.ADE20K"),
+    "camvid": DataSetEntry(code="camvid.CamVid"),
+    "cityscapes": DataSetEntry(code="cityscapes.Cityscapes"),
+    "folder": DataSetEntry(
+        code="folder.Folder", needs=("images", "labels", "classes", "palette"), may_have=("label_map", "channels")
+    ),
+    "hippocampus": DataSetEntry(code="slices.Hippocampus", needs=OF_VOLUMES),
+    "kits": DataSetEntry(code="slices.KiTS", needs=OF_VOLUMES),
+    "lits": DataSetEntry(code="slices.LiTS", needs=OF_VOLUMES),
+    "pascal_voc": DataSetEntry(code="pascal_voc.PascalVOC"),
+    "shapes": DataSetEntry(code="shapes.Shapes"),
+    "shapes_binary": DataSetEntry(code="shapes.ShapesBinary"),
+    "shapes_noisy": DataSetEntry(code="shapes.ShapesNoisy", needs=NOISE),
+    "shapes_noisy_binary": DataSetEntry(code="shapes.ShapesNoisyBinary", needs=NOISE),
+}
