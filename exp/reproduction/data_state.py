@@ -6,14 +6,14 @@ from pathlib import Path
 from exp.config.experiment import DataConfig
 from exp.data import build_dataset, find_dataset
 from exp.data.prepare.facts import ARCHIVES, SPLIT_TOTALS, VOLUMES
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.runtime.errors import InputError
 
 
-def describe_data(cells: Sequence[Cell], data_dir: Path) -> list[str]:
-    """The cells' data sets -> a line each."""
-    configs = {cell.data: cell.config.data for cell in reversed(cells)}  # of each the first
-    return [f"data {name}: {describe_set(configs[name], data_dir)}" for name in dict.fromkeys(c.data for c in cells)]
+def describe_data(jobs: Sequence[Job], data_dir: Path) -> list[str]:
+    """The jobs' data sets -> a line each."""
+    configs = {job.data: job.config.data for job in reversed(jobs)}  # of each the first
+    return [f"data {name}: {describe_set(configs[name], data_dir)}" for name in dict.fromkeys(c.data for c in jobs)]
 
 
 def describe_set(config: DataConfig, data_dir: Path) -> str:

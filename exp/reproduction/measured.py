@@ -23,7 +23,7 @@ from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
 from exp.evaluation.results import load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import Existing
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.reproduction.plans import Counterpart
 from exp.runtime.errors import InputError
 
@@ -78,12 +78,12 @@ class Measured:
             self._results[table] = load_result(table)
         return self._results[table]
 
-    def find(self, cell: Cell, rule: str) -> EvalResult | None:
-        path = self.existing.find(cell, rule)
+    def find(self, job: Job, rule: str) -> EvalResult | None:
+        path = self.existing.find(job, rule)
         return None if path is None else self.load(path)
 
     def trainings(self) -> Iterable[tuple[str, list["Training"]]]:
-        """The digest of each training that argmax has judged, and its evaluations, a folder each."""
+        """The digest of each training that argmax has evaluated, and its evaluations, a folder each."""
         for digest, entries in sorted(self.existing.results.items()):
             folders: dict[tuple, list[tuple[Path, dict]]] = {}
             for path, content in entries:
@@ -92,7 +92,7 @@ class Measured:
             yield digest, [training for training in found if training is not None]
 
     def true_maps(self) -> list["Training"]:
-        """Rules judged on the probabilities from which labels were drawn, a folder each."""
+        """Rules evaluated on the probabilities from which labels were drawn, a folder each."""
         folders: dict[Path, list[tuple[Path, dict]]] = {}
         for path, content in self.existing.true:
             folders.setdefault(path.parent, []).append((path, content))
@@ -117,32 +117,32 @@ class Measured:
         return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place, test)
 
     def value(self, counterpart: Counterpart) -> float | None:
-        """The measured value, in percent or seconds (p as it is); None unless all of its trainings are judged."""
+        """The measured value, in percent or seconds (p as it is); None unless all of its trainings are evaluated."""
         if counterpart.joined == "p":
-            pairs = [[self._score(cell, rule, counterpart) for rule in ("argmax", counterpart.rule)]
-                     for cell in counterpart.cells]  # fmt: skip
+            pairs = [[self._score(job, rule, counterpart) for rule in ("argmax", counterpart.rule)]
+                     for job in counterpart.jobs]  # fmt: skip
             if any(value is None for pair in pairs for value in pair):
                 return None
             return float(stats.ttest_rel(*zip(*pairs)).pvalue)
-        values = [self._score(cell, counterpart.rule, counterpart) for cell in counterpart.cells]
+        values = [self._score(job, counterpart.rule, counterpart) for job in counterpart.jobs]
         if any(value is None for value in values):
             return None
         return float(np.std(values, ddof=1) if counterpart.joined == "std" else np.mean(values))
 
-    def _score(self, cell: Cell, rule: str, counterpart: Counterpart) -> float | None:
+    def _score(self, job: Job, rule: str, counterpart: Counterpart) -> float | None:
         kind, _, name = counterpart.score.partition(":")
         if kind == "seconds":
-            return self._seconds(cell, rule, name)
-        result = self.find(cell, rule)
+            return self._seconds(job, rule, name)
+        result = self.find(job, rule)
         if result is None:
             return None
         if kind == "IoUC":
             return float(per_class_scores(result.counts, result.cases)["IoUC"][result.classes.index(name)])
         return float(compute_scores(result.counts, result.cases)[kind])
 
-    def _seconds(self, cell: Cell, rule: str, step: str) -> float | None:
+    def _seconds(self, job: Job, rule: str, step: str) -> float | None:
         """Total seconds of the forward passes, or of a rule's decisions, over the evaluation."""
-        path = self.existing.find(cell, rule)
+        path = self.existing.find(job, rule)
         if path is None or not path.with_name("timing.json").is_file():
             return None
         timing = read_times(path.with_name("timing.json"))
@@ -159,9 +159,9 @@ class Measured:
             return None
         if other.score not in PAIRED:
             return Gain(second - first)
-        differences = [paired_differences(self.find(cell, base.rule), self.find(cell, other.rule), other.score)
-                       for cell in other.cells]  # fmt: skip
-        seeds = len({cell.seed for cell in other.cells}) > 1
+        differences = [paired_differences(self.find(job, base.rule), self.find(job, other.rule), other.score)
+                       for job in other.jobs]  # fmt: skip
+        seeds = len({job.seed for job in other.jobs}) > 1
         values = np.array([d.mean() for d in differences]) if seeds else np.concatenate(differences)
         return Gain(second - first, mean_interval(values))
 
@@ -182,7 +182,7 @@ def read_times(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Training:
-    """The rules that judged one training in one results folder, argmax first. place: its run, below the output."""
+    """The rules that evaluated one training in one results folder, argmax first. place: its run, below the output."""
 
     folder: Path
     config: dict
@@ -191,7 +191,7 @@ class Training:
     results: tuple[EvalResult, ...]
     temperature: float = 1.0  # of the evaluation
     place: str = ""
-    test: Mapping[str, Any] = field(default_factory=dict)  # how it was judged
+    test: Mapping[str, Any] = field(default_factory=dict)  # how it was evaluated
 
     @cached_property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import pytest
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
-from exp.reproduction.job import Again, join_cells
+from exp.reproduction.job import Reevaluation, join_jobs
 from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.page import write_report
@@ -223,18 +223,18 @@ def test_a_file_without_marks_is_left_alone(output: Path, tmp_path: Path, conten
 
 def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cell = replace(noisy(0.2), rules=(*RULES, "rankseg_exact"), again=Again("true", true=True))
-    state = Existing(tmp_path).state(cell)
+    job = replace(noisy(0.2), rules=(*RULES, "rankseg_exact"), reevaluation=Reevaluation("true", true=True))
+    state = Existing(tmp_path).state(job)
     assert state.kind == UNTRAINED != WAITING
-    command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(cell, state)
+    command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(job, state)
     assert Path(command[1]).name == "evaluate_bayes.py"
     assert "model.decoder_channels=[8,8,8,8,8]" not in command
-    set_rule = replace(cell, overrides=(*cell.overrides, "predict.opt_metric=iou"))
+    set_rule = replace(job, overrides=(*job.overrides, "predict.opt_metric=iou"))
     assert "predict.opt_metric=iou" in Runner(tmp_path, tmp_path).command(set_rule, state)
     assert script("evaluate_bayes", *command[2:])[0] == 0
-    assert Existing(tmp_path).state(cell).kind == DONE
+    assert Existing(tmp_path).state(job).kind == DONE
     for other in ("data.label_noise=0.3", "data.val_samples=4", "data.label_spread=1.0"):
-        assert Existing(tmp_path).state(replace(cell, overrides=(*cell.overrides, other))).kind == UNTRAINED
+        assert Existing(tmp_path).state(replace(job, overrides=(*job.overrides, other))).kind == UNTRAINED
     result = json.loads(next(tmp_path.glob("*/true/results/rankseg_exact.json")).read_text())
     assert result["metric"] == "mDiceI"
     (found,) = find_trainings(Measured(tmp_path)).true_maps
@@ -242,7 +242,7 @@ def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch
 
 
 def test_the_last_rule_is_that_of_the_pictures():
-    (joined,) = join_cells([replace(SMALL, rules=("rankseg_rma", "rankseg_ba", "argmax"))])
+    (joined,) = join_jobs([replace(SMALL, rules=("rankseg_rma", "rankseg_ba", "argmax"))])
     assert joined.rules == ("argmax", "rankseg_ba", "rankseg_rma")
     flags = joined.flags(Path("d"), Path("o"))
     assert flags[flags.index("--save_pred") + 1] == "2"

@@ -18,24 +18,24 @@ from exp.evaluation.comparison import compare_rules
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction import plans
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.reproduction.measured import Measured, Training, compare_seeds
-from exp.reproduction.plans import find_counterpart, table_cells
+from exp.reproduction.plans import find_counterpart, table_jobs
 from exp.reproduction.report.formats import latex_text
 from exp.reproduction.report.page import write_report
 from exp.reproduction.report.sections import find_trainings, training_titles
 from tests.config.test_config import compose
-from tests.reproduction.test_reproduce import SMALL, figure
+from tests.reproduction.test_reproduce import SMALL, published
 
 
-def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
-    """Write results of a cell's rules as an evaluation does: random counts; later rules are a little better."""
-    config = cell.config.to_dict()
-    medical = cell.fold is not None
+def judge(job: Job, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
+    """Write results of a job's rules as an evaluation does: random counts; later rules are a little better."""
+    config = job.config.to_dict()
+    medical = job.fold is not None
     classes = Tumour.classes if medical else PascalVOC.classes
-    names = tuple(f"{cell.fold or 0}_{i:03d}" for i in range(12))
-    cases = tuple(f"case{cell.fold}_{i // 3}" for i in range(12)) if medical else None
-    rng = np.random.default_rng(shift + 10 * cell.seed + (cell.fold or 0))
+    names = tuple(f"{job.fold or 0}_{i:03d}" for i in range(12))
+    cases = tuple(f"case{job.fold}_{i // 3}" for i in range(12)) if medical else None
+    rng = np.random.default_rng(shift + 10 * job.seed + (job.fold or 0))
     counts = rng.integers(50, 100, (12, 3, len(classes)))
     results, contexts = [], []
     for place, rule in enumerate(config["predict"]):
@@ -46,26 +46,26 @@ def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = N
         steps = config["schedule"]["train_iters"] or 77
         training |= {"iteration": steps if iteration is None else iteration, "weights": "raw"}
         contexts.append({"training": training, "config": {g: config[g] for g in ("data", "test")} | {"predict": rule}})
-    folder = output / cell.name / cell.config.run_name / "results"
+    folder = output / job.name / job.config.run_name / "results"
     save_results(results, folder, contexts)
     times = {"images": 12, "forward_passes": 12, "milliseconds_per_image": {"forward": 250.0}}
     times["decision_milliseconds_per_image"] = {rule["name"]: 2.0 for rule in config["predict"]}
     (folder / "timing.json").write_text(json.dumps(times))
     last = folder.parent / "checkpoints" / "last.safetensors.json"  # what tells that a training has come to its end
     last.parent.mkdir(exist_ok=True)
-    last.write_text(json.dumps({"config_digest": cell.digest, "iteration": config["schedule"]["train_iters"] or 77}))
+    last.write_text(json.dumps({"config_digest": job.digest, "iteration": config["schedule"]["train_iters"] or 77}))
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     """Table 2's U-Net on LiTS in all folds, Table 7's VOC in all seeds, and a run of another kind with two seeds."""
     folder = tmp_path_factory.mktemp("report") / "out"
-    for cell in table_cells("table2"):
-        if (cell.model, cell.data) == ("unet_resnet50d", "lits"):
-            judge(cell, folder)
-    for cell in table_cells("table7"):
-        if cell.data == "pascal_voc":
-            judge(cell, folder)
+    for job in table_jobs("table2"):
+        if (job.model, job.data) == ("unet_resnet50d", "lits"):
+            judge(job, folder)
+    for job in table_jobs("table7"):
+        if job.data == "pascal_voc":
+            judge(job, folder)
     for seed in (0, 1):
         judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
     write_report(folder)
@@ -106,7 +106,7 @@ def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
 
 
 def test_gains_have_the_interval_of_the_evaluation(output: Path):
-    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
     measured = Measured(output)
     results = [measured.load(folder / f"{rule}.csv") for rule in ("argmax", "rankseg_rma_paper")]
     expected = compare_rules(results, "mIoUI")[0]
@@ -117,7 +117,7 @@ def test_gains_have_the_interval_of_the_evaluation(output: Path):
 
 
 def test_classes_times_and_worst_cases(output: Path):
-    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
     scores = json.loads((folder / "argmax.json").read_text())["metrics"]
     row = one(output, table="table5", row=plans.UPERNET, data="pascal_voc", of="argmax", score="mIoUI5")
     assert float(row["measured"]) == pytest.approx(scores["mIoUI5"])
@@ -282,15 +282,17 @@ def test_latex_makes_a_document_of_it(output: Path, tmp_path: Path):
 
 
 def test_unfinished_trainings_do_not_count(tmp_path: Path):
-    cell = table_cells("table4")[0]
-    medical = next(c for c in table_cells("table2") if c.data == "kits")
+    job = table_jobs("table4")[0]
+    medical = next(c for c in table_jobs("table2") if c.data == "kits")
     judge(medical, tmp_path, iteration=70)  # of a schedule in epochs
     assert Measured(tmp_path).find(medical, "argmax") is None
-    judge(cell, tmp_path, iteration=30_000)
-    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
-    shutil.rmtree(tmp_path / cell.name)
-    judge(cell, tmp_path)
-    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
+    judge(job, tmp_path, iteration=30_000)
+    assert (
+        Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
+    )
+    shutil.rmtree(tmp_path / job.name)
+    judge(job, tmp_path)
+    assert Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
 
 
 def test_empty_and_damaged_folders(script, tmp_path: Path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from exp.evaluation.metrics import compute_scores
 from exp.reproduction.measured import PAIRED, Measured, Training
 from exp.reproduction.plans import find_counterpart
-from exp.reproduction.published import Figure, Table
+from exp.reproduction.published import PublishedValue, Table
 from exp.reproduction.report.formats import (
     format_interval,
     format_number,
@@ -55,7 +55,7 @@ class Row:
 def table_rows(table: Table, measured: Measured) -> list[Row]:
     """A published table -> its figures beside the measured ones, and after each rule's what it gains over argmax."""
     rows = []
-    for figure in table.figures:
+    for figure in table.values:
         if figure.value is None:
             continue
         found = find_counterpart(figure)
@@ -75,12 +75,12 @@ def table_rows(table: Table, measured: Measured) -> list[Row]:
     return rows
 
 
-def _argmax_beside(figure: Figure, table: Table) -> Figure | None:
+def _argmax_beside(figure: PublishedValue, table: Table) -> PublishedValue | None:
     """The figure of argmax that a rule's is to be compared with; None where the table has none of that meaning."""
     if table.unit != "percent" or figure.rule == "argmax" or figure.column.endswith(("_std", "p")):
         return None
     place = (figure.row, figure.data, figure.column)
-    same = (f for f in table.figures if (f.row, f.data, f.column) == place and f.rule == "argmax")
+    same = (f for f in table.values if (f.row, f.data, f.column) == place and f.rule == "argmax")
     return next(same, None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from exp.evaluation.comparison import Comparison
 from exp.evaluation.metrics import compute_scores
 from exp.reproduction.measured import Measured, Training, compare_seeds, seed_scores
-from exp.reproduction.plans import ALL, table_cells
+from exp.reproduction.plans import ALL, table_jobs
 from exp.reproduction.report.formats import format_gain
 from exp.reproduction.report.series import LENGTH, Series, Step, find_losses, find_series
 
@@ -52,7 +52,7 @@ class Trainings:
 
 
 def find_trainings(measured: Measured) -> Trainings:
-    digests = {cell.digest for cell in table_cells(ALL)}
+    digests = {job.digest for job in table_jobs(ALL)}
     found: tuple[list[Training], list[Training]] = ([], [])
     for digest, trainings in measured.trainings():
         found[digest in digests].extend(trainings)
