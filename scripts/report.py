@@ -30,7 +30,7 @@ def main() -> None:
         raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
     if args.readme is not None and not args.readme.is_file():
         raise InputError(f"--readme {args.readme}: no such file, expected one with marks for results")
-    from exp.reproduction.report.page import write_report
+    from exp.reproduction.report.build import write_report
 
     print(f"report: {write_report(args.output_dir, args.readme)}")
     if args.readme is not None:

@@ -1,7 +1,7 @@
 """Results below a folder -> measured counterparts of published figures, computed from the counts of every image."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,21 +28,15 @@ from exp.reproduction.plans import Counterpart
 from exp.runtime.errors import InputError
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A rule's score minus argmax's, in percent points, with its 95 % interval where the score has one."""
-
-    value: float
-    interval: tuple[float, float] | None = None
+LENGTH, NOISE = "iterations", "label noise"  # what trainings of a series differ in
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class SeedGain:
     """One score's gain over several seeds of one training.
 
-    values: a seed each, one or more. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
+    values: one per seed. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
     averaged over the seeds, where the score is defined in all of them; p by Wilcoxon's signed-rank test. seed_p: of the
     seeds' gains, by the paired t-test; NaN for one seed.
     """
@@ -50,7 +44,7 @@ class SeedGain:
     values: tuple[float, ...]
     num_units: int
     mean: float
-    interval: tuple[float, float] | None
+    interval: Interval | None
     p_value: float
     wins: int
     losses: int
@@ -82,39 +76,33 @@ class Measured:
         path = self.existing.find(job, rule)
         return None if path is None else self.load(path)
 
-    def trainings(self) -> Iterable[tuple[str, list["Training"]]]:
-        """The digest of each training that argmax has evaluated, and its evaluations, a folder each."""
+    def trainings(self) -> Iterator[tuple[str, "Training"]]:
+        """Evaluations of trainings by argmax and perhaps other rules, one per folder, with the training's digest."""
         for digest, entries in sorted(self.existing.results.items()):
-            folders: dict[tuple, list[tuple[Path, dict]]] = {}
-            for path, content in entries:
-                folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
-            found = (self._training(folder, members) for (folder, _), members in sorted(folders.items()))
-            yield digest, [training for training in found if training is not None]
+            yield from ((digest, training) for training in self._by_folder(entries))
 
-    def true_maps(self) -> list["Training"]:
-        """Rules evaluated on the probabilities from which labels were drawn, a folder each."""
-        folders: dict[Path, list[tuple[Path, dict]]] = {}
-        for path, content in self.existing.true:
-            folders.setdefault(path.parent, []).append((path, content))
-        found = (self._training(folder, members) for folder, members in sorted(folders.items()))
-        return [training for training in found if training is not None]
+    def true_maps(self) -> Iterator["Training"]:
+        """Rules evaluated on the probabilities from which labels were drawn, one per folder."""
+        return self._by_folder(self.existing.true)
 
-    def _training(self, folder: Path, members: Sequence[tuple[Path, dict]]) -> "Training | None":
-        """Results of one folder -> its training; None without argmax, by a score that no image has, or of what a later
-        evaluation replaced."""
-        results = {path.stem: self.load(path) for path, _ in members}
-        base = results.pop("argmax", None)
-        if base is None or folder.parent.name == "older":
-            return None
-        same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
-        content = members[0][1]
-        config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
-        test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
-        metric, temperature = test.get("metric"), test.get("temperature")
-        if metric not in PAIRED or not isinstance(temperature, int | float):
-            return None
-        place = folder.parent.relative_to(self.output).as_posix()
-        return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place, test)
+    def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
+        """Results of one training -> those with argmax and a score that every image has, one per folder."""
+        folders: dict[tuple, list[tuple[Path, dict]]] = {}
+        for path, content in entries:
+            iteration = content.get("training", {}).get("iteration", 0)
+            folders.setdefault((path.parent, iteration), []).append((path, content))
+        for (folder, iteration), members in sorted(folders.items()):
+            results = {path.stem: self.load(path) for path, _ in members}
+            content = members[0][1]
+            test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
+            metric, temperature = test.get("metric"), test.get("temperature")
+            base = results.pop("argmax", None)
+            if base is None or metric not in PAIRED or not isinstance(temperature, int | float):
+                continue
+            same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
+            config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
+            place = folder.parent.relative_to(self.output).as_posix()
+            yield Training(folder, config, iteration, metric, (base, *same), temperature, place, test)
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are evaluated."""
@@ -151,19 +139,19 @@ class Measured:
         each = timing["decision_milliseconds_per_image"].get(rule)
         return None if each is None else each * timing["images"] / 1000
 
-    def gain(self, base: Counterpart, other: Counterpart) -> Gain | None:
-        """What the rule of `other` gains over that of `base`, both on the same trainings; the interval is over the
-        images (cases) of all folds, or over the seeds."""
+    def gain(self, base: Counterpart, other: Counterpart) -> tuple[float | None, Interval | None]:
+        """What the rule of `other` gains over that of `base` on the same trainings, in percent points, with its 95 %
+        interval where the score has one: over the images (cases) of all folds, or over the seeds."""
         first, second = self.value(base), self.value(other)
         if first is None or second is None:
-            return None
+            return None, None
         if other.score not in PAIRED:
-            return Gain(second - first)
+            return second - first, None
         differences = [paired_differences(self.find(job, base.rule), self.find(job, other.rule), other.score)
                        for job in other.jobs]  # fmt: skip
-        seeds = len({job.seed for job in other.jobs}) > 1
-        values = np.array([d.mean() for d in differences]) if seeds else np.concatenate(differences)
-        return Gain(second - first, mean_interval(values))
+        is_seeded = len({job.seed for job in other.jobs}) > 1
+        values = np.array([d.mean() for d in differences]) if is_seeded else np.concatenate(differences)
+        return second - first, mean_interval(values)
 
 
 def read_times(path: Path) -> dict[str, Any]:
@@ -204,6 +192,20 @@ class Training:
         return ", ".join([*parts, *([] if self.temperature == 1 else ["after temperature scaling"])])
 
     @property
+    def long_name(self) -> str:
+        return self.name if self.is_true else f"{self.name}, {self.iteration} iterations"
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """All of them, argmax first."""
+        return tuple(result.rule for result in self.results)
+
+    @property
+    def unit(self) -> str:
+        """What is scored each: an image or, where images are slices of volumes, a case."""
+        return "image" if self.results[0].cases is None else "case"
+
+    @property
     def is_true(self) -> bool:
         """Whether the probabilities are those from which the labels were drawn; then `config` has `data` alone."""
         return "model" not in self.config
@@ -227,16 +229,15 @@ class Training:
         return *self.likeness(), self.iteration
 
     def likeness(self, left_out: str | None = None) -> tuple:
-        """What tells a training from others, but for the seed and, if asked, for "iterations" or "label noise"."""
-        names = tuple(result.rule for result in self.results)
+        """What tells a training from others, but for the seed and, if asked, for LENGTH or NOISE."""
         config = {key: value for key, value in self.config.items() if key not in ("seed", "iteration")}
         config |= {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
-        if left_out == "iterations":
+        if left_out == LENGTH:
             config["schedule"].pop("train_iters", None)
-        elif left_out == "label noise":
+        elif left_out == NOISE:
             config["data"].pop("label_noise", None)
         test = {**self.test, "metric": self.metric, "temperature": self.temperature == 1}  # fitted: differs by seed
-        return json.dumps([config, test], sort_keys=True), names, self.results[0].names
+        return json.dumps([config, test], sort_keys=True), self.rules, self.results[0].names
 
 
 def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:

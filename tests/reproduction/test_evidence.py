@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +14,15 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
 from exp.reproduction.job import Reevaluation, join_jobs
-from exp.reproduction.measured import Measured, Training, compare_seeds
-from exp.reproduction.published import load_tables
-from exp.reproduction.report.page import write_report
-from exp.reproduction.report.readme import BEGIN, END, results_section, update_readme
-from exp.reproduction.report.rows import summary, table_rows
-from exp.reproduction.report.sections import Trainings, find_trainings, loss_note
-from exp.reproduction.report.series import LENGTH, NOISE, find_losses
+from exp.reproduction.measured import LENGTH, NOISE, Measured, Training, compare_seeds
+from exp.reproduction.report.build import build_sections, write_report
+from exp.reproduction.report.training_sections import find_losses, loss_note
+from exp.reproduction.report.trainings import find_trainings
+from exp.reproduction.report.writers import BEGIN, END, update_readme
 from exp.reproduction.runner import Runner
 from exp.runtime.errors import InputError
 from tests.reproduction.test_page import Page
-from tests.reproduction.test_report import csv_rows, judge
+from tests.reproduction.test_report import csv_rows, write_results
 from tests.reproduction.test_reproduce import SMALL
 
 RULES = ("argmax", "rankseg_rma")
@@ -39,8 +39,8 @@ def noisy(level: float):
     return replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
 
 
-def judge_true(level: float, output: Path, gain: int) -> None:
-    """Results as scripts/evaluate_bayes.py writes them, on the images that `judge` makes up."""
+def write_true_results(level: float, output: Path, gain: int) -> None:
+    """Results as scripts/evaluate_bayes.py writes them, on the images that `write_results` makes up."""
     config = noisy(level).config.to_dict()
     names = tuple(f"0_{i:03d}" for i in range(12))
     counts = np.random.default_rng(3).integers(50, 100, (12, 3, 21))
@@ -60,11 +60,11 @@ def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evidence") / "out"
     longer = (*(o for o in SMALL.overrides if "train_iters" not in o), "schedule.train_iters=9")
     for seed in (0, 1):
-        judge(replace(SMALL, rules=RULES, seed=seed), folder)
-    judge(replace(SMALL, rules=RULES, overrides=longer), folder, shift=40)
+        write_results(replace(SMALL, rules=RULES, seed=seed), folder)
+    write_results(replace(SMALL, rules=RULES, overrides=longer), folder, shift=40)
     for level in (0.0, 0.4):
-        judge(noisy(level), folder, shift=int(10 * level))
-        judge_true(level, folder, gain=1 + int(10 * level))
+        write_results(noisy(level), folder, shift=int(10 * level))
+        write_true_results(level, folder, gain=1 + int(10 * level))
     write_report(folder)
     return folder
 
@@ -92,8 +92,8 @@ def test_lengths_and_noise_are_found_and_nothing_else(output: Path):
 
 def test_an_unfinished_training_has_no_length(tmp_path: Path):
     longer = (*(o for o in SMALL.overrides if "train_iters" not in o), "schedule.train_iters=9")
-    judge(replace(SMALL, rules=RULES), tmp_path)
-    judge(replace(SMALL, rules=RULES, overrides=longer), tmp_path, iteration=6)
+    write_results(replace(SMALL, rules=RULES), tmp_path)
+    write_results(replace(SMALL, rules=RULES, overrides=longer), tmp_path, iteration=6)
     assert find_trainings(Measured(tmp_path)).series == []
 
 
@@ -152,7 +152,7 @@ def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
     "change", [{"test": 5}, {"test": {"name": "t", "metric": "mIoU", "temperature": 1.0}}, {"data": {}}]
 )
 def test_results_of_something_else_are_passed_over(tmp_path: Path, change: dict):
-    judge(replace(SMALL, rules=RULES), tmp_path)
+    write_results(replace(SMALL, rules=RULES), tmp_path)
     for path in tmp_path.glob("*/*/results/*a*.json"):
         content = json.loads(path.read_text())
         if "config" in content:
@@ -174,7 +174,7 @@ def test_the_report_has_them(output: Path):
     assert noise.count("| network | rankseg_rma |") == 2
     assert "### true probabilities, shapes_noisy_binary, label noise 0.4\n" in text
     page = Page((output / "report" / "index.html").read_text())
-    assert page.tags["table"] == 9 + 1 + 2 + 7  # published, seeds, series, trainings with the true probabilities
+    assert page.tags["table"] == 9 + 1 + 1 + 2 + 7  # published, rules, seeds, series, trainings and true probabilities
     assert "gain by label noise, with 95 % intervals" in (output / "report" / "index.html").read_text()
     latex = (output / "report" / "tables.tex").read_text()
     assert "gain by label noise}" in latex
@@ -182,13 +182,6 @@ def test_the_report_has_them(output: Path):
     assert {row["of"] for row in rows} >= {"argmax", "rankseg_rma", "rankseg_rma - argmax", "rankseg_exact - argmax"}
     gains = [row for row in rows if row["of"] == "rankseg_rma - argmax" and row["score"] == "mIoUI"]
     assert all(row["low"] and float(row["low"]) <= float(row["difference"] or row["measured"]) for row in gains)
-
-
-def readme_input(output: Path) -> tuple[str, Trainings]:
-    measured = Measured(output)
-    rows = [row for table in load_tables().values() for row in table_rows(table, measured)]
-    trainings = find_trainings(measured)
-    return summary(rows, trainings), trainings
 
 
 def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path: Path):
@@ -203,8 +196,11 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
     assert "old" not in text
     write_report(output, path)
     assert path.read_text() == text
-    assert results_section(*readme_input(output)) in text
-    assert readme_input(output)[0] in (output / "report" / "tables.md").read_text()
+    measured = Measured(output)
+    _, lead = build_sections(measured, find_trainings(measured))
+    assert textwrap.fill(lead, 120) in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+    assert all(table in (output / "report" / "tables.md").read_text() for table in re.findall(r"(?:\|.*\n)+", text))
     # One training without a series has two seeds: shown with the length that is the longest, and by length.
     assert "unet_mobilenetv3_small_100, shapes, ce, 9 iterations, one seed | argmax" in text
     assert "shapes, ce, 3 iterations, 2 seeds" not in text
@@ -213,11 +209,11 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
 
 
 @pytest.mark.parametrize("content", ["no marks", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
-def test_a_file_without_marks_is_left_alone(output: Path, tmp_path: Path, content: str):
+def test_a_file_without_marks_is_left_alone(tmp_path: Path, content: str):
     path = tmp_path / "README.md"
     path.write_text(content)
     with pytest.raises(InputError, match="expected the lines"):
-        update_readme(path, *readme_input(output))
+        update_readme(path, [], "lead")
     assert path.read_text() == content
 
 

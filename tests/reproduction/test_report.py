@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ from exp.reproduction import plans
 from exp.reproduction.job import Job
 from exp.reproduction.measured import Measured, Training, compare_seeds
 from exp.reproduction.plans import find_counterpart, table_jobs
-from exp.reproduction.report.formats import latex_text
-from exp.reproduction.report.page import write_report
-from exp.reproduction.report.sections import find_trainings, training_titles
+from exp.reproduction.report.build import build_sections, write_report
+from exp.reproduction.report.trainings import find_trainings, training_titles
+from exp.reproduction.report.writers import latex_text
 from tests.config.test_config import compose
 from tests.reproduction.test_reproduce import SMALL, published
 
 
-def judge(job: Job, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
+def write_results(job: Job, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
     """Write results of a job's rules as an evaluation does: random counts; later rules are a little better."""
     config = job.config.to_dict()
     medical = job.fold is not None
@@ -62,12 +63,12 @@ def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "out"
     for job in table_jobs("table2"):
         if (job.model, job.data) == ("unet_resnet50d", "lits"):
-            judge(job, folder)
+            write_results(job, folder)
     for job in table_jobs("table7"):
         if job.data == "pascal_voc":
-            judge(job, folder)
+            write_results(job, folder)
     for seed in (0, 1):
-        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
+        write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
     write_report(folder)
     return folder
 
@@ -142,9 +143,11 @@ def test_what_is_missing_says_how_to_get_it_and_what_cannot_be_why(output: Path)
 
 
 def test_misprints_have_their_notes(output: Path):
-    section = (output / "report" / "tables.md").read_text().partition("## table2")[2].partition("## table3")[0]
+    section = (output / "report" / "tables.md").read_text().partition("### table2")[2].partition("### table3")[0]
     assert "| unet_resnet50d | kits | mIoUI | rankseg_ba | 50.34 [1][" in section
-    medical = (output / "report" / "tables.md").read_text().partition("## readme_medical")[2].partition("## table1")[0]
+    medical = (
+        (output / "report" / "tables.md").read_text().partition("### readme_medical")[2].partition("### table1")[0]
+    )
     assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma | 40.09 |" in medical
     assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma - argmax | +1.64 [1] |" in medical  # argmax's note
     assert "[1] Print" in section
@@ -191,19 +194,19 @@ def test_other_trainings_and_their_seeds(output: Path):
 def test_trainings_of_the_papers_tables_have_plots_too(output: Path):
     """Of seed 0 and fold 0; and what was measured comes first."""
     text = (output / "report" / "index.html").read_text()
-    shown = re.findall(r'<section id="paper-\d+"><h2>(.*?)</h2>(.*?)</section>', text, re.DOTALL)
+    shown = re.findall(r'<section id="paper-\d+"><h3>(.*?)</h3>(.*?)</section>', text, re.DOTALL)
     titles = [title for title, _ in shown]
     assert [title.split(", ")[1:4] for title in titles] == [["lits", "ce", "fold 0"], ["pascal_voc", "ce", "seed 0"]]
     assert all(content.count("<img") >= 4 for _, content in shown)
     assert text.index('<section id="table1">') < text.index('<section id="paper-0">') < text.index('id="training-0"')
     tables = (output / "report" / "tables.md").read_text()
-    assert tables.index("## table1") < tables.index("## Other trainings")
+    assert tables.index("## table1") < tables.index("## Trainings of these") < tables.index("## Other trainings")
 
 
 def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
     """A copy of a run is none, and an evaluation under other test settings is compared with none of these."""
     for seed in (0, 1):
-        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
+        write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
     run = next(path.parent for path in tmp_path.glob("*/*/results") if ".seed1." not in str(path))
     for folder in ("copy", "flipped"):
         shutil.copytree(run, run.parent / folder / run.name)
@@ -219,7 +222,7 @@ def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
 
 
 def test_evaluations_of_one_training_have_titles_of_their_own(tmp_path: Path):
-    judge(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
+    write_results(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
     run = next(tmp_path.glob("*/*/results")).parent
     shutil.copytree(run, run.parent / "fixed" / run.name)
     titles = training_titles(find_trainings(Measured(tmp_path)).others)
@@ -252,7 +255,8 @@ def test_statistics_over_seeds():
 
 def test_latex_is_balanced_and_escaped(output: Path):
     text = (output / "report" / "tables.tex").read_text()
-    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == 9 + 3  # published, and the others
+    tables = 9 + 2 + 1 + 1 + 2  # published, the paper's trainings, rules of others, their seeds, each alone
+    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == tables
     assert text.replace("\\{", "").replace("\\}", "").count("{") == text.replace("\\{", "").replace("\\}", "").count(
         "}"
     )
@@ -264,6 +268,48 @@ def test_latex_is_balanced_and_escaped(output: Path):
     assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (
         r"a\_b \& 5\% of \$x \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}"
     )
+    assert latex_text("-1.5 -> [+2, -3], fold-0 <") == r"$-$1.5 $\to$ [+2, $-$3], fold-0 $<$"
+
+
+def test_all_files_have_the_same_sections_in_the_same_order(output: Path):
+    """Titles, tables, footnotes and notes; tables.csv has the lines of those that have any."""
+    measured = Measured(output)
+    sections, lead = build_sections(measured, find_trainings(measured))
+    markdown, page, tex = ((output / "report" / name).read_text() for name in ("tables.md", "index.html", "tables.tex"))
+    titles = [section.title for section in sections]
+    assert len(set(titles)) == len(titles) == 9 + 2 + 2 + 1 + 2
+    assert re.findall(r"^### (.*)", markdown, re.M) == titles
+    assert list(map(unescape, re.findall(r"<h3>(.*?)</h3>", page))) == titles
+    with_table = [section for section in sections if section.rows]
+    assert re.findall(r"\\caption\{(.*)\}", tex) == [latex_text(section.title) for section in with_table]
+    keys = [section.key for section in sections]
+    assert re.findall(r'<section id="(.*?)">', page) == re.findall(r'<a href="#(.*?)">', page) == keys
+    for section in sections:
+        texts = [section.lead, *section.footnotes, *section.notes]
+        assert all(text in markdown and escape(text).replace("`", "") in re.sub("</?code>", "", page) for text in texts)
+        plain = tex.replace("\\texttt{", "").replace("\\allowbreak ", "").replace("}", "")
+        assert all(latex_text(text.replace("`", "")).replace("}", "") in plain for text in texts)
+    rows = [row for section in with_table for row in section.rows]
+    marked = (
+        [cell.text + " " * bool(cell.marks) + "".join(f"[{m}]" for m in cell.marks) for cell in row] for row in rows
+    )
+    in_markdown = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    starts = {f"| {' | '.join(section.header)} |" for section in with_table}
+    assert [line for line in in_markdown if line not in starts] == [f"| {' | '.join(row)} |" for row in marked]
+    in_page = re.findall(r"<tr>(<td.*?)</tr>", page)
+    assert len(in_page) == len(rows)
+    in_tex = [line for line in tex.splitlines() if line.endswith(" \\\\") and not line.startswith("\\label")]
+    headers = [" & ".join(map(latex_text, section.header)) + " \\\\" for section in with_table]
+    in_tex = [line for line in in_tex if line not in headers]
+    for row, html_row, tex_row in zip(rows, in_page, in_tex, strict=True):
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", html_row)
+        assert [unescape(re.sub(r"<sup>.*</sup>", "", cell)) for cell in cells] == [cell.text for cell in row]
+        plain = re.sub(r"\\textsuperscript\{[\d,]+\}", "", tex_row.removesuffix(" \\\\"))
+        assert plain.split(" & ") == [latex_text(cell.text) for cell in row]
+    lines = [line for section in sections for line in section.lines]
+    assert [row["row"] for row in csv_rows(output)] == [line.row for line in lines]
+    assert lead in markdown
+    assert escape(lead) in page
 
 
 @pytest.mark.slow
@@ -284,14 +330,14 @@ def test_latex_makes_a_document_of_it(output: Path, tmp_path: Path):
 def test_unfinished_trainings_do_not_count(tmp_path: Path):
     job = table_jobs("table4")[0]
     medical = next(c for c in table_jobs("table2") if c.data == "kits")
-    judge(medical, tmp_path, iteration=70)  # of a schedule in epochs
+    write_results(medical, tmp_path, iteration=70)  # of a schedule in epochs
     assert Measured(tmp_path).find(medical, "argmax") is None
-    judge(job, tmp_path, iteration=30_000)
+    write_results(job, tmp_path, iteration=30_000)
     assert (
         Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
     )
     shutil.rmtree(tmp_path / job.name)
-    judge(job, tmp_path)
+    write_results(job, tmp_path)
     assert Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
 
 
@@ -302,7 +348,7 @@ def test_empty_and_damaged_folders(script, tmp_path: Path):
     status, printed, _ = script("report", tmp_path)
     assert status == 0
     assert f"report: {tmp_path / 'report'}" in printed
-    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    write_results(replace(SMALL, rules=("argmax",)), tmp_path)
     for text in ('{"rule": "argmax", "training": 5, "config": {}}', '{"rule": "argmax"}'):  # results of something else
         (tmp_path / "other" / "results").mkdir(parents=True, exist_ok=True)
         (tmp_path / "other" / "results" / "argmax.json").write_text(text)

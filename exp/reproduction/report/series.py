@@ -1,19 +1,17 @@
-"""What goes beyond the paper's tables: where a rule loses, and how its gain moves with training length and noise."""
+"""Trainings that differ in their length or in the noise of their labels alone, and what rules gain along these."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from exp.evaluation.comparison import Comparison
-from exp.reproduction.measured import SeedGain, Training, compare_seeds, seed_scores
-
-LENGTH, NOISE = "iterations", "label noise"
+from exp.reproduction.measured import LENGTH, NOISE, SeedGain, Training, compare_seeds, seed_scores
 
 
 @dataclass(frozen=True)
 class Step:
-    """One value of what varies, and the trainings that have it, a seed each. source: whose probabilities are judged."""
+    """One value of what varies, and the trainings that have it, one per seed. source: whose probabilities are
+    evaluated."""
 
     value: float
     trainings: tuple[Training, ...]
@@ -29,7 +27,7 @@ class Step:
     @property
     def rules(self) -> tuple[str, ...]:
         """All of them, argmax first."""
-        return tuple(result.rule for result in self.trainings[0].results)
+        return self.trainings[0].rules
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,11 @@ class Series:
         return f"{name}: gain by {'length of training' if self.label == LENGTH else NOISE}"
 
 
-def find_losses(training: Training) -> list[Comparison]:
-    """Where a rule stays below argmax with its whole interval."""
-    return [c for c in training.comparisons if c.interval is not None and c.interval[1] < 0]
-
-
 def find_series(trainings: Sequence[Training], true_maps: Sequence[Training] = ()) -> list[Series]:
-    """Trainings, and rules judged on true probabilities -> what varies with length or noise, from two steps on."""
-    judged = [t for t in trainings if len(t.results) > 1 and not t.is_true]
-    found = _vary(judged, LENGTH, _finished_length)
-    for series in _vary(judged, NOISE, lambda t: t.config["data"].get("label_noise")):
+    """Trainings, and rules evaluated on true probabilities -> what varies with length or noise, from two steps on."""
+    evaluated = [t for t in trainings if len(t.results) > 1 and not t.is_true]
+    found = _vary(evaluated, LENGTH, _finished_length)
+    for series in _vary(evaluated, NOISE, lambda t: t.config["data"].get("label_noise")):
         first = series.training
         true = {t.config["data"]["label_noise"]: t for t in true_maps if _same_images(t, first)}
         steps = [Step(step.value, step.trainings, "network") for step in series.steps]
