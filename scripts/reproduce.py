@@ -8,19 +8,22 @@
 TABLE: readme_natural, readme_medical, table1 ... table7, all, or laptop (small networks on CamVid and hippocampus, for
 two CPU cores). Every training is run once, whichever tables need it, and evaluated by all of their rules in one pass.
 What is done is skipped, by what it says of its config; an interrupted training resumes; a failed one is told and does
-not stop the others. Started again, the same command does what is missing.
+not stop the others. Started again, the same command does what is missing. --dry_run prints what exists, what is missing
+with its commands and, where exp/reproduction/speeds.json has the speeds of a device, what each table costs on it.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.reproduction.existing import TRAINED, UNTRAINED, WAITING, Existing, State
 from exp.reproduction.job import Job
-from exp.reproduction.plans import LAPTOP, join_jobs, table_jobs, with_settings
+from exp.reproduction.plans import ALL, LAPTOP, join_jobs, table_jobs, with_settings
+from exp.reproduction.published import load_tables
 from exp.reproduction.runner import Runner, laptop_data, missing_jobs
 from exp.runtime.errors import InputError, run_and_report
 from exp.runtime.interrupt import catch_signals
@@ -47,10 +50,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def choose_jobs(args: argparse.Namespace) -> list[Job]:
-    """The trainings of all tables asked for, each once, under the settings of the command line."""
+def choose_jobs(tables: Iterable[str], args: argparse.Namespace) -> list[Job]:
+    """The trainings of these tables, each once, under the settings of the command line."""
     weights = None if args.weights is None else str(Path(args.weights).resolve())
-    jobs = [job for name in args.tables for job in table_jobs(name)]
+    jobs = [job for name in tables for job in table_jobs(name)]
     return join_jobs(with_settings(jobs, args.overrides, weights))
 
 
@@ -64,6 +67,17 @@ def count(jobs: list[Job]) -> str:
     """How many trainings, and further evaluations of them, in words."""
     again = sum(job.reevaluation is not None for job in jobs)
     return f"{len(jobs) - again} trainings" + (f" and {again} further evaluations" if again else "")
+
+
+def print_costs(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """What each table and all of them take in device hours; nothing where no speeds were measured."""
+    from exp.reproduction import speeds  # with PyTorch behind it, as in main()
+
+    measured = speeds.load_speeds(speeds.SPEEDS_FILE)
+    if measured is not None:
+        names = dict.fromkeys(n for name in args.tables for n in (load_tables() if name == ALL else [name]))
+        tables = {name: choose_jobs([name], args) for name in names}
+        print("\n".join(speeds.describe_costs(tables, jobs, measured)))
 
 
 def run_local(pairs: list[tuple[Job, State]], runner: Runner) -> int:
@@ -82,7 +96,7 @@ def run_local(pairs: list[tuple[Job, State]], runner: Runner) -> int:
 def main() -> None:
     args = parse_args()
     output = args.output_dir
-    jobs = choose_jobs(args)
+    jobs = choose_jobs(args.tables, args)
     existing = Existing(output)
     pairs = missing_jobs(jobs, existing)
     data_dir = args.data_dir
@@ -96,6 +110,7 @@ def main() -> None:
         for job in jobs:
             print(describe_job(job, existing.state(job), runner))
         print(f"{count(jobs)}, {len(jobs) - len(pairs)} of them done")
+        print_costs(args, jobs)
         return
     if LAPTOP in args.tables and pairs:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,122 @@
+"""Measured speeds of the networks -> what the trainings of a table cost in device hours.
+
+speeds.json, as scripts/check_gpu.py writes it:
+
+    {"device": "...", "date": "...", "torch": "...", "networks": {"<model YAML>": {"crop_size": [h, w], "batch_size": 8,
+     "amp": "off", "train_images_per_second": 12.3, "eval_windows_per_second": 45.6, "peak_gib": 10.2}}}
+
+The key of a network that was measured with several crops is <model YAML>@<h>x<w>.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exp.config.data import DataConfig
+from exp.config.evaluation import TestConfig
+from exp.data.loader import count_iterations
+from exp.data.prepare.facts import SPLIT_TOTALS, VOLUMES
+from exp.evaluation.inference import starts
+from exp.files.text import read_json
+from exp.reproduction.job import Job
+from exp.runtime.errors import InputError
+
+SPEEDS_FILE = Path(__file__).with_name("speeds.json")
+# Of the images that are evaluated. VOC: the largest; ADE20K: most, as their shorter side was reduced to 512.
+IMAGE_SIZES = {"pascal_voc": (500, 500), "cityscapes": (1024, 2048), "ade20k": (512, 683), "camvid": (360, 480)}
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured, and on what: networks by name, each with its images and windows per second."""
+
+    device: str
+    date: str
+    torch: str
+    networks: Mapping[str, Mapping[str, Any]]
+
+
+def load_speeds(path: Path) -> Speeds | None:
+    """The file's content; None if it is not there."""
+    if not path.is_file():
+        return None
+    content = read_json(path, "measured speeds of networks")
+    try:
+        for network in content["networks"].values():
+            height, width = network["crop_size"]
+            numbers = (height, width, network["train_images_per_second"], network["eval_windows_per_second"])
+            if not all(number > 0 for number in numbers) or not isinstance(network["amp"], str):
+                raise ValueError(f"got {network}")
+        return Speeds(*(content[key] for key in ("device", "date", "torch", "networks")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}), expected measured speeds of networks") from None
+
+
+def estimate_hours(job: Job, speeds: Speeds) -> float | None:
+    """Hours of one device for a training and its evaluation; None where the network's speed or the data are not known.
+
+    A network that was measured with another crop is as fast in pixels. Decision rules, loading and the validations of
+    the training are left out.
+    """
+    config = job.config
+    if job.reevaluation is not None and job.reevaluation.true:
+        return 0.0
+    height, width = config.data.crop_size
+    network = speeds.networks.get(f"{job.model}@{height}x{width}", speeds.networks.get(job.model))
+    images = count_images(config.data)
+    windows = count_windows(config.data, config.test)
+    if network is None or network["amp"] != config.schedule.amp or images is None or windows is None:
+        return None
+    pixels = network["crop_size"][0] * network["crop_size"][1]
+    window_pixels = config.test.crop_size[0] * config.test.crop_size[1]
+    seconds = images[1] * windows * window_pixels / pixels / network["eval_windows_per_second"]
+    if job.reevaluation is None:
+        seen = count_iterations(config.schedule, images[0]) * config.schedule.batch_size
+        seconds += seen * height * width / pixels / network["train_images_per_second"]
+    return seconds / 3600
+
+
+def count_images(config: DataConfig) -> tuple[int, int] | None:
+    """Training and validation images of a data set that is complete; None where their number is not known."""
+    splits = SPLIT_TOTALS.get(config.dataset, {})
+    folds = VOLUMES[config.dataset].fold_slices if config.dataset in VOLUMES else None
+    if folds is not None:
+        totals = (sum(folds) - folds[config.fold], folds[config.fold])
+    else:
+        totals = (splits.get(config.train_split), splits.get(config.val_split))
+    chosen = [
+        total if limit is None else limit if total is None else min(limit, total)
+        for total, limit in zip(totals, (config.train_samples, config.val_samples))
+    ]
+    return None if None in chosen else tuple(chosen)
+
+
+def count_windows(data: DataConfig, test: TestConfig) -> int | None:
+    """Windows of all views of one image; None where the size of the images is not known."""
+    size = data.test_crop or IMAGE_SIZES.get(data.dataset)
+    if size is None:
+        return None
+    windows = 0
+    for scale in test.scales:
+        rows, columns = (
+            len(starts(max(round(side * scale), crop), crop, stride))
+            for side, crop, stride in zip(size, test.crop_size, test.stride)
+        )
+        windows += rows * columns
+    return windows * (1 + test.flip)
+
+
+def describe_costs(tables: Mapping[str, Sequence[Job]], total: Sequence[Job], speeds: Speeds) -> list[str]:
+    """A line per table, and one for `total`, in which trainings that tables share count once."""
+    lines = [f"cost {name}: {_add_up(jobs, speeds)}" for name, jobs in tables.items()]
+    lines.append(f"cost in all, each training once: {_add_up(total, speeds)}")
+    measured = f"{speeds.device}, {speeds.date}, PyTorch {speeds.torch}"
+    return [*lines, f"by the networks' speeds on {measured}; decision rules, loading and validations come on top"]
+
+
+def _add_up(jobs: Sequence[Job], speeds: Speeds) -> str:
+    hours = [estimate_hours(job, speeds) for job in jobs]
+    unknown = hours.count(None)
+    text = f"{sum(value for value in hours if value is not None):.1f} device hours"
+    return f"{text}, without {unknown} of {len(jobs)}, whose speed is not known" if unknown else text
