@@ -71,13 +71,13 @@ def count(jobs: list[Job]) -> str:
 
 def print_costs(args: argparse.Namespace, jobs: list[Job]) -> None:
     """What each table and all of them take in device hours; nothing where no speeds were measured."""
-    from exp.reproduction import speeds  # with PyTorch behind it, as in main()
+    from exp.reproduction import dry_run  # with PyTorch behind it, as in main()
 
-    measured = speeds.load_speeds(speeds.SPEEDS_FILE)
+    measured = dry_run.load_speeds(dry_run.SPEEDS_FILE)
     if measured is not None:
         names = dict.fromkeys(n for name in args.tables for n in (load_tables() if name == ALL else [name]))
         tables = {name: choose_jobs([name], args) for name in names}
-        print("\n".join(speeds.describe_costs(tables, jobs, measured)))
+        print("\n".join(dry_run.describe_costs(tables, jobs, measured)))
 
 
 def run_local(pairs: list[tuple[Job, State]], runner: Runner) -> int:
@@ -101,7 +101,7 @@ def main() -> None:
     pairs = missing_jobs(jobs, existing)
     data_dir = args.data_dir
     if args.dry_run or args.launcher == "slurm":
-        from exp.reproduction.data_state import describe_data  # with PyTorch behind it: not before it is needed
+        from exp.reproduction.dry_run import describe_data  # with PyTorch behind it: not before it is needed
 
         for line in describe_data(jobs, data_dir):
             print(line)

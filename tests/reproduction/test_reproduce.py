@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from exp.data.prepare.facts import VOLUMES
-from exp.reproduction import data_state, plans
+from exp.reproduction import dry_run, plans
 from exp.reproduction.existing import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Existing
 from exp.reproduction.job import Job, join_jobs
 from exp.reproduction.laptop import fixed, tempered
@@ -311,11 +311,11 @@ def test_a_dry_run_of_every_table_on_whole_partial_and_empty_data(
     more = 0 if share == "all" else 1
     for name, splits in SPLITS.items():
         first = next(iter(splits))
-        monkeypatch.setitem(data_state.SPLIT_TOTALS, name, {**splits, first: splits[first] + more})
+        monkeypatch.setitem(dry_run.SPLIT_TOTALS, name, {**splits, first: splits[first] + more})
     for name in ("lits", "kits"):
         facts = replace(VOLUMES[name], fold_slices=(1, 1, 1, 1, 1 + more))
-        monkeypatch.setitem(data_state.VOLUMES, name, facts)
-    monkeypatch.setitem(data_state.VOLUMES, "hippocampus", replace(VOLUMES["hippocampus"], total_cases=5 + more))
+        monkeypatch.setitem(dry_run.VOLUMES, name, facts)
+    monkeypatch.setitem(dry_run.VOLUMES, "hippocampus", replace(VOLUMES["hippocampus"], total_cases=5 + more))
     (tmp_path / "empty").mkdir()
     data = tmp_path / "empty" if share == "none" else small_data
     status, printed, _ = script("reproduce", table, "--data_dir", data, "--output_dir", tmp_path / "out", "--dry_run")

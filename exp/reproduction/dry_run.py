@@ -1,11 +1,9 @@
-"""Measured speeds of the networks -> what the trainings of a table cost in device hours.
+"""What a dry run tells of tables: the data sets that are there, and device hours by measured speeds of the networks.
 
-speeds.json, as scripts/check_gpu.py writes it:
+speeds.json, as scripts/check_gpu.py writes it; the key of a network measured with several crops is <YAML>@<h>x<w>:
 
     {"device": "...", "date": "...", "torch": "...", "networks": {"<model YAML>": {"crop_size": [h, w], "batch_size": 8,
      "amp": "off", "train_images_per_second": 12.3, "eval_windows_per_second": 45.6, "peak_gib": 10.2}}}
-
-The key of a network that was measured with several crops is <model YAML>@<h>x<w>.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,9 @@ from typing import Any
 
 from exp.config.data import DataConfig
 from exp.config.evaluation import TestConfig
+from exp.data import build_dataset, find_dataset
 from exp.data.loader import count_iterations
-from exp.data.prepare.facts import SPLIT_TOTALS, VOLUMES
+from exp.data.prepare.facts import ARCHIVES, SPLIT_TOTALS, VOLUMES
 from exp.evaluation.inference import starts
 from exp.files.text import read_json
 from exp.reproduction.job import Job
@@ -25,6 +24,47 @@ from exp.runtime.errors import InputError
 SPEEDS_FILE = Path(__file__).with_name("speeds.json")
 # Of the images that are evaluated. VOC: the largest; ADE20K: most, as their shorter side was reduced to 512.
 IMAGE_SIZES = {"pascal_voc": (500, 500), "cityscapes": (1024, 2048), "ade20k": (512, 683), "camvid": (360, 480)}
+
+
+def describe_data(jobs: Sequence[Job], data_dir: Path) -> list[str]:
+    """The jobs' data sets -> a line each."""
+    configs = {job.data: job.config.data for job in reversed(jobs)}  # of each the first
+    return [f"data {name}: {describe_set(configs[name], data_dir)}" for name in dict.fromkeys(j.data for j in jobs)]
+
+
+def describe_set(config: DataConfig, data_dir: Path) -> str:
+    """complete, partial or empty, and why; files are listed, none is opened."""
+    try:
+        parts = [build_dataset(config, str(data_dir), split) for split in ("train", "val")]
+    except InputError as error:
+        folders = [data_dir / folder for archive in ARCHIVES.get(config.dataset, ()) for folder in archive.folders]
+        is_partial = any(path.is_file() for folder in folders for path in folder.rglob("*"))
+        return f"{'partial' if is_partial else 'empty'}: {error}"
+    found = " and ".join(f"{len(part)} {split}" for part, split in zip(parts, ("train", "val"))) + " images"
+    if config.fold is not None:
+        found += f", fold {config.fold}"
+    if not find_dataset(config.dataset).on_disk:
+        return f"complete: {found}, made on the fly"
+    images, number, what = count_images(config), sum(map(len, parts)), "images"
+    known = None if images is None else sum(images)
+    if config.dataset == "hippocampus":  # whose slices nobody has counted, but the cases
+        known, what = VOLUMES[config.dataset].total_cases, "cases"
+        number = len({sample.case for part in parts for sample in part.samples})
+    if known is None or config.train_samples or config.val_samples:
+        return f"of unknown total: {found}"
+    return f"{'complete' if number == known else 'partial'}: {found}; {number} of {known} {what}"
+
+
+def count_images(config: DataConfig) -> tuple[int, int] | None:
+    """Training and validation images of a data set that is complete; None where their number is not known."""
+    splits = SPLIT_TOTALS.get(config.dataset, {})
+    totals = (splits.get(config.train_split), splits.get(config.val_split))
+    if config.dataset in VOLUMES and VOLUMES[config.dataset].fold_slices is not None:
+        slices = VOLUMES[config.dataset].fold_slices
+        totals = (sum(slices) - slices[config.fold], slices[config.fold])
+    limits = (config.train_samples, config.val_samples)
+    chosen = [total and min(total, limit or total) for total, limit in zip(totals, limits)]
+    return None if None in chosen else tuple(chosen)
 
 
 @dataclass(frozen=True)
@@ -75,21 +115,6 @@ def estimate_hours(job: Job, speeds: Speeds) -> float | None:
         seen = count_iterations(config.schedule, images[0]) * config.schedule.batch_size
         seconds += seen * height * width / pixels / network["train_images_per_second"]
     return seconds / 3600
-
-
-def count_images(config: DataConfig) -> tuple[int, int] | None:
-    """Training and validation images of a data set that is complete; None where their number is not known."""
-    splits = SPLIT_TOTALS.get(config.dataset, {})
-    folds = VOLUMES[config.dataset].fold_slices if config.dataset in VOLUMES else None
-    if folds is not None:
-        totals = (sum(folds) - folds[config.fold], folds[config.fold])
-    else:
-        totals = (splits.get(config.train_split), splits.get(config.val_split))
-    chosen = [
-        total if limit is None else limit if total is None else min(limit, total)
-        for total, limit in zip(totals, (config.train_samples, config.val_samples))
-    ]
-    return None if None in chosen else tuple(chosen)
 
 
 def count_windows(data: DataConfig, test: TestConfig) -> int | None:

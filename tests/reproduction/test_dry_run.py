@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from exp.reproduction import speeds
+from exp.reproduction import dry_run
+from exp.reproduction.dry_run import count_images, count_windows, estimate_hours, load_speeds
 from exp.reproduction.job import Job, Reevaluation
 from exp.reproduction.plans import DEEPLAB, UPERNET, paper_job
-from exp.reproduction.speeds import count_images, count_windows, estimate_hours, load_speeds
 from exp.runtime.errors import InputError
 
 
@@ -59,7 +59,7 @@ def test_folds_and_epochs(tmp_path: Path):
 def test_a_dry_run_tells_the_costs_where_speeds_were_measured(script, tmp_path: Path, monkeypatch):
     sys.modules.pop("reproduce", None)
     flags = ["table4", "table6", "--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--dry_run"]
-    monkeypatch.setattr(speeds, "SPEEDS_FILE", tmp_path / "speeds.json")
+    monkeypatch.setattr(dry_run, "SPEEDS_FILE", tmp_path / "speeds.json")
     status, printed, _ = script("reproduce", *flags)
     assert status == 0
     assert "device hours" not in printed
