@@ -7,7 +7,6 @@ speeds.json, as scripts/check_gpu.py writes it; the key of a network measured wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,7 @@ def count_images(config: DataConfig) -> tuple[int, int] | None:
     return None if None in chosen else tuple(chosen)
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What was measured, and on what: networks by name, each with its images and windows per second."""
-
-    device: str
-    date: str
-    torch: str
-    networks: Mapping[str, Mapping[str, Any]]
-
-
-def load_speeds(path: Path) -> Speeds | None:
+def load_speeds(path: Path) -> dict[str, Any] | None:
     """The file's content; None if it is not there."""
     if not path.is_file():
         return None
@@ -88,12 +77,12 @@ def load_speeds(path: Path) -> Speeds | None:
             numbers = (height, width, network["train_images_per_second"], network["eval_windows_per_second"])
             if not all(number > 0 for number in numbers) or not isinstance(network["amp"], str):
                 raise ValueError(f"got {network}")
-        return Speeds(*(content[key] for key in ("device", "date", "torch", "networks")))
+        return {key: content[key] for key in ("device", "date", "torch", "networks")}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected measured speeds of networks") from None
 
 
-def estimate_hours(job: Job, speeds: Speeds) -> float | None:
+def estimate_hours(job: Job, speeds: Mapping[str, Any]) -> float | None:
     """Hours of one device for a training and its evaluation; None where the network's speed or the data are not known.
 
     A network that was measured with another crop is as fast in pixels. Decision rules, loading and the validations of
@@ -103,7 +92,7 @@ def estimate_hours(job: Job, speeds: Speeds) -> float | None:
     if job.reevaluation is not None and job.reevaluation.true:
         return 0.0
     height, width = config.data.crop_size
-    network = speeds.networks.get(f"{job.model}@{height}x{width}", speeds.networks.get(job.model))
+    network = speeds["networks"].get(f"{job.model}@{height}x{width}", speeds["networks"].get(job.model))
     images = count_images(config.data)
     windows = count_windows(config.data, config.test)
     if network is None or network["amp"] != config.schedule.amp or images is None or windows is None:
@@ -132,15 +121,15 @@ def count_windows(data: DataConfig, test: TestConfig) -> int | None:
     return windows * (1 + test.flip)
 
 
-def describe_costs(tables: Mapping[str, Sequence[Job]], total: Sequence[Job], speeds: Speeds) -> list[str]:
+def describe_costs(tables: Mapping[str, Sequence[Job]], total: Sequence[Job], speeds: Mapping[str, Any]) -> list[str]:
     """A line per table, and one for `total`, in which trainings that tables share count once."""
     lines = [f"cost {name}: {_add_up(jobs, speeds)}" for name, jobs in tables.items()]
     lines.append(f"cost in all, each training once: {_add_up(total, speeds)}")
-    measured = f"{speeds.device}, {speeds.date}, PyTorch {speeds.torch}"
+    measured = "{device}, {date}, PyTorch {torch}".format(**speeds)
     return [*lines, f"by the networks' speeds on {measured}; decision rules, loading and validations come on top"]
 
 
-def _add_up(jobs: Sequence[Job], speeds: Speeds) -> str:
+def _add_up(jobs: Sequence[Job], speeds: Mapping[str, Any]) -> str:
     hours = [estimate_hours(job, speeds) for job in jobs]
     unknown = hours.count(None)
     text = f"{sum(value for value in hours if value is not None):.1f} device hours"

@@ -1,4 +1,4 @@
-"""Results below a folder -> measured counterparts of published figures, computed from the counts of every image."""
+"""Results below a folder -> measured counterparts of published values, computed from the counts of every image."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,25 +30,6 @@ from exp.runtime.errors import InputError
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
 LENGTH, NOISE = "iterations", "label noise"  # what trainings of a series differ in
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class SeedGain:
-    """One score's gain over several seeds of one training.
-
-    values: one per seed. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
-    averaged over the seeds, where the score is defined in all of them; p by Wilcoxon's signed-rank test. seed_p: of the
-    seeds' gains, by the paired t-test; NaN for one seed.
-    """
-
-    values: tuple[float, ...]
-    num_units: int
-    mean: float
-    interval: Interval | None
-    p_value: float
-    wins: int
-    losses: int
-    seed_p: float
 
 
 def _place(rule: str) -> tuple[int, str]:
@@ -106,16 +87,13 @@ class Measured:
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are evaluated."""
-        if counterpart.joined == "p":
-            pairs = [[self._score(job, rule, counterpart) for rule in ("argmax", counterpart.rule)]
-                     for job in counterpart.jobs]  # fmt: skip
-            if any(value is None for pair in pairs for value in pair):
-                return None
-            return float(stats.ttest_rel(*zip(*pairs)).pvalue)
-        values = [self._score(job, counterpart.rule, counterpart) for job in counterpart.jobs]
-        if any(value is None for value in values):
+        rules = ("argmax", counterpart.rule) if counterpart.joined == "p" else (counterpart.rule,)
+        columns = [[self._score(job, rule, counterpart) for job in counterpart.jobs] for rule in rules]
+        if any(value is None for column in columns for value in column):
             return None
-        return float(np.std(values, ddof=1) if counterpart.joined == "std" else np.mean(values))
+        if counterpart.joined == "p":
+            return float(stats.ttest_rel(*columns).pvalue)
+        return float(np.std(columns[0], ddof=1) if counterpart.joined == "std" else np.mean(columns[0]))
 
     def _score(self, job: Job, rule: str, counterpart: Counterpart) -> float | None:
         kind, _, name = counterpart.score.partition(":")
@@ -157,15 +135,15 @@ class Measured:
 def read_times(path: Path) -> dict[str, Any]:
     """timing.json -> its content; InputError unless the fields that tables and page take are numbers."""
     expected = "the times of an evaluation"
-    timing = read_json(path, expected)
+    times = read_json(path, expected)
     try:
-        forward, decisions = timing["milliseconds_per_image"]["forward"], timing["decision_milliseconds_per_image"]
-        numbers = [forward, timing["forward_passes"], timing["images"], *decisions.values()]
+        numbers = [times["milliseconds_per_image"]["forward"], times["forward_passes"], times["images"]]
+        numbers += times["decision_milliseconds_per_image"].values()
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError(f"got {numbers}, expected numbers")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise InputError(f"{path}: got {numbers}, expected numbers, {expected}")
-    return timing
+    return times
 
 
 @dataclass(frozen=True)
@@ -205,6 +183,10 @@ class Training:
         """What is scored each: an image or, where images are slices of volumes, a case."""
         return "image" if self.results[0].cases is None else "case"
 
+    def unit_gains(self, rule: str) -> np.ndarray:
+        """What a rule gains over argmax by the metric, per image (case); NaN where the score is undefined."""
+        return unit_differences(self.results[0], self.results[self.rules.index(rule)], self.metric)
+
     @property
     def is_true(self) -> bool:
         """Whether the probabilities are those from which the labels were drawn; then `config` has `data` alone."""
@@ -224,6 +206,11 @@ class Training:
         return *compare_rules(self.results, self.metric), *(compare_pooled(base, other, "Acc") for other in others)
 
     @property
+    def losses(self) -> list[Comparison]:
+        """Where a rule stays below argmax with its whole interval."""
+        return [c for c in self.comparisons if c.interval is not None and c.interval[1] < 0]
+
+    @property
     def unseeded(self) -> tuple:
         """What trainings that differ in their seed alone have in common."""
         return *self.likeness(), self.iteration
@@ -240,29 +227,40 @@ class Training:
         return json.dumps([config, test], sort_keys=True), self.rules, self.results[0].names
 
 
-def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
-    """Trainings of several seeds -> what a rule gains over argmax by their metric."""
-    metric, rows = trainings[0].metric, []
-    for training in trainings:
-        by_rule = {result.rule: result for result in training.results}
-        rows.append(unit_differences(by_rule["argmax"], by_rule[rule], metric))
-    gains = [float(row[~np.isnan(row)].mean()) if not np.isnan(row).all() else float("nan") for row in rows]
-    images = np.mean(rows, axis=0)
-    images = images[~np.isnan(images)]
-    mean = float(images.mean()) if len(images) else float("nan")
-    return SeedGain(
-        values=tuple(gains),
-        num_units=len(images),
-        mean=mean,
-        interval=mean_interval(images),
-        p_value=signed_rank(images),
-        wins=int((images > 0).sum()),
-        losses=int((images < 0).sum()),
-        seed_p=float(stats.ttest_1samp(gains, 0).pvalue) if len(gains) > 1 else float("nan"),
+def compare_seeds(trainings: Sequence[Training], rule: str) -> Comparison:
+    """Trainings of several seeds -> a rule beside argmax by their metric, over the images (cases).
+
+    Each one's gain is averaged over the seeds, where the score is defined in all of them.
+    """
+    first = trainings[0]
+    values = np.mean([training.unit_gains(rule) for training in trainings], axis=0)
+    values = values[~np.isnan(values)]
+    return Comparison(
+        rule=rule,
+        base="argmax",
+        metric=first.metric,
+        unit=first.unit,
+        num_units=len(values),
+        difference=float(values.mean()) if len(values) else None,
+        interval=mean_interval(values),
+        p_value=signed_rank(values),
+        wins=int((values > 0).sum()),
+        losses=int((values < 0).sum()),
     )
+
+
+def seed_gains(trainings: Sequence[Training], rule: str) -> list[float]:
+    """What a rule gains over argmax by the metric, in each training; NaN where no image has the score."""
+    values = [training.unit_gains(rule) for training in trainings]
+    return [float(np.nanmean(gains)) if not np.isnan(gains).all() else float("nan") for gains in values]
 
 
 def seed_scores(trainings: Sequence[Training], rule: str, name: str) -> list[float]:
     """A rule's score in each of several trainings, in percent."""
-    results = [next(r for r in training.results if r.rule == rule) for training in trainings]
+    results = [training.results[training.rules.index(rule)] for training in trainings]
     return [compute_scores(r.counts, r.cases)[name] for r in results]
+
+
+def mean_score(trainings: Sequence[Training], rule: str, name: str) -> float:
+    """The mean of a rule's score over several trainings, in percent."""
+    return float(np.mean(seed_scores(trainings, rule, name)))

@@ -114,10 +114,8 @@ def table_jobs(name: str) -> list[Job]:
 
 def with_settings(jobs: Iterable[Job], overrides: Sequence[str], weights: str | None) -> list[Job]:
     """Further overrides for all jobs, and a file of encoder weights for those that take MobileNetV2's."""
-    changed = []
-    for job in jobs:
-        more = tuple(overrides)
-        if weights is not None and job.model.endswith("mobilenetv2_100"):
-            more = (f"model.pretrained={weights}", *more)
-        changed.append(replace(job, overrides=(*job.overrides, *more)))
-    return changed
+    own = () if weights is None else (f"model.pretrained={weights}",)
+    return [
+        replace(job, overrides=(*job.overrides, *(own if job.model.endswith("mobilenetv2_100") else ()), *overrides))
+        for job in jobs
+    ]

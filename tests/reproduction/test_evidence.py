@@ -1,7 +1,6 @@
 """Beyond the paper's tables: losses, gains by length and noise, true probabilities, and the README's results."""
 
 import json
-import math
 import re
 import textwrap
 from dataclasses import replace
@@ -14,9 +13,9 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
 from exp.reproduction.job import Reevaluation, join_jobs
-from exp.reproduction.measured import LENGTH, NOISE, Measured, Training, compare_seeds
+from exp.reproduction.measured import LENGTH, NOISE, Measured, Training, compare_seeds, mean_score, seed_gains
 from exp.reproduction.report.build import build_sections, write_report
-from exp.reproduction.report.training_sections import find_losses, loss_note
+from exp.reproduction.report.training_sections import loss_note
 from exp.reproduction.report.trainings import find_trainings
 from exp.reproduction.report.writers import BEGIN, END, update_readme
 from exp.reproduction.runner import Runner
@@ -80,12 +79,13 @@ def test_lengths_and_noise_are_found_and_nothing_else(output: Path):
         (0.0, "true"),
         (0.4, "true"),
     ]
-    assert by_noise.steps[2].rules == ("argmax", "rankseg_rma", "rankseg_exact")
+    assert by_noise.steps[2].trainings[0].rules == ("argmax", "rankseg_rma", "rankseg_exact")
     step = by_length.steps[0]
     pairs = [[compute_scores(r.counts)["mIoUI"] for r in t.results] for t in step.trainings]
-    assert step.gain("rankseg_rma").mean == pytest.approx(np.mean([second - first for first, second in pairs]))
-    assert step.score("argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
-    assert math.isnan(by_length.steps[1].gain("rankseg_rma").seed_p)
+    assert compare_seeds(step.trainings, "rankseg_rma").difference == pytest.approx(
+        np.mean([second - first for first, second in pairs])
+    )
+    assert mean_score(step.trainings, "argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
     assert len(trainings.true_maps) == 2
     assert all(t.is_true and t.metric == "mDiceI" for t in trainings.true_maps)
 
@@ -110,7 +110,7 @@ def test_losses_are_told(tmp_path: Path):
         for name, c in (("argmax", counts), ("bad", worse), ("good", better))
     ]
     training = Training(tmp_path, SMALL.config.to_dict(), 3, "mIoUI", tuple(results))
-    losses = find_losses(training)
+    losses = training.losses
     assert {(c.rule, c.metric) for c in losses} == {("bad", "mIoUI"), ("bad", "mIoUD"), ("bad", "Acc")}
     accuracy = next(c for c in losses if c.metric == "Acc")
     exact = compute_scores(worse)["Acc"] - compute_scores(counts)["Acc"]
@@ -139,13 +139,13 @@ def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
 
     found = compare_seeds([training(0, counts), training(1, lacking)], "r")
     assert found.num_units == 2
-    assert len(found.values) == 2
+    assert len(seed_gains([training(0, counts), training(1, lacking)], "r")) == 2
     alone = compare_seeds([training(0, counts)], "r")
     assert alone.num_units == 3
     gains = [
         100 * (better[i, 0, 1] / (better[i, 0, 1] + 10) - counts[i, 0, 1] / (counts[i, 0, 1] + 10)) for i in (0, 2)
     ]
-    assert found.mean == pytest.approx(np.mean(gains))
+    assert found.difference == pytest.approx(np.mean(gains))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,9 @@ def test_the_report_has_them(output: Path):
     assert text.index("## Other trainings") < text.index("## table1")  # of which nothing was measured
     section = text.partition("### unet_mobilenetv3_small_100, shapes, ce: gain by length of training")[2]
     gain = compare_seeds(find_trainings(Measured(output)).series[0].steps[0].trainings, "rankseg_rma")
-    assert f"| {gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
+    assert (
+        f"| {gain.difference:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
+    )
     assert "are means over the seeds (3: 2, 9: 1)" in section
     noise = text.partition("shapes_noisy_binary, ce: gain by label noise")[2].partition("###")[0]
     assert noise.count("| true | rankseg_exact |") == 2

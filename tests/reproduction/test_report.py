@@ -20,11 +20,12 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction import plans
 from exp.reproduction.job import Job
-from exp.reproduction.measured import Measured, Training, compare_seeds
+from exp.reproduction.measured import Measured, Training, compare_seeds, seed_gains
 from exp.reproduction.plans import find_counterpart, table_jobs
 from exp.reproduction.report.build import build_sections, write_report
+from exp.reproduction.report.training_sections import seed_section
 from exp.reproduction.report.trainings import find_trainings, training_titles
-from exp.reproduction.report.writers import latex_text
+from exp.reproduction.report.writers import latex_text, markdown
 from tests.config.test_config import compose
 from tests.reproduction.test_reproduce import SMALL, published
 
@@ -246,11 +247,11 @@ def test_statistics_over_seeds():
     scores = [
         compute_scores(t.results[1].counts)["mIoUI"] - compute_scores(t.results[0].counts)["mIoUI"] for t in group
     ]
-    assert found.values == pytest.approx(scores)
-    assert found.mean == pytest.approx(np.mean(scores))
+    assert seed_gains(group, "r") == pytest.approx(scores)
+    assert found.difference == pytest.approx(np.mean(scores))
     assert (found.wins, found.losses, found.num_units) == (6, 0, 6)
-    assert found.seed_p == pytest.approx(stats.ttest_1samp(scores, 0).pvalue)
-    assert found.interval[0] < found.mean < found.interval[1]
+    assert f"| {stats.ttest_1samp(scores, 0).pvalue:.2g} |" in markdown([seed_section("seeds", group)], "")
+    assert found.interval[0] < found.difference < found.interval[1]
 
 
 def test_latex_is_balanced_and_escaped(output: Path):
@@ -275,10 +276,10 @@ def test_all_files_have_the_same_sections_in_the_same_order(output: Path):
     """Titles, tables, footnotes and notes; tables.csv has the lines of those that have any."""
     measured = Measured(output)
     sections, lead = build_sections(measured, find_trainings(measured))
-    markdown, page, tex = ((output / "report" / name).read_text() for name in ("tables.md", "index.html", "tables.tex"))
+    tables, page, tex = ((output / "report" / name).read_text() for name in ("tables.md", "index.html", "tables.tex"))
     titles = [section.title for section in sections]
     assert len(set(titles)) == len(titles) == 9 + 2 + 2 + 1 + 2
-    assert re.findall(r"^### (.*)", markdown, re.M) == titles
+    assert re.findall(r"^### (.*)", tables, re.M) == titles
     assert list(map(unescape, re.findall(r"<h3>(.*?)</h3>", page))) == titles
     with_table = [section for section in sections if section.rows]
     assert re.findall(r"\\caption\{(.*)\}", tex) == [latex_text(section.title) for section in with_table]
@@ -286,14 +287,14 @@ def test_all_files_have_the_same_sections_in_the_same_order(output: Path):
     assert re.findall(r'<section id="(.*?)">', page) == re.findall(r'<a href="#(.*?)">', page) == keys
     for section in sections:
         texts = [section.lead, *section.footnotes, *section.notes]
-        assert all(text in markdown and escape(text).replace("`", "") in re.sub("</?code>", "", page) for text in texts)
+        assert all(text in tables and escape(text).replace("`", "") in re.sub("</?code>", "", page) for text in texts)
         plain = tex.replace("\\texttt{", "").replace("\\allowbreak ", "").replace("}", "")
         assert all(latex_text(text.replace("`", "")).replace("}", "") in plain for text in texts)
     rows = [row for section in with_table for row in section.rows]
     marked = (
         [cell.text + " " * bool(cell.marks) + "".join(f"[{m}]" for m in cell.marks) for cell in row] for row in rows
     )
-    in_markdown = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    in_markdown = [line for line in tables.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     starts = {f"| {' | '.join(section.header)} |" for section in with_table}
     assert [line for line in in_markdown if line not in starts] == [f"| {' | '.join(row)} |" for row in marked]
     in_page = re.findall(r"<tr>(<td.*?)</tr>", page)
@@ -308,7 +309,7 @@ def test_all_files_have_the_same_sections_in_the_same_order(output: Path):
         assert plain.split(" & ") == [latex_text(cell.text) for cell in row]
     lines = [line for section in sections for line in section.lines]
     assert [row["row"] for row in csv_rows(output)] == [line.row for line in lines]
-    assert lead in markdown
+    assert lead in tables
     assert escape(lead) in page
 
 

@@ -12,9 +12,9 @@ from exp.evaluation.metrics import EvalResult, class_scores, image_scores
 from exp.evaluation.results import IMAGES, load_entropy
 from exp.files.images import PILLOW_ERRORS, open_image, read_bytes
 from exp.files.text import read_json
-from exp.reproduction.measured import Training, read_times
+from exp.reproduction.measured import Training, compare_seeds, read_times
 from exp.reproduction.report import plots
-from exp.reproduction.report.series import Series
+from exp.reproduction.report.trainings import Series
 from exp.runtime.errors import InputError
 
 PANEL_WIDTH = 1000  # pixels
@@ -49,11 +49,11 @@ def _series_plot(series: Series) -> Picture:
     """Gains of every rule, under each source of probabilities, along what varies."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for step in series.steps:
-        for rule in step.rules[1:]:
-            found = step.gain(rule)
+        for rule in step.trainings[0].rules[1:]:
+            found = compare_seeds(step.trainings, rule)
             if found.interval is not None:
                 name = f"{rule}, {step.source}" if step.source else rule
-                lines.setdefault(name, []).append((step.value, found.mean, *found.interval))
+                lines.setdefault(name, []).append((step.value, found.difference, *found.interval))
     svg = plots.gains_along(lines, series.label, series.training.metric)
     return Picture(svg, f"{series.title}, with 95 % intervals", place="wide")
 

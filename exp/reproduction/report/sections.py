@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from exp.reproduction.measured import Training
-from exp.reproduction.report.series import Series
+from exp.evaluation.comparison import Comparison
+from exp.reproduction.measured import Interval, Training
+from exp.reproduction.report.trainings import Series
 
 NOTHING = "–"  # noqa: RUF001
 NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}|not available")
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def format_interval(interval: Interval | None) -> str:
     return NOTHING if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
-def format_gain(value: float | None, interval: Interval | None) -> str:
+def format_gain(comparison: Comparison) -> str:
     """A difference in percent points, two decimals, and its interval."""
-    return NOTHING if value is None else f"{value:+.2f} {format_interval(interval)}"
+    value = comparison.difference
+    return NOTHING if value is None else f"{value:+.2f} {format_interval(comparison.interval)}"

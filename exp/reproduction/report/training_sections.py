@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
+from scipy import stats
 
 from exp.evaluation.comparison import Comparison
 from exp.evaluation.metrics import compute_scores
-from exp.reproduction.measured import LENGTH, Training, compare_seeds, seed_scores
+from exp.reproduction.measured import LENGTH, Training, compare_seeds, mean_score, seed_gains, seed_scores
 from exp.reproduction.report.sections import Line, Section, format_gain, text_rows
-from exp.reproduction.report.series import Series, Step
-from exp.reproduction.report.trainings import Trainings, group_seeds, training_titles
+from exp.reproduction.report.trainings import Series, Trainings, group_seeds, training_titles
 
 SCORES = ("Acc", "mIoUI", "mIoUC", "mIoUD", "mDiceI", "mDiceD", "mDice3D")
 MAIN_RULES = ("rankseg_rma", "rankseg_exact")  # those of a README's series
@@ -52,42 +52,42 @@ def training_section(key: str, group: str, title: str, training: Training) -> Se
     columns = [name for name in SCORES if name in scores["argmax"]]
     compared = list(dict.fromkeys(c.metric for c in training.comparisons))
     rows, lines = [], []
-    place = (key.partition("-")[0].replace("training", "other"), title, training.config["data"]["name"])
+    place = ("paper" if group == PAPER else "other", title, training.config["data"]["name"])
     for rule, values in scores.items():
         own = {c.metric: c for c in training.comparisons if c.rule == rule}
-        gains = [format_gain(own[name].difference, own[name].interval) if own else "" for name in compared]
-        better = f"{own[training.metric].wins} / {own[training.metric].losses}" if own else ""
-        rows.append((rule, *(f"{values[name]:.2f}" for name in columns), *gains, better))
+        gains = [format_gain(own[name]) if own else "" for name in compared]
+        rows.append((rule, *(f"{values[name]:.2f}" for name in columns), *gains, _wins(own.get(training.metric))))
         lines += [Line(*place, name, rule, None, values[name]) for name in columns]
-    for c in training.comparisons:
-        lines.append(Line(*place, c.metric, f"{c.rule} - argmax", None, c.difference, c.interval))
+    lines += [_gain_line(place, c) for c in training.comparisons]
     header = ("rule", *columns, *(f"{name} against argmax" for name in compared), f"{training.unit}s better / worse")
     notes = (*([loss_note(training)] if compared else []), f"From `{training.place}`.")
     return Section(key, group, title, header, text_rows(rows), notes=notes, lines=tuple(lines), source=training)
 
 
+def _wins(comparison: Comparison | None) -> str:
+    """Units better and worse; nothing for argmax itself."""
+    return f"{comparison.wins} / {comparison.losses}" if comparison else ""
+
+
+def _gain_line(place: tuple[str, str, str], c: Comparison) -> Line:
+    return Line(*place, c.metric, f"{c.rule} - argmax", None, c.difference, c.interval)
+
+
 def loss_note(training: Training) -> str:
     """Where a rule loses to argmax, in a sentence."""
-    losses = sorted(find_losses(training), key=lambda c: c.rule)
-    names = list(dict.fromkeys(c.metric for c in training.comparisons))
-    if not losses:
+    if not training.losses:
+        names = list(dict.fromkeys(c.metric for c in training.comparisons))
         listed = f"{', '.join(names[:-1])} or {names[-1]}"
         return f"No rule loses {listed} against argmax with its whole interval below zero."
     parts = []
-    for rule, group in groupby(losses, key=lambda c: c.rule):
-        parts.append(f"{rule} " + ", ".join(f"{c.metric} {format_gain(c.difference, c.interval)}" for c in group))
+    for rule, losses in groupby(sorted(training.losses, key=lambda c: c.rule), key=lambda c: c.rule):
+        parts.append(f"{rule} " + ", ".join(f"{c.metric} {format_gain(c)}" for c in losses))
     return f"Losses against argmax, the whole interval below zero: {'; '.join(parts)}."
-
-
-def find_losses(training: Training) -> list[Comparison]:
-    """Where a rule stays below argmax with its whole interval."""
-    return [c for c in training.comparisons if c.interval is not None and c.interval[1] < 0]
 
 
 def seed_section(key: str, group: Sequence[Training]) -> Section:
     """Trainings of several seeds -> one row per rule: its score, and its gains over seeds and images."""
-    metric, units, lines = group[0].metric, f"{group[0].unit}s", []
-    title = f"{group[0].long_name}: seeds {', '.join(str(t.config['seed']) for t in group)}"
+    metric, units = group[0].metric, f"{group[0].unit}s"
     rows = []
     for rule in group[0].rules:
         scores = seed_scores(group, rule, metric)
@@ -95,12 +95,11 @@ def seed_section(key: str, group: Sequence[Training]) -> Section:
         if rule == "argmax":
             rows.append([*row, *[""] * 6])
             continue
-        found = compare_seeds(group, rule)
-        row += [f"{np.mean(found.values):+.2f} ± {np.std(found.values, ddof=1):.2f}"]
-        row += [" ".join(f"{value:+.2f}" for value in found.values), f"{found.seed_p:.2g}"]
-        row += [format_gain(found.mean, found.interval), f"{found.wins} / {found.losses}", f"{found.p_value:.2g}"]
-        rows.append(row)
-    lines = tuple(_mean_lines(title, group, (metric,)))
+        gains, found = seed_gains(group, rule), compare_seeds(group, rule)
+        row += [f"{np.mean(gains):+.2f} ± {np.std(gains, ddof=1):.2f}", " ".join(f"{gain:+.2f}" for gain in gains)]
+        row += [f"{stats.ttest_1samp(gains, 0).pvalue:.2g}"]
+        rows.append([*row, format_gain(found), _wins(found), f"{found.p_value:.2g}"])
+    title = f"{group[0].long_name}: seeds {', '.join(str(t.config['seed']) for t in group)}"
     header = ("rule", metric, "gain over seeds", "gain per seed", "p over seeds")
     header += (f"gain over {units}", "better / worse", f"p over {units}")
     note = (
@@ -108,6 +107,7 @@ def seed_section(key: str, group: Sequence[Training]) -> Section:
         f"{len(group)} seeds. Over {units}: each one's gain averaged over the seeds, Wilcoxon's signed-rank test and "
         f"the interval, n = {found.num_units} {units} (the same in all seeds)."
     )
+    lines = tuple(_mean_lines(title, group, (metric,)))
     return Section(key, OTHERS, title, header, text_rows(rows), notes=(note,), lines=lines)
 
 
@@ -115,11 +115,9 @@ def _mean_lines(title: str, group: Sequence[Training], names: Sequence[str]) -> 
     """Lines of seeds together: scores of every rule, and gains over argmax by the metric."""
     place = ("other", title, group[0].config["data"]["name"])
     for rule in group[0].rules:
-        for name in names:
-            yield Line(*place, name, rule, None, float(np.mean(seed_scores(group, rule, name))))
+        yield from (Line(*place, name, rule, None, mean_score(group, rule, name)) for name in names)
         if rule != "argmax":
-            found = compare_seeds(group, rule)
-            yield Line(*place, group[0].metric, f"{rule} - argmax", None, found.mean, found.interval)
+            yield _gain_line(place, compare_seeds(group, rule))
 
 
 def rules_sections(trainings: Trainings) -> list[Section]:
@@ -145,16 +143,11 @@ def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
     for group in groups:
         title = f"{group[0].long_name}, {f'{len(group)} seeds' if len(group) > 1 else 'one seed'}"
         for rule in group[0].rules:
-            scores = [f"{np.mean(seed_scores(group, rule, name)):.2f}" for name in names]
-            gain = ("", "") if rule == "argmax" else _gain_cells(group, rule)
-            rows.append((title if rule == "argmax" else "", rule, *scores, *gain))
+            gain = None if rule == "argmax" else compare_seeds(group, rule)
+            scores = (f"{mean_score(group, rule, name):.2f}" for name in names)
+            rows.append(("" if gain else title, rule, *scores, format_gain(gain) if gain else "", _wins(gain)))
     header = ("training", "rule", *names, f"{metric} against argmax", f"{unit}s better / worse")
     return Section(key, OTHERS, f"Rules beside argmax, by {metric} of {unit}s", header, text_rows(rows))
-
-
-def _gain_cells(group: Sequence[Training], rule: str) -> tuple[str, str]:
-    found = compare_seeds(group, rule)
-    return format_gain(found.mean, found.interval), f"{found.wins} / {found.losses}"
 
 
 def series_section(key: str, series: Series, main_rules: bool = False) -> Section:
@@ -163,54 +156,45 @@ def series_section(key: str, series: Series, main_rules: bool = False) -> Sectio
     names, is_sourced = (metric, f"{metric[:-1]}D", "Acc"), series.steps[0].source != ""
     rows, lines = [], []
     for step in series.steps:
-        value = f"{step.value:g}"
-        for rule in step.rules[1:]:
-            if rule not in MAIN_RULES and main_rules:
-                continue
-            pairs = [f"{step.score('argmax', name):.2f} -> {step.score(rule, name):.2f}" for name in names]
-            second = step.source if is_sourced else str(len(step.trainings))
-            rows.append((value, second, rule, *pairs, *_gain_cells(step.trainings, rule)))
-        lines += _mean_lines(_step_title(series, step), step.trainings, names)
+        group, value = step.trainings, f"{step.value:g}"
+        for rule in (rule for rule in group[0].rules[1:] if rule in MAIN_RULES or not main_rules):
+            pairs = [f"{mean_score(group, 'argmax', n):.2f} -> {mean_score(group, rule, n):.2f}" for n in names]
+            found = compare_seeds(group, rule)
+            rows.append((value, step.source or str(len(group)), rule, *pairs, format_gain(found), _wins(found)))
+        source = f", {step.source} probabilities" if is_sourced else ""
+        lines += _mean_lines(f"{series.title}, {series.label} {value}{source}", group, names)
     header = (series.label, "probabilities" if is_sourced else "seeds", "rule", *names)
     header += (f"{metric} against argmax", f"{unit}s better / worse")
-    return Section(key, OTHERS, series.title, header, text_rows(rows), notes=tuple(_series_notes(series, unit)),
-                   lines=tuple(lines), source=series)  # fmt: skip
-
-
-def _step_title(series: Series, step: Step) -> str:
-    source = f", {step.source} probabilities" if step.source else ""
-    return f"{series.title}, {series.label} {step.value:g}{source}"
-
-
-def _series_notes(series: Series, unit: str) -> Iterator[str]:
+    notes = []
     if series.label == LENGTH:
-        yield "Each length is a training of its own, with a schedule of that length."
-    if {len(step.trainings) for step in series.steps} != {1}:
+        notes.append("Each length is a training of its own, with a schedule of that length.")
+    if any(len(step.trainings) > 1 for step in series.steps):
         counts = ", ".join(f"{step.value:g}: {len(step.trainings)}" for step in series.steps)
-        yield f"Scores and each {unit}'s gain are means over the seeds ({counts})."
-    if series.steps[0].source:
-        yield (
+        notes.append(f"Scores and each {unit}'s gain are means over the seeds ({counts}).")
+    if is_sourced:
+        notes.append(
             "Under true probabilities a rule is evaluated on those from which the labels were drawn: the best that any "
             "network could give it. With two classes rankseg_exact is the Bayes decision for the image's Dice."
         )
+    return Section(key, OTHERS, series.title, header, text_rows(rows), notes=tuple(notes), lines=tuple(lines),
+                   source=series)  # fmt: skip
 
 
 def losses_section(trainings: Trainings) -> Section:
     """Every loss with its whole interval below zero: one row per training and score, with the largest."""
     rows = []
     for group in group_seeds(trainings.all_others):
-        found: dict[str, list[Comparison]] = {}
-        for loss in (loss for training in group for loss in find_losses(training)):
-            found.setdefault(loss.metric, []).append(loss)
-        for name, losses in found.items():
-            rules = Counter(loss.rule for loss in losses)
+        losses = [loss for training in group for loss in training.losses]
+        for name in dict.fromkeys(loss.metric for loss in losses):
+            found = [loss for loss in losses if loss.metric == name]
+            rules = Counter(loss.rule for loss in found)
             listed = [rule if len(group) == 1 else f"{rule} ({n} of {len(group)} seeds)" for rule, n in rules.items()]
-            worst = min(losses, key=lambda loss: loss.difference)
-            largest = f"{format_gain(worst.difference, worst.interval)}, {worst.rule}"
-            rows.append((group[0].long_name, name, ", ".join(listed), largest))
+            worst = min(found, key=lambda loss: loss.difference)
+            rows.append((group[0].long_name, name, ", ".join(listed), f"{format_gain(worst)}, {worst.rule}"))
     title = "Losses against argmax, the whole interval below zero"
     if not rows:
         note = "No rule loses anything against argmax with its whole interval below zero."
         return Section("losses", OTHERS, title, (), (), notes=(note,))
-    header = ("training", "score", "rules that lose", "the largest loss")
-    return Section("losses", OTHERS, title, header, text_rows(rows))
+    return Section(
+        "losses", OTHERS, title, ("training", "score", "rules that lose", "the largest loss"), text_rows(rows)
+    )
