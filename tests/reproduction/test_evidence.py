@@ -48,8 +48,8 @@ def write_true_results(level: float, output: Path, gain: int) -> None:
         better = counts.copy()
         better[:, 0] += gain * place + np.arange(12)[:, None] % 3 * place
         results.append(EvalResult(rule, names, tuple(map(str, range(21))), better))
-        judged = {"data": config["data"], "predict": {"name": rule}}
-        contexts.append({"probabilities": "true", "metric": "mDiceI", "config": judged})
+        evaluated = {"data": config["data"], "predict": {"name": rule}}
+        contexts.append({"probabilities": "true", "metric": "mDiceI", "config": evaluated})
     save_results(results, output / f"true{level}" / "results", contexts)
 
 

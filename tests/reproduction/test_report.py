@@ -204,7 +204,7 @@ def test_trainings_of_the_papers_tables_have_plots_too(output: Path):
     assert tables.index("## table1") < tables.index("## Trainings of these") < tables.index("## Other trainings")
 
 
-def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
+def test_one_seed_evaluated_twice_is_not_two(tmp_path: Path):
     """A copy of a run is none, and an evaluation under other test settings is compared with none of these."""
     for seed in (0, 1):
         write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)

@@ -155,7 +155,7 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     assert printed.count(": done") == 2
     assert "3 trainings, 2 of them done" in printed
 
-    # Another rule is judged without training; results are recognised wherever they lie.
+    # Another rule is evaluated without training; results are recognised wherever they lie.
     checkpoint = next(output.glob("*/*/checkpoints/iter_0000003.pt"))
     before = checkpoint.read_bytes()
     tiny_laptop[:] = [replace(SMALL, rules=("argmax", "rankseg_rma"))]
@@ -166,7 +166,7 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     assert [p.name for p in output.glob("*/*/checkpoints/iter_0000003.pt") if p.read_bytes() == before]
     assert len(list(output.glob("*/*/results/rankseg_rma.json"))) == 1
 
-    # Nothing counts that was judged or trained otherwise, or not to its end.
+    # Nothing counts that was evaluated or trained otherwise, or not to its end.
     for change in ({"test": "test_dice"}, {"overrides": (*SMALL.overrides, "schedule.train_iters=4")}):
         assert existing_state(output, replace(SMALL, **change)) != DONE
     for result in output.glob("*/*/results/argmax.json"):
@@ -204,8 +204,8 @@ def test_further_evaluations_follow_their_training(script, tmp_path: Path, monke
     assert [existing_state(output, job) for job in jobs] == [DONE] * 5
     assert "1 trainings and 4 further evaluations, 5 done before, 0 now, 0 failed" in script("reproduce", *flags)[1]
     fitted = json.loads(next(output.glob("*/temperature/*/results/temperature.json")).read_text())["temperature"]
-    judged = json.loads(next(output.glob("*/temperature/*/results/rankseg_rma.json")).read_text())
-    assert judged["config"]["test"]["temperature"] == fitted != 1.0
+    evaluated = json.loads(next(output.glob("*/temperature/*/results/rankseg_rma.json")).read_text())
+    assert evaluated["config"]["test"]["temperature"] == fitted != 1.0
     thresholds = json.loads(next(output.glob("*/fixed/*/results/rankseg_rma_fixed.json")).read_text())
     path = Path(thresholds["config"]["predict"]["thresholds"])
     assert json.loads(path.read_text())["config"]["data"]["val_split"] == "train"

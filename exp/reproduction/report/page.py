@@ -45,7 +45,8 @@ def _section(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
-    classes = [' class="number"' if right else "" for right in section.flush_right]
+    kinds = zip(section.flush_right, section.wide)
+    classes = [' class="number"' if right else ' class="text"' if wide else "" for right, wide in kinds]
     head = "".join(f'<th scope="col"{style}>{escape(name)}</th>' for name, style in zip(section.header, classes))
     body = "".join(
         "<tr>" + "".join(f"<td{style}>{_cell(cell)}</td>" for cell, style in zip(row, classes)) + "</tr>"

@@ -9,6 +9,7 @@ from exp.reproduction.measured import Interval, Training
 from exp.reproduction.report.trainings import Series
 
 NOTHING = "–"  # noqa: RUF001
+WIDE = 60  # characters, from which on a column breaks its lines
 NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}|not available")
 
 
@@ -68,6 +69,11 @@ class Section:
     def flush_right(self) -> tuple[bool, ...]:
         """By column whether it has numbers and intervals alone."""
         return tuple(all(NUMBER.fullmatch(cell.text) for cell in column) for column in zip(*self.rows))
+
+    @property
+    def wide(self) -> tuple[bool, ...]:
+        """By column whether its text is too long for one line."""
+        return tuple(max(len(cell.text) for cell in column) > WIDE for column in zip(*self.rows))
 
 
 def text_rows(rows: Iterable[Iterable[str]]) -> tuple[tuple[Cell, ...], ...]:

@@ -18,7 +18,6 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "–": "--",  # noqa: RUF001
          "±": r"$\pm$"}  # fmt: skip
 LATEX_BEGIN = "% Needs \\usepackage{booktabs,longtable,pdflscape}.\n\\begin{landscape}\\scriptsize\\sloppy"
-WIDE = 60  # characters, from which on a column of the LaTeX table breaks its lines
 BEGIN = "<!-- results: written by `python scripts/report.py OUTPUT --readme README.md`; do not edit -->"
 END = "<!-- end of results -->"
 README_WIDTH = 120  # of lines of text
@@ -69,10 +68,8 @@ def latex(sections: Sequence[Section]) -> str:
 
 
 def _latex_table(section: Section) -> list[str]:
-    columns = ""
-    for right, column in zip(section.flush_right, zip(*section.rows)):
-        is_wide = max(len(cell.text) for cell in column) > WIDE
-        columns += "p{7cm}" if is_wide else "r" if right else "l"
+    kinds = zip(section.flush_right, section.wide)
+    columns = "".join("p{7cm}" if is_wide else "r" if is_right else "l" for is_right, is_wide in kinds)
     lines = [f"\\begin{{longtable}}{{{columns}}}", f"\\caption{{{latex_text(section.title)}}}"]
     lines += [f"\\label{{tab:{section.key.replace('_', '-')}}} \\\\", "\\toprule"]
     lines += [" & ".join(map(latex_text, section.header)) + " \\\\", "\\midrule", "\\endhead", "\\bottomrule"]
