@@ -147,7 +147,7 @@ def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
             scores = (f"{mean_score(group, rule, name):.2f}" for name in names)
             rows.append(("" if gain else title, rule, *scores, format_gain(gain) if gain else "", _wins(gain)))
     header = ("training", "rule", *names, f"{metric} against argmax", f"{unit}s better / worse")
-    return Section(key, OTHERS, f"Rules beside argmax, by {metric} of {unit}s", header, text_rows(rows))
+    return Section(key, OTHERS, f"Rules beside argmax, by {metric} over {unit}s", header, text_rows(rows))
 
 
 def series_section(key: str, series: Series, main_rules: bool = False) -> Section:
