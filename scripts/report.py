@@ -5,11 +5,12 @@
     python scripts/report.py OUTPUT_DIR --readme README.md
 
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
-and .csv: every table of the paper with the published value, the measured one and their difference; what a rule gains
-over argmax, with a bootstrap interval; misprints as notes; and trainings that belong to no table, with all of their
-rules. index.html has the same and plots, pictures and curves, in one file that needs nothing else. Scores are computed
-anew from the counts of every image, so the same results give the same files, byte for byte. --readme FILE writes a
-shorter account between two marks of that file: what was and was not reproduced, the rules, and every loss.
+and index.html, with the same sections in the same order: every table of the paper with the published value, the
+measured one and their difference; what a rule gains over argmax, with a bootstrap interval; misprints as notes; and
+trainings that belong to no table, with all of their rules and every loss. index.html has plots and pictures, too, and
+needs nothing else; tables.csv has the figures of all sections. Scores are computed anew from the counts of every image,
+so the same results give the same files, byte for byte. --readme FILE writes a shorter account between two marks of that
+file: what was and was not reproduced, the rules, and every loss.
 """
 
 import sys
@@ -30,7 +31,7 @@ def main() -> None:
         raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
     if args.readme is not None and not args.readme.is_file():
         raise InputError(f"--readme {args.readme}: no such file, expected one with marks for results")
-    from exp.reproduction.report.page import write_report
+    from exp.reproduction.report.build import write_report
 
     print(f"report: {write_report(args.output_dir, args.readme)}")
     if args.readme is not None:

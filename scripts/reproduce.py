@@ -1,28 +1,31 @@
 #!/usr/bin/env python
-"""Train and judge what a table of the paper needs:
+"""Train and evaluate what a table of the paper needs:
 
     python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --dry_run
     python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --nproc_per_node 4
     python scripts/reproduce.py all --data_dir DATA --output_dir OUTPUT --launcher slurm
 
 TABLE: readme_natural, readme_medical, table1 ... table7, all, or laptop (small networks on CamVid and hippocampus, for
-two CPU cores). Every training is run once, whichever tables need it, and judged by all of their rules in one pass. What
-is done is skipped, by what it says of its config; an interrupted training goes on; a failed one is told and does not
-stop the others. Started again, the same command does what is missing.
+two CPU cores). Every training is run once, whichever tables need it, and evaluated by all of their rules in one pass.
+What is done is skipped, by what it says of its config; an interrupted training resumes; a failed one is told and does
+not stop the others. Started again, the same command does what is missing. --dry_run prints what exists, what is missing
+with its commands and, where exp/reproduction/speeds.json has the speeds of a device, what each table costs on it.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import add_device, add_overrides, build_script_parser, require_data_dir
 from exp.reproduction.existing import TRAINED, UNTRAINED, WAITING, Existing, State
-from exp.reproduction.job import Cell
-from exp.reproduction.plans import LAPTOP, join_cells, table_cells, with_settings
-from exp.reproduction.runner import Runner, laptop_data, missing_cells
+from exp.reproduction.job import Job
+from exp.reproduction.plans import ALL, LAPTOP, join_jobs, table_jobs, with_settings
+from exp.reproduction.published import load_tables
+from exp.reproduction.runner import Runner, laptop_data, missing_jobs
 from exp.runtime.errors import InputError, run_and_report
 from exp.runtime.interrupt import catch_signals
 
@@ -31,9 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser = build_script_parser(__doc__)
     parser.add_argument("tables", nargs="+", metavar="TABLE")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="the data sets (see DATA.md)")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="a folder a training")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="one folder per training")
     parser.add_argument("--dry_run", action="store_true", help="print what exists, what is missing, and the commands")
-    parser.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes a training (torchrun)")
+    parser.add_argument("--nproc_per_node", type=int, default=1, metavar="N", help="processes per training (torchrun)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
     parser.add_argument("--weights", metavar="FILE", help="MobileNetV2's weights for laptop, where no hub is reached")
     add_overrides(parser)
@@ -47,32 +50,43 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def choose_cells(args: argparse.Namespace) -> list[Cell]:
-    """The trainings of all tables asked for, each once, under the settings of the command line."""
+def choose_jobs(tables: Iterable[str], args: argparse.Namespace) -> list[Job]:
+    """The trainings of these tables, each once, under the settings of the command line."""
     weights = None if args.weights is None else str(Path(args.weights).resolve())
-    cells = [cell for name in args.tables for cell in table_cells(name)]
-    return join_cells(with_settings(cells, args.overrides, weights))
+    jobs = [job for name in tables for job in table_jobs(name)]
+    return join_jobs(with_settings(jobs, args.overrides, weights))
 
 
-def describe_cell(cell: Cell, state: State, runner: Runner) -> str:
+def describe_job(job: Job, state: State, runner: Runner) -> str:
     rules = f" ({', '.join(state.rules)})" if state.rules else ""
-    command = "" if not state.rules else "\n    " + shlex.join(runner.command(cell, state))
-    return f"{cell.name}: {state.kind}{rules}{command}"
+    command = "" if not state.rules else "\n    " + shlex.join(runner.command(job, state))
+    return f"{job.name}: {state.kind}{rules}{command}"
 
 
-def count(cells: list[Cell]) -> str:
+def count(jobs: list[Job]) -> str:
     """How many trainings, and further evaluations of them, in words."""
-    again = sum(cell.again is not None for cell in cells)
-    return f"{len(cells) - again} trainings" + (f" and {again} further evaluations" if again else "")
+    again = sum(job.reevaluation is not None for job in jobs)
+    return f"{len(jobs) - again} trainings" + (f" and {again} further evaluations" if again else "")
 
 
-def run_local(pairs: list[tuple[Cell, State]], runner: Runner) -> int:
+def print_costs(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """What each table and all of them take in device hours; nothing where no speeds were measured."""
+    from exp.reproduction import dry_run  # with PyTorch behind it, as in main()
+
+    measured = dry_run.load_speeds(dry_run.SPEEDS_FILE)
+    if measured is not None:
+        names = dict.fromkeys(n for name in args.tables for n in (load_tables() if name == ALL else [name]))
+        tables = {name: choose_jobs([name], args) for name in names}
+        print("\n".join(dry_run.describe_costs(tables, jobs, measured)))
+
+
+def run_local(pairs: list[tuple[Job, State]], runner: Runner) -> int:
     """Run what is missing one after the other -> how many failed."""
     failed = 0
     with catch_signals() as stop:
-        for number, (cell, state) in enumerate(pairs, start=1):
-            print(f"[{number}/{len(pairs)}] {cell.name}: {TRAINED if cell.again else state.kind}", flush=True)
-            failure = runner.run(cell, state, stop)
+        for number, (job, state) in enumerate(pairs, start=1):
+            print(f"[{number}/{len(pairs)}] {job.name}: {TRAINED if job.reevaluation else state.kind}", flush=True)
+            failure = runner.run(job, state, stop)
             if failure is not None:
                 failed += 1
                 print(f"  failed: {failure}", flush=True)
@@ -82,20 +96,21 @@ def run_local(pairs: list[tuple[Cell, State]], runner: Runner) -> int:
 def main() -> None:
     args = parse_args()
     output = args.output_dir
-    cells = choose_cells(args)
+    jobs = choose_jobs(args.tables, args)
     existing = Existing(output)
-    pairs = missing_cells(cells, existing)
+    pairs = missing_jobs(jobs, existing)
     data_dir = args.data_dir
     if args.dry_run or args.launcher == "slurm":
-        from exp.reproduction.data_state import describe_data  # with PyTorch behind it: not before it is needed
+        from exp.reproduction.dry_run import describe_data  # with PyTorch behind it: not before it is needed
 
-        for line in describe_data(cells, data_dir):
+        for line in describe_data(jobs, data_dir):
             print(line)
     if args.dry_run:
         runner = Runner(data_dir, output, args.nproc_per_node, args.device)
-        for cell in cells:
-            print(describe_cell(cell, existing.state(cell), runner))
-        print(f"{count(cells)}, {len(cells) - len(pairs)} of them done")
+        for job in jobs:
+            print(describe_job(job, existing.state(job), runner))
+        print(f"{count(jobs)}, {len(jobs) - len(pairs)} of them done")
+        print_costs(args, jobs)
         return
     if LAPTOP in args.tables and pairs:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,7 +118,7 @@ def main() -> None:
     runner = Runner(data_dir.resolve(), output.resolve(), args.nproc_per_node, args.device)
     if args.launcher == "slurm" and pairs:
         ready = [pair for pair in pairs if pair[1].kind not in (WAITING, UNTRAINED)]
-        print(f"{count(cells)}, {len(ready)} to run" + ("; submit them from the clone:" if ready else " in an array"))
+        print(f"{count(jobs)}, {len(ready)} to run" + ("; submit them from the clone:" if ready else " in an array"))
         if ready:
             print(f"sbatch {runner.write_array(ready, output.resolve() / '.'.join(['array', *args.tables]))}")
         if len(ready) < len(pairs):
@@ -113,7 +128,7 @@ def main() -> None:
             )
         return
     failed = run_local(pairs, runner)
-    print(f"{count(cells)}, {len(cells) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
+    print(f"{count(jobs)}, {len(jobs) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
     if failed:
         raise InputError(f"{failed} of {len(pairs)} failed (see above); the same command tries them again")
 

@@ -1,25 +1,26 @@
 """What of trainings and results is there already, found by what the files say of their config."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exp.config.experiment import TRAINING_GROUPS, training_digest
 from exp.files.text import read_json
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.runtime.errors import InputError
 
-JUDGED = ("data", "test")  # of the config of an evaluation, beside its rule
-# States of a cell, from nothing to everything.
+IMAGE_KEYS = ("dataset", "val_split", "val_samples", "fold", "test_crop")  # of a data config: what is evaluated
+TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split")  # of a data config: what true maps do not depend on
+# States of a job, from nothing to everything.
 WAITING = "waits for its training"
-MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be judged", "done"
-UNTRAINED = "to be judged without a network"
+MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be evaluated", "done"
+UNTRAINED = "to be evaluated without a network"
 
 
 @dataclass(frozen=True)
 class State:
-    """What of a cell exists, the rules that have no results yet, and the trained weights that these can judge."""
+    """What of a job exists, the rules that have no results yet, and the trained weights that these can evaluate."""
 
     kind: str
     rules: tuple[str, ...] = ()
@@ -37,8 +38,7 @@ class Existing:
             if content is not None and content.get("probabilities") == "true":
                 self.true.append((path, content))
             elif content is not None:
-                config = {group: content["training"][group] for group in (*TRAINING_GROUPS, "seed")}
-                self.results.setdefault(training_digest(config), []).append((path, content))
+                self.results.setdefault(_digest(content["training"]), []).append((path, content))
         self._begun = {_read_facts(path)[0] for path in output.glob("**/checkpoints/iter_*.pt.json")}
         self._trained, self._ends = {}, {}
         for path in sorted(output.glob("**/checkpoints/last.safetensors.json")):
@@ -50,30 +50,28 @@ class Existing:
             if digest is not None and self._is_finished(digest, iteration):
                 self.temperatures[digest] = temperature
 
-    def find(self, cell: Cell, rule: str) -> Path | None:
-        """The JSON of a rule on the finished training of a cell, judged under the cell's test and rule YAMLs."""
-        config = cell.config.to_dict()
-        if cell.again is not None and cell.again.true:
-            return self.find_true(config["data"], cell.rule_config(rule))
+    def find(self, job: Job, rule: str) -> Path | None:
+        """The JSON of a rule on the finished training of a job, evaluated under the job's test and rule YAMLs."""
+        config = job.config.to_dict()
+        if job.reevaluation is not None and job.reevaluation.true:
+            return self.find_true(config["data"], job.rule_config(rule))
         test = config["test"]
         if test["temperature"] == "fitted":
-            test["temperature"] = self.temperatures.get(cell.digest)
-        expected = {"test": test, "predict": cell.rule_config(rule)}
-        for path, content in self.results.get(cell.digest, []):
-            judged = content["config"]
-            same = all(same_settings(judged.get(group, {}), values) for group, values in expected.items())
-            finished = self._is_finished(cell.digest, content["training"]["iteration"])
-            if same and finished and same_images(judged.get("data", {}), config["data"]):
+            test["temperature"] = self.temperatures.get(job.digest)
+        for path, content in self.results.get(job.digest, []):
+            found = content["config"]
+            same = same_settings(found["test"], test) and same_settings(found.get("predict", {}), job.rule_config(rule))
+            same &= all(found["data"].get(key) == config["data"].get(key) for key in IMAGE_KEYS)
+            if same and self._is_finished(job.digest, content["training"]["iteration"]):
                 return path
         return None
 
     def find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
         """The JSON of a rule on the true probabilities of a data config's validation images."""
-        left_out = {"name", "crop_size", "train_samples", "train_split"}  # what these images do not depend on
         for path, content in self.true:
-            judged = content["config"]
-            same = all(judged["data"].get(key) == value for key, value in data.items() if key not in left_out)
-            if same and same_settings(judged["predict"], predict):
+            found = content["config"]
+            same = all(found["data"].get(key) == value for key, value in data.items() if key not in TRAIN_KEYS)
+            if same and same_settings(found["predict"], predict):
                 return path
         return None
 
@@ -81,21 +79,21 @@ class Existing:
         """Whether weights of so many iterations are those that the training ended with, as last.safetensors says."""
         return self._ends.get(digest) == iteration
 
-    def state(self, cell: Cell) -> State:
-        """How far the cell has come; a rule counts if its results are of the whole training.
+    def state(self, job: Job) -> State:
+        """How far the job has come; a rule counts if its results are of the whole training.
 
-        Where one is missing all are judged again: by the same probabilities, and timed and compared together.
+        Where one is missing all are evaluated again: on the same probabilities, timed and compared together.
         """
-        fitted = cell.again is not None and cell.again.fit and cell.digest in self.temperatures
-        if fitted or all(self.find(cell, rule) is not None for rule in cell.rules):
+        fitted = job.reevaluation is not None and job.reevaluation.fit and job.digest in self.temperatures
+        if fitted or all(self.find(job, rule) is not None for rule in job.rules):
             return State(DONE)
-        if cell.again is not None and cell.again.true:
-            return State(UNTRAINED, cell.rules)
-        if cell.digest in self._trained:
-            return State(TRAINED, cell.rules, self._trained[cell.digest])
-        if cell.again is not None:
-            return State(WAITING, cell.rules)
-        return State(INTERRUPTED if cell.digest in self._begun else MISSING, cell.rules)
+        if job.reevaluation is not None and job.reevaluation.true:
+            return State(UNTRAINED, job.rules)
+        if job.digest in self._trained:
+            return State(TRAINED, job.rules, self._trained[job.digest])
+        if job.reevaluation is not None:
+            return State(WAITING, job.rules)
+        return State(INTERRUPTED if job.digest in self._begun else MISSING, job.rules)
 
 
 def _read_result(path: Path) -> dict | None:
@@ -103,28 +101,28 @@ def _read_result(path: Path) -> dict | None:
     if not path.with_suffix(".csv").is_file() or path.stem.endswith(".cases"):
         return None
     content = read_json(path, "the results of a rule")
-    training, config = content.get("training"), content.get("config")
-    if "rule" not in content or not isinstance(config, dict):
+    is_true = content.get("probabilities") == "true"
+    try:
+        named = [content["config"][group]["name"] for group in ("data", "predict" if is_true else "test")]
+        if not is_true:
+            training = content["training"]
+            named += [training[group]["name"] for group in TRAINING_GROUPS]
+            named += [str(int(training[key])) for key in ("seed", "iteration")]
+    except (KeyError, TypeError, ValueError):
         return None
-    if content.get("probabilities") == "true":
-        return content if _are_groups(config, ("data", "predict")) else None
-    if not (isinstance(training, dict) and _are_groups(training, TRAINING_GROUPS) and _are_groups(config, JUDGED)):
-        return None
-    return content if all(type(training.get(key)) is int for key in ("seed", "iteration")) else None
+    return content if "rule" in content and all(isinstance(name, str) for name in named) else None
 
 
-def _are_groups(config: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether a file's config has these groups, each with its YAML's name."""
-    return all(isinstance(config.get(g), dict) and isinstance(config[g].get("name"), str) for g in names)
+def _digest(training: Mapping[str, Any]) -> str:
+    """What a result or temperature says of its training -> what tells that training from any other."""
+    return training_digest({group: training[group] for group in (*TRAINING_GROUPS, "seed")})
 
 
 def _read_temperature(path: Path) -> tuple[str | None, int, float]:
     """temperature.json -> the digest of the training that it was fitted for, its iterations, and the temperature."""
     try:
         content = read_json(path, "a fitted temperature")
-        training = content["training"]
-        config = {group: training[group] for group in (*TRAINING_GROUPS, "seed")}
-        return training_digest(config), training["iteration"], content["temperature"]
+        return _digest(content["training"]), content["training"]["iteration"], content["temperature"]
     except (InputError, KeyError, TypeError):  # damaged: as if it were not there
         return None, 0, 1.0
 
@@ -142,9 +140,3 @@ def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two groups of a config are alike but for their YAMLs' names and where a thresholds file lay."""
     left_out = ("name", "thresholds")
     return {k: v for k, v in one.items() if k not in left_out} == {k: v for k, v in other.items() if k not in left_out}
-
-
-def same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two data configs evaluate the same images."""
-    keys = ("dataset", "val_split", "val_samples", "fold", "test_crop")
-    return all(one.get(key) == other.get(key) for key in keys)

@@ -1,4 +1,4 @@
-"""A training and the rules that judge it: its command, its folder, and what of it exists."""
+"""A training and the rules that evaluate it: its config, its folder and its command."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ DATASET_RULE = "rankseg_rma_dataset"  # whose thresholds rankseg_rma_fixed takes
 
 
 @dataclass(frozen=True)
-class Again:
+class Reevaluation:
     """A further evaluation of trained weights, in a folder of its own beside the run.
 
     settings: --set of this evaluation alone. fit: a temperature is fitted on the training images, which is what it is
     for. thresholds: the folder of the evaluation whose thresholds rankseg_rma_fixed takes. true: not the network's
-    probabilities are judged, but those from which the labels of the same images were drawn.
+    probabilities are evaluated, but those from which the labels of the same images were drawn.
     """
 
     folder: str
@@ -31,8 +31,8 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """YAML names of one training, the test YAML and the rules (predict YAMLs) that judge it.
+class Job:
+    """YAML names of one training, the test YAML and the rules (predict YAMLs) that evaluate it.
 
     overrides: group.key=value of --set; those of the fold are added by `fold`.
     """
@@ -47,13 +47,13 @@ class Cell:
     fold: int | None = None
     seed: int = 0
     overrides: tuple[str, ...] = ()
-    again: Again | None = None
+    reevaluation: Reevaluation | None = None
 
     @property
     def settings(self) -> tuple[str, ...]:
         """Everything behind --set, but for paths below OUTPUT."""
         fold = () if self.fold is None else (f"data.fold={self.fold}",)
-        return (*self.overrides, *fold, *(self.again.settings if self.again else ()))
+        return (*self.overrides, *fold, *(self.reevaluation.settings if self.reevaluation else ()))
 
     @cached_property
     def config(self) -> ExperimentConfig:
@@ -69,27 +69,31 @@ class Cell:
     def name(self) -> str:
         """The folder below OUTPUT that is --output_dir of this training alone: readable, and unlike any other's."""
         seed = f".seed{self.seed}" if self.seed else ""
-        again = f"/{self.again.folder}" if self.again else ""
+        again = f"/{self.reevaluation.folder}" if self.reevaluation else ""
         return f"{self.config.run_name}{seed}.{self.digest[:8]}{again}"
 
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
-        """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all); of a further
-        evaluation without --test-only and the checkpoint, or those of scripts/evaluate_bayes.py."""
-        rules = self.rules if rules is None else rules
-        if self.again and self.again.true:
-            flags = ["--data_yaml", self.data, "--predict_yaml", *rules, "--output_dir", str(output / self.name)]
-            settings = [text for text in self.settings if text.startswith(("data.", "predict."))]
-            return [*flags, "--metric", self.config.test.metric, *(["--set", *settings] if settings else [])]
-        flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
+        """The flags of exp/main.py that train this job and evaluate it by `rules` (None: by all).
+
+        Of a reevaluation: without --test-only and the checkpoint, or those of scripts/evaluate_bayes.py.
+        """
+        rules, again = self.rules if rules is None else rules, self.reevaluation
+        folder = ["--predict_yaml", *rules, "--output_dir", str(output / self.name)]
+        settings = [*self.settings]
+        if again and again.true:
+            flags = ["--data_yaml", self.data, *folder, "--metric", self.config.test.metric]
+            settings = [text for text in settings if text.startswith(("data.", "predict."))]
+            return [*flags, "--set", *settings] if settings else flags
+        flags = ["--data_dir", str(data_dir)]
         for group in GROUPS:
             flags += [f"--{group}_yaml", getattr(self, group)]
-        flags += ["--predict_yaml", *rules]
-        flags += ["--save_pred", str(PANELS)] if self.again is None else []
-        flags += ["--seed", str(self.seed)] if self.seed else []
-        flags += ["--fit_temperature", "train"] if self.again and self.again.fit else []
-        settings = [*self.settings]
-        if self.again and self.again.thresholds:
-            beside = output / replace(self, again=replace(self.again, folder=self.again.thresholds)).name
+        flags += [*folder, *(["--seed", str(self.seed)] if self.seed else [])]
+        if again is None:
+            flags += ["--save_pred", str(PANELS)]
+        elif again.fit:
+            flags += ["--fit_temperature", "train"]
+        elif again.thresholds:
+            beside = output / replace(self, reevaluation=replace(again, folder=again.thresholds)).name
             file = f"{DATASET_RULE}.{self.config.data.train_split}.thresholds.json"
             settings.append(f"predict.thresholds={beside / self.config.run_name / 'results' / file}")
         return [*flags, "--set", *settings] if settings else flags
@@ -102,21 +106,21 @@ class Cell:
 def _load_config(
     names: tuple[str, ...], rules: tuple[str, ...], settings: tuple[str, ...], seed: int
 ) -> ExperimentConfig:
-    """YAML names of GROUPS and what else a config follows from; a table's figures ask for few of them, many times."""
+    """YAML names of GROUPS and what else a config follows from; a table's values ask for few of them, many times."""
     yamls = {group: [name] for group, name in zip(GROUPS, names)} | {"predict": list(rules)}
     config = load_experiment(yamls, settings, seed)
     return config.with_window(config.data.crop_size)
 
 
-def join_cells(cells: Iterable[Cell]) -> list[Cell]:
-    """Cells of several tables -> each training once, with the rules of all: argmax first, and last the one whose gains
+def join_jobs(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs of several tables -> each training once, with the rules of all: argmax first, and last the one whose gains
     over it choose the pictures."""
-    joined: dict[tuple, Cell] = {}
-    for cell in dict.fromkeys(cells):  # equal ones are many, and a config takes some milliseconds
-        key = (cell.digest, cell.test, cell.again)
+    joined: dict[tuple, Job] = {}
+    for job in dict.fromkeys(jobs):  # equal ones are many, and a config takes some milliseconds
+        key = (job.digest, job.test, job.reevaluation)
         known = joined.get(key)
-        rules = dict.fromkeys((*(known.rules if known else ()), *cell.rules))
-        joined[key] = replace(known or cell, rules=tuple(sorted(rules, key=_place)))
+        rules = dict.fromkeys((*(known.rules if known else ()), *job.rules))
+        joined[key] = replace(known or job, rules=tuple(sorted(rules, key=_place)))
     return list(joined.values())
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from exp.reproduction.job import DATASET_RULE, Again, Cell
+from exp.reproduction.job import DATASET_RULE, Job, Reevaluation
 
 SEEDS = range(5)
 ITERS = 100
 SHORTER = (25, 50)  # iterations of trainings of their own, with a schedule of that length
 NOISE_LEVELS = (0.0, 0.2, 0.4)
 SCOPES = ("argmax", "rankseg_rma", "rankseg_rma_iou", DATASET_RULE, "rankseg_rma_dataset_iou")
-CAMVID = Cell(
+CAMVID = Job(
     "deeplabv3plus_mobilenetv2_100",
     "camvid",
     "600_iters",
@@ -24,7 +24,7 @@ CAMVID = Cell(
         "model.output_stride=16",
     ),
 )
-HIPPOCAMPUS = Cell(
+HIPPOCAMPUS = Job(
     "unet_resnet18d",
     "hippocampus",
     "600_iters",
@@ -40,7 +40,7 @@ HIPPOCAMPUS = Cell(
         "schedule.num_workers=1",
     ),
 )
-NOISY = Cell(
+NOISY = Job(
     "unet_mobilenetv3_small_100",
     "shapes_noisy_binary",
     "quickstart",
@@ -51,7 +51,7 @@ NOISY = Cell(
 )
 
 
-def laptop_cells() -> Iterator[Cell]:
+def laptop_jobs() -> Iterator[Job]:
     """Two networks on CamVid, one of them with five seeds, a U-Net on hippocampus, and the evidence beyond the paper.
 
     That is: every seed again under a fitted temperature, thresholds of the training images, the same network trained
@@ -59,9 +59,9 @@ def laptop_cells() -> Iterator[Cell]:
     from which the labels were drawn. A training comes before its further evaluations.
     """
     for seed in SEEDS:
-        cell = replace(CAMVID, seed=seed)
-        yield cell
-        yield from tempered(cell)
+        job = replace(CAMVID, seed=seed)
+        yield job
+        yield from tempered(job)
     yield from fixed(CAMVID)
     half = f"schedule.train_iters={ITERS // 2}"  # a step takes twice as long as DeepLabV3+'s
     yield replace(CAMVID, model="upernet_mobilenetv2_100", overrides=(half, *CAMVID.overrides[1:-1]))
@@ -69,24 +69,26 @@ def laptop_cells() -> Iterator[Cell]:
     for iters in SHORTER:
         yield replace(CAMVID, overrides=(f"schedule.train_iters={iters}", *CAMVID.overrides[1:]))
     for level in NOISE_LEVELS:
-        cell = replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
-        yield cell
-        yield replace(cell, rules=(*NOISY.rules, "rankseg_exact"), again=Again("true", true=True))
+        job = replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
+        yield job
+        yield replace(job, rules=(*NOISY.rules, "rankseg_exact"), reevaluation=Reevaluation("true", true=True))
 
 
-def tempered(cell: Cell) -> tuple[Cell, Cell]:
+def tempered(job: Job) -> tuple[Job, Job]:
     """A training -> the fit of a temperature on its training images, and its rules under that."""
-    fit = Again("temperature", ("data.val_samples=20",), fit=True)
+    fit = Reevaluation("temperature", ("data.val_samples=20",), fit=True)
     return (
-        replace(cell, rules=("argmax",), again=fit),
-        replace(cell, again=Again("temperature", ("test.temperature=fitted",))),
+        replace(job, rules=("argmax",), reevaluation=fit),
+        replace(job, reevaluation=Reevaluation("temperature", ("test.temperature=fitted",))),
     )
 
 
-def fixed(cell: Cell) -> tuple[Cell, Cell]:
+def fixed(job: Job) -> tuple[Job, Job]:
     """A training -> the thresholds of some of its training images, and the images to evaluate under these."""
-    split = f"data.val_split={cell.config.data.train_split}"
+    split = f"data.val_split={job.config.data.train_split}"
     return (
-        replace(cell, rules=(DATASET_RULE,), again=Again("thresholds", (split, "data.val_samples=100"))),
-        replace(cell, rules=("argmax", "rankseg_rma_fixed"), again=Again("fixed", thresholds="thresholds")),
+        replace(job, rules=(DATASET_RULE,), reevaluation=Reevaluation("thresholds", (split, "data.val_samples=100"))),
+        replace(
+            job, rules=("argmax", "rankseg_rma_fixed"), reevaluation=Reevaluation("fixed", thresholds="thresholds")
+        ),
     )

@@ -1,7 +1,7 @@
-"""Results below a folder -> measured counterparts of published figures, computed from the counts of every image."""
+"""Results below a folder -> measured counterparts of published values, computed from the counts of every image."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,38 +23,13 @@ from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
 from exp.evaluation.results import load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import Existing
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.reproduction.plans import Counterpart
 from exp.runtime.errors import InputError
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A rule's score minus argmax's, in percent points, with its 95 % interval where the score has one."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class SeedGain:
-    """One score's gain over several seeds of one training.
-
-    values: a seed each, one or more. mean, interval, p_value, wins, losses: of the gains of the images (cases), each
-    averaged over the seeds, where the score is defined in all of them; p by Wilcoxon's signed-rank test. seed_p: of the
-    seeds' gains, by the paired t-test; NaN for one seed.
-    """
-
-    values: tuple[float, ...]
-    num_units: int
-    mean: float
-    interval: tuple[float, float] | None
-    p_value: float
-    wins: int
-    losses: int
-    seed_p: float
+LENGTH, NOISE = "iterations", "label noise"  # what trainings of a series differ in
+Interval = tuple[float, float]
 
 
 def _place(rule: str) -> tuple[int, str]:
@@ -78,70 +53,62 @@ class Measured:
             self._results[table] = load_result(table)
         return self._results[table]
 
-    def find(self, cell: Cell, rule: str) -> EvalResult | None:
-        path = self.existing.find(cell, rule)
+    def find(self, job: Job, rule: str) -> EvalResult | None:
+        path = self.existing.find(job, rule)
         return None if path is None else self.load(path)
 
-    def trainings(self) -> Iterable[tuple[str, list["Training"]]]:
-        """The digest of each training that argmax has judged, and its evaluations, a folder each."""
+    def trainings(self) -> Iterator[tuple[str, "Training"]]:
+        """Evaluations of trainings by argmax and perhaps other rules, one per folder, with the training's digest."""
         for digest, entries in sorted(self.existing.results.items()):
-            folders: dict[tuple, list[tuple[Path, dict]]] = {}
-            for path, content in entries:
-                folders.setdefault((path.parent, content["training"]["iteration"]), []).append((path, content))
-            found = (self._training(folder, members) for (folder, _), members in sorted(folders.items()))
-            yield digest, [training for training in found if training is not None]
+            yield from ((digest, training) for training in self._by_folder(entries))
 
-    def true_maps(self) -> list["Training"]:
-        """Rules judged on the probabilities from which labels were drawn, a folder each."""
-        folders: dict[Path, list[tuple[Path, dict]]] = {}
-        for path, content in self.existing.true:
-            folders.setdefault(path.parent, []).append((path, content))
-        found = (self._training(folder, members) for folder, members in sorted(folders.items()))
-        return [training for training in found if training is not None]
+    def true_maps(self) -> Iterator["Training"]:
+        """Rules evaluated on the probabilities from which labels were drawn, one per folder."""
+        return self._by_folder(self.existing.true)
 
-    def _training(self, folder: Path, members: Sequence[tuple[Path, dict]]) -> "Training | None":
-        """Results of one folder -> its training; None without argmax, or by a score that no image has."""
-        results = {path.stem: self.load(path) for path, _ in members}
-        base = results.pop("argmax", None)
-        if base is None:
-            return None
-        same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
-        content = members[0][1]
-        config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
-        test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
-        metric, temperature = test.get("metric"), test.get("temperature")
-        if metric not in PAIRED or not isinstance(temperature, int | float):
-            return None
-        place = folder.parent.relative_to(self.output).as_posix()
-        return Training(folder, config, config["iteration"], metric, (base, *same), temperature, place, test)
+    def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
+        """Results of one training -> those with argmax and a score that every image has, one per folder."""
+        folders: dict[tuple, list[tuple[Path, dict]]] = {}
+        for path, content in entries:
+            iteration = content.get("training", {}).get("iteration", 0)
+            folders.setdefault((path.parent, iteration), []).append((path, content))
+        for (folder, iteration), members in sorted(folders.items()):
+            results = {path.stem: self.load(path) for path, _ in members}
+            content = members[0][1]
+            test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
+            metric, temperature = test.get("metric"), test.get("temperature")
+            base = results.pop("argmax", None)
+            if base is None or metric not in PAIRED or not isinstance(temperature, int | float):
+                continue
+            same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
+            config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
+            place = folder.parent.relative_to(self.output).as_posix()
+            yield Training(folder, config, iteration, metric, (base, *same), temperature, place, test)
 
     def value(self, counterpart: Counterpart) -> float | None:
-        """The measured value, in percent or seconds (p as it is); None unless all of its trainings are judged."""
-        if counterpart.joined == "p":
-            pairs = [[self._score(cell, rule, counterpart) for rule in ("argmax", counterpart.rule)]
-                     for cell in counterpart.cells]  # fmt: skip
-            if any(value is None for pair in pairs for value in pair):
-                return None
-            return float(stats.ttest_rel(*zip(*pairs)).pvalue)
-        values = [self._score(cell, counterpart.rule, counterpart) for cell in counterpart.cells]
-        if any(value is None for value in values):
+        """The measured value, in percent or seconds (p as it is); None unless all of its trainings are evaluated."""
+        rules = ("argmax", counterpart.rule) if counterpart.joined == "p" else (counterpart.rule,)
+        columns = [[self._score(job, rule, counterpart) for job in counterpart.jobs] for rule in rules]
+        if any(value is None for column in columns for value in column):
             return None
-        return float(np.std(values, ddof=1) if counterpart.joined == "std" else np.mean(values))
+        if counterpart.joined == "p":
+            return float(stats.ttest_rel(*columns).pvalue)
+        return float(np.std(columns[0], ddof=1) if counterpart.joined == "std" else np.mean(columns[0]))
 
-    def _score(self, cell: Cell, rule: str, counterpart: Counterpart) -> float | None:
+    def _score(self, job: Job, rule: str, counterpart: Counterpart) -> float | None:
         kind, _, name = counterpart.score.partition(":")
         if kind == "seconds":
-            return self._seconds(cell, rule, name)
-        result = self.find(cell, rule)
+            return self._seconds(job, rule, name)
+        result = self.find(job, rule)
         if result is None:
             return None
         if kind == "IoUC":
             return float(per_class_scores(result.counts, result.cases)["IoUC"][result.classes.index(name)])
         return float(compute_scores(result.counts, result.cases)[kind])
 
-    def _seconds(self, cell: Cell, rule: str, step: str) -> float | None:
+    def _seconds(self, job: Job, rule: str, step: str) -> float | None:
         """Total seconds of the forward passes, or of a rule's decisions, over the evaluation."""
-        path = self.existing.find(cell, rule)
+        path = self.existing.find(job, rule)
         if path is None or not path.with_name("timing.json").is_file():
             return None
         timing = read_times(path.with_name("timing.json"))
@@ -150,38 +117,38 @@ class Measured:
         each = timing["decision_milliseconds_per_image"].get(rule)
         return None if each is None else each * timing["images"] / 1000
 
-    def gain(self, base: Counterpart, other: Counterpart) -> Gain | None:
-        """What the rule of `other` gains over that of `base`, both on the same trainings; the interval is over the
-        images (cases) of all folds, or over the seeds."""
+    def gain(self, base: Counterpart, other: Counterpart) -> tuple[float | None, Interval | None]:
+        """What the rule of `other` gains over that of `base` on the same trainings, in percent points, with its 95 %
+        interval where the score has one: over the images (cases) of all folds, or over the seeds."""
         first, second = self.value(base), self.value(other)
         if first is None or second is None:
-            return None
+            return None, None
         if other.score not in PAIRED:
-            return Gain(second - first)
-        differences = [paired_differences(self.find(cell, base.rule), self.find(cell, other.rule), other.score)
-                       for cell in other.cells]  # fmt: skip
-        seeds = len({cell.seed for cell in other.cells}) > 1
-        values = np.array([d.mean() for d in differences]) if seeds else np.concatenate(differences)
-        return Gain(second - first, mean_interval(values))
+            return second - first, None
+        differences = [paired_differences(self.find(job, base.rule), self.find(job, other.rule), other.score)
+                       for job in other.jobs]  # fmt: skip
+        is_seeded = len({job.seed for job in other.jobs}) > 1
+        values = np.array([d.mean() for d in differences]) if is_seeded else np.concatenate(differences)
+        return second - first, mean_interval(values)
 
 
 def read_times(path: Path) -> dict[str, Any]:
     """timing.json -> its content; InputError unless the fields that tables and page take are numbers."""
     expected = "the times of an evaluation"
-    timing = read_json(path, expected)
+    times = read_json(path, expected)
     try:
-        forward, decisions = timing["milliseconds_per_image"]["forward"], timing["decision_milliseconds_per_image"]
-        numbers = [forward, timing["forward_passes"], timing["images"], *decisions.values()]
+        numbers = [times["milliseconds_per_image"]["forward"], times["forward_passes"], times["images"]]
+        numbers += times["decision_milliseconds_per_image"].values()
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError(f"got {numbers}, expected numbers")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise InputError(f"{path}: got {numbers}, expected numbers, {expected}")
-    return timing
+    return times
 
 
 @dataclass(frozen=True)
 class Training:
-    """The rules that judged one training in one results folder, argmax first. place: its run, below the output."""
+    """The rules that evaluated one training in one results folder, argmax first. place: its run, below the output."""
 
     folder: Path
     config: dict
@@ -190,7 +157,7 @@ class Training:
     results: tuple[EvalResult, ...]
     temperature: float = 1.0  # of the evaluation
     place: str = ""
-    test: Mapping[str, Any] = field(default_factory=dict)  # how it was judged
+    test: Mapping[str, Any] = field(default_factory=dict)  # how it was evaluated
 
     @cached_property
     def name(self) -> str:
@@ -201,6 +168,24 @@ class Training:
         parts += [] if fold is None else [f"fold {fold}"]
         parts += [] if noise is None else [f"label noise {noise:g}"]
         return ", ".join([*parts, *([] if self.temperature == 1 else ["after temperature scaling"])])
+
+    @property
+    def long_name(self) -> str:
+        return self.name if self.is_true else f"{self.name}, {self.iteration} iterations"
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """All of them, argmax first."""
+        return tuple(result.rule for result in self.results)
+
+    @property
+    def unit(self) -> str:
+        """What is scored each: an image or, where images are slices of volumes, a case."""
+        return "image" if self.results[0].cases is None else "case"
+
+    def unit_gains(self, rule: str) -> np.ndarray:
+        """What a rule gains over argmax by the metric, per image (case); NaN where the score is undefined."""
+        return unit_differences(self.results[0], self.results[self.rules.index(rule)], self.metric)
 
     @property
     def is_true(self) -> bool:
@@ -221,46 +206,61 @@ class Training:
         return *compare_rules(self.results, self.metric), *(compare_pooled(base, other, "Acc") for other in others)
 
     @property
+    def losses(self) -> list[Comparison]:
+        """Where a rule stays below argmax with its whole interval."""
+        return [c for c in self.comparisons if c.interval is not None and c.interval[1] < 0]
+
+    @property
     def unseeded(self) -> tuple:
         """What trainings that differ in their seed alone have in common."""
         return *self.likeness(), self.iteration
 
     def likeness(self, left_out: str | None = None) -> tuple:
-        """What tells a training from others, but for the seed and, if asked, for "iterations" or "label noise"."""
-        names = tuple(result.rule for result in self.results)
+        """What tells a training from others, but for the seed and, if asked, for LENGTH or NOISE."""
         config = {key: value for key, value in self.config.items() if key not in ("seed", "iteration")}
         config |= {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
-        if left_out == "iterations":
+        if left_out == LENGTH:
             config["schedule"].pop("train_iters", None)
-        elif left_out == "label noise":
+        elif left_out == NOISE:
             config["data"].pop("label_noise", None)
         test = {**self.test, "metric": self.metric, "temperature": self.temperature == 1}  # fitted: differs by seed
-        return json.dumps([config, test], sort_keys=True), names, self.results[0].names
+        return json.dumps([config, test], sort_keys=True), self.rules, self.results[0].names
 
 
-def compare_seeds(trainings: Sequence[Training], rule: str) -> SeedGain:
-    """Trainings of several seeds -> what a rule gains over argmax by their metric."""
-    metric, rows = trainings[0].metric, []
-    for training in trainings:
-        by_rule = {result.rule: result for result in training.results}
-        rows.append(unit_differences(by_rule["argmax"], by_rule[rule], metric))
-    gains = [float(row[~np.isnan(row)].mean()) if not np.isnan(row).all() else float("nan") for row in rows]
-    images = np.mean(rows, axis=0)
-    images = images[~np.isnan(images)]
-    mean = float(images.mean()) if len(images) else float("nan")
-    return SeedGain(
-        values=tuple(gains),
-        num_units=len(images),
-        mean=mean,
-        interval=mean_interval(images),
-        p_value=signed_rank(images),
-        wins=int((images > 0).sum()),
-        losses=int((images < 0).sum()),
-        seed_p=float(stats.ttest_1samp(gains, 0).pvalue) if len(gains) > 1 else float("nan"),
+def compare_seeds(trainings: Sequence[Training], rule: str) -> Comparison:
+    """Trainings of several seeds -> a rule beside argmax by their metric, over the images (cases).
+
+    Each one's gain is averaged over the seeds, where the score is defined in all of them.
+    """
+    first = trainings[0]
+    values = np.mean([training.unit_gains(rule) for training in trainings], axis=0)
+    values = values[~np.isnan(values)]
+    return Comparison(
+        rule=rule,
+        base="argmax",
+        metric=first.metric,
+        unit=first.unit,
+        num_units=len(values),
+        difference=float(values.mean()) if len(values) else None,
+        interval=mean_interval(values),
+        p_value=signed_rank(values),
+        wins=int((values > 0).sum()),
+        losses=int((values < 0).sum()),
     )
+
+
+def seed_gains(trainings: Sequence[Training], rule: str) -> list[float]:
+    """What a rule gains over argmax by the metric, in each training; NaN where no image has the score."""
+    values = [training.unit_gains(rule) for training in trainings]
+    return [float(np.nanmean(gains)) if not np.isnan(gains).all() else float("nan") for gains in values]
 
 
 def seed_scores(trainings: Sequence[Training], rule: str, name: str) -> list[float]:
     """A rule's score in each of several trainings, in percent."""
-    results = [next(r for r in training.results if r.rule == rule) for training in trainings]
+    results = [training.results[training.rules.index(rule)] for training in trainings]
     return [compute_scores(r.counts, r.cases)[name] for r in results]
+
+
+def mean_score(trainings: Sequence[Training], rule: str, name: str) -> float:
+    """The mean of a rule's score over several trainings, in percent."""
+    return float(np.mean(seed_scores(trainings, rule, name)))

@@ -1,12 +1,12 @@
-"""Tables -> the trainings that they need, and for every published figure the one that gives its counterpart."""
+"""Tables -> the trainings that they need, and for every published value the one that gives its counterpart."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from exp.config.strict_yaml import closest
-from exp.reproduction.job import Cell, join_cells
-from exp.reproduction.laptop import laptop_cells
-from exp.reproduction.published import Figure, load_tables, load_unavailable
+from exp.reproduction.job import Job, join_jobs
+from exp.reproduction.laptop import laptop_jobs
+from exp.reproduction.published import PublishedValue, load_tables, load_unavailable
 from exp.runtime.errors import InputError
 
 NATURAL = ("pascal_voc", "cityscapes", "ade20k")
@@ -36,87 +36,86 @@ ALL, LAPTOP = "all", "laptop"
 
 @dataclass(frozen=True)
 class Counterpart:
-    """Where the measured value of a published figure comes from: a rule's score on cells, and how these are joined.
+    """Where the measured value of a published value comes from: a rule's score on jobs, and how these are joined.
 
     score: a name in `metrics` of results/<rule>.json, "IoUC:<class>" in `per_class`, or "seconds:<step>" of the timing.
-    joined: "one" cell, the "mean" over folds or seeds, their standard deviation ("std"), or "p" of the paired test.
+    joined: "one" job, the "mean" over folds or seeds, their standard deviation ("std"), or "p" of the paired test.
     """
 
-    cells: tuple[Cell, ...]
+    jobs: tuple[Job, ...]
     rule: str
     score: str
     joined: str = "one"
 
 
-def paper_cell(model: str, data: str, rules: Sequence[str], *, fold: int | None = None, seed: int = 0) -> Cell:
+def paper_job(model: str, data: str, rules: Sequence[str], *, fold: int | None = None, seed: int = 0) -> Job:
     """The paper's training of a network on a data set, under schedules and rates as in the model YAMLs' headers."""
     optim = "sgd_lr1e-2" if "resnet" in model else "adamw_lr6e-5"
     test = "test_dice" if data in MEDICAL else "test_iou"
-    return Cell(model, data, SCHEDULES[data], optim, tuple(rules), test=test, fold=fold, seed=seed)
+    return Job(model, data, SCHEDULES[data], optim, tuple(rules), test=test, fold=fold, seed=seed)
 
 
-def figure_cells(figure: Figure) -> tuple[Cell, ...]:
-    """The trainings behind a published figure; none where the framework has no such network."""
-    model = figure.row
-    if figure.row in load_unavailable():
+def jobs_behind(published: PublishedValue) -> tuple[Job, ...]:
+    """The trainings behind a published value; none where the framework has no such network."""
+    model = published.row
+    if published.row in load_unavailable():
         return ()
-    if figure.table == "table3":
-        model = UPERNET if figure.data in NATURAL else DEEPLAB
-    elif figure.table == "table4":
+    if published.table == "table3":
+        model = UPERNET if published.data in NATURAL else DEEPLAB
+    elif published.table == "table4":
         model = UPERNET
     rules = BASIC
-    if figure.table == "table6":
+    if published.table == "table6":
         rules = (*BASIC, RULES["prob"], RULES["weight_prob"])
-    if figure.data in MEDICAL:
-        rules = (*BASIC, "rankseg_ba") if figure.table in ("table2", "table3") else BASIC
-        folds = FOLDS[:1] if figure.table == "table3" else FOLDS
-        return tuple(paper_cell(model, figure.data, rules, fold=fold) for fold in folds)
-    seeds = SEEDS if figure.table == "table7" else SEEDS[:1]
-    return tuple(paper_cell(model, figure.data, rules, seed=seed) for seed in seeds)
+    if published.data in MEDICAL:
+        rules = (*BASIC, "rankseg_ba") if published.table in ("table2", "table3") else BASIC
+        folds = FOLDS[:1] if published.table == "table3" else FOLDS
+        return tuple(paper_job(model, published.data, rules, fold=fold) for fold in folds)
+    seeds = SEEDS if published.table == "table7" else SEEDS[:1]
+    return tuple(paper_job(model, published.data, rules, seed=seed) for seed in seeds)
 
 
-def find_counterpart(figure: Figure) -> Counterpart | str:
-    """A published figure -> where its measured value comes from, or why there is none.
+def find_counterpart(published: PublishedValue) -> Counterpart | str:
+    """A published value -> where its measured value comes from, or why there is none.
 
     Where print has another score or data set than is meant, it is that of what is meant.
     """
-    for erratum in figure.errata:
+    for erratum in published.errata:
         meant = erratum.meant or {}
-        figure = replace(figure, data=meant.get("data", figure.data), column=meant.get("score", figure.column))
-    cells = figure_cells(figure)
-    if not cells:
-        return load_unavailable()[figure.row]
-    if figure.value is None:
+        data, column = meant.get("data", published.data), meant.get("score", published.column)
+        published = replace(published, data=data, column=column)
+    jobs = jobs_behind(published)
+    if not jobs:
+        return load_unavailable()[published.row]
+    if published.value is None:
         return "no such value"
-    rule = RULES.get(figure.rule, "argmax")
-    if figure.table == "table3":
-        step = "forward" if figure.rule == "forward" else f"decision:{rule}"
-        return Counterpart(cells, rule, f"seconds:{step}")
-    if figure.table == "table4":
-        return Counterpart(cells, rule, f"IoUC:{figure.row}")
-    if figure.table == "table7":
-        score, _, joined = figure.column.partition("_")
-        return Counterpart(cells, rule, "mIoUI" if figure.column == "p" else score, joined or "p")
-    return Counterpart(cells, rule, figure.column, "mean" if len(cells) > 1 else "one")
+    rule = RULES.get(published.rule, "argmax")
+    if published.table == "table3":
+        step = "forward" if published.rule == "forward" else f"decision:{rule}"
+        return Counterpart(jobs, rule, f"seconds:{step}")
+    if published.table == "table4":
+        return Counterpart(jobs, rule, f"IoUC:{published.row}")
+    if published.table == "table7":
+        score, _, joined = published.column.partition("_")
+        return Counterpart(jobs, rule, "mIoUI" if published.column == "p" else score, joined or "p")
+    return Counterpart(jobs, rule, published.column, "mean" if len(jobs) > 1 else "one")
 
 
-def table_cells(name: str) -> list[Cell]:
+def table_jobs(name: str) -> list[Job]:
     """The trainings of a table, of `all` of them, or of `laptop`, each once."""
     tables = load_tables()
     if name == LAPTOP:
-        return join_cells(laptop_cells())
+        return join_jobs(laptop_jobs())
     if name != ALL and name not in tables:
         raise InputError(f"{name}: unknown table{closest(name, [*tables, ALL, LAPTOP])}")
     chosen = tables.values() if name == ALL else [tables[name]]
-    return join_cells(cell for table in chosen for figure in table.figures for cell in figure_cells(figure))
+    return join_jobs(job for table in chosen for published in table.values for job in jobs_behind(published))
 
 
-def with_settings(cells: Iterable[Cell], overrides: Sequence[str], weights: str | None) -> list[Cell]:
-    """Further overrides for all cells, and a file of encoder weights for those that take MobileNetV2's."""
-    changed = []
-    for cell in cells:
-        more = tuple(overrides)
-        if weights is not None and cell.model.endswith("mobilenetv2_100"):
-            more = (f"model.pretrained={weights}", *more)
-        changed.append(replace(cell, overrides=(*cell.overrides, *more)))
-    return changed
+def with_settings(jobs: Iterable[Job], overrides: Sequence[str], weights: str | None) -> list[Job]:
+    """Further overrides for all jobs, and a file of encoder weights for those that take MobileNetV2's."""
+    own = () if weights is None else (f"model.pretrained={weights}",)
+    return [
+        replace(job, overrides=(*job.overrides, *(own if job.model.endswith("mobilenetv2_100") else ()), *overrides))
+        for job in jobs
+    ]

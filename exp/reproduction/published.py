@@ -1,4 +1,4 @@
-"""tables.yaml -> published figures, each with what is known to be wrong about it in print."""
+"""tables.yaml -> published values, each with what is known to be wrong about it in print."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from exp.config.strict_yaml import load_mapping
-from exp.runtime.errors import InputError
 
 TABLES_FILE = Path(__file__).with_name("tables.yaml")
 NOT_TABLES = ("unavailable", "errata")
-CELL_KEYS = {"table", "rows", "data", "rules", "columns"}
 
 
 @dataclass(frozen=True)
 class Erratum:
-    """What is wrong in print. cells: which figures, by table and, where not all are meant, rows, data, rules, columns.
+    """What is wrong in print. cells: of which table and, where not all are meant, rows, data, rules, columns.
 
-    meant: the score or data set that the figure is of, where that is another than the printed one.
+    meant: the score or data set that these values are of, where that is another than the printed one.
     """
 
     cells: Mapping[str, Any]
@@ -28,13 +26,12 @@ class Erratum:
 
     def concerns(self, table: str, row: str, data: str, rule: str, column: str) -> bool:
         place = {"rows": row, "data": data, "rules": rule, "columns": column}
-        chosen = all(value in self.cells.get(key, [value]) for key, value in place.items())
-        return self.cells["table"] == table and chosen
+        return self.cells["table"] == table and all(v in self.cells.get(key, [v]) for key, v in place.items())
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One published value: `value` in the table's unit, None where none is printed."""
+class PublishedValue:
+    """One published number: `value` in the table's unit, None where none is printed."""
 
     table: str
     row: str
@@ -52,13 +49,8 @@ class Table:
     name: str
     title: str
     unit: str
-    columns: tuple[str, ...]
-    figures: tuple[Figure, ...]
+    values: tuple[PublishedValue, ...]
     setting: str | None = None
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(figure.row for figure in self.figures))
 
 
 @cache
@@ -68,16 +60,13 @@ def _content() -> dict[str, Any]:
 
 def load_errata() -> tuple[Erratum, ...]:
     """All errata, in their order."""
-    errata = tuple(Erratum(**row) for row in _content()["errata"])
-    for erratum in errata:
-        assert CELL_KEYS >= erratum.cells.keys() >= {"table"}
-    return errata
+    return tuple(Erratum(**row) for row in _content()["errata"])
 
 
 def load_tables() -> dict[str, Table]:
     """The published tables by name, in their order."""
-    content, errata = _content(), load_errata()
-    return {name: _build(name, values, errata) for name, values in content.items() if name not in NOT_TABLES}
+    errata = load_errata()
+    return {name: _build(name, table, errata) for name, table in _content().items() if name not in NOT_TABLES}
 
 
 def load_unavailable() -> dict[str, str]:
@@ -85,20 +74,13 @@ def load_unavailable() -> dict[str, str]:
     return {entry["row"]: entry["reason"] for entry in _content()["unavailable"]}
 
 
-def find_table(name: str) -> Table:
-    tables = load_tables()
-    if name not in tables:
-        raise InputError(f"{name}: unknown table, expected one of {', '.join(tables)}")
-    return tables[name]
-
-
 def _build(name: str, content: Mapping[str, Any], errata: tuple[Erratum, ...]) -> Table:
-    columns = tuple(content["columns"])
-    figures = []
+    values = []
     for row, by_data in content["rows"].items():
         for data, by_rule in by_data.items():
-            for rule, values in by_rule.items():
-                for column, value in zip(columns, values, strict=True):
-                    own = tuple(e for e in errata if e.concerns(name, row, data, rule, column))
-                    figures.append(Figure(name, row, data, rule, column, value, own))
-    return Table(name, content["title"], content["unit"], columns, tuple(figures), content.get("setting"))
+            for rule, numbers in by_rule.items():
+                for column, number in zip(content["columns"], numbers, strict=True):
+                    place = (name, row, data, rule, column)
+                    own = tuple(erratum for erratum in errata if erratum.concerns(*place))
+                    values.append(PublishedValue(*place, number, own))
+    return Table(name, content["title"], content["unit"], tuple(values), content.get("setting"))

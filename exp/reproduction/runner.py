@@ -1,4 +1,4 @@
-"""Cells one after the other on this machine, or as the tasks of a Slurm job array."""
+"""Jobs one after the other on this machine, or as the tasks of a Slurm job array."""
 
 import os
 import shlex
@@ -11,14 +11,14 @@ from itertools import chain, count
 from pathlib import Path
 
 from exp.reproduction.existing import DONE, TRAINED, UNTRAINED, WAITING, Existing, State
-from exp.reproduction.job import Cell
+from exp.reproduction.job import Job
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOG = "reproduce.log"  # in a cell's folder: what its program printed
+LOG = "reproduce.log"  # in a job's folder: what its program printed
 SBATCH = """#!/usr/bin/env bash
-# Written by scripts/reproduce.py: task k of the array runs the flags in line k of cells.txt beside this file.
+# Written by scripts/reproduce.py: task k of the array runs the flags in line k of jobs.txt beside this file.
 #SBATCH --job-name=reproduce
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -28,69 +28,69 @@ SBATCH = """#!/usr/bin/env bash
 #SBATCH --array=0-{last}
 #SBATCH --output={folder}/slurm-%A_%a.out
 
-source {job}
-eval "flags=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {cells}))"
+source {launcher}
+eval "flags=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {jobs}))"
 launch "${{flags[@]}}"
 """
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs cells: data_dir and output as given to the program; processes: of torchrun, on this machine."""
+    """Runs jobs: data_dir and output as given to the program; processes: of torchrun, on this machine."""
 
     data_dir: Path
     output: Path
     processes: int = 1
     device: str = "auto"
 
-    def flags(self, cell: Cell, state: State) -> list[str]:
-        """The flags of exp/main.py that do what is missing: train and judge, or judge alone."""
-        flags = cell.flags(self.data_dir, self.output, state.rules or cell.rules)
+    def flags(self, job: Job, state: State) -> list[str]:
+        """The flags of exp/main.py that do what is missing: train and evaluate, or evaluate alone."""
+        flags = job.flags(self.data_dir, self.output, state.rules or job.rules)
         if state.kind == TRAINED:
             flags = ["--test-only", "--model_checkpoint", str(state.weights), *flags]
         if state.kind == WAITING:
             flags = ["--test-only", "--model_checkpoint", "WEIGHTS", *flags]  # for a person to read
         return ["--device", self.device, *flags] if self.device != "auto" and state.kind != UNTRAINED else flags
 
-    def command(self, cell: Cell, state: State) -> list[str]:
+    def command(self, job: Job, state: State) -> list[str]:
         if state.kind == UNTRAINED:
-            return [sys.executable, str(ROOT / "scripts" / "evaluate_bayes.py"), *self.flags(cell, state)]
+            return [sys.executable, str(ROOT / "scripts" / "evaluate_bayes.py"), *self.flags(job, state)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         return [
             sys.executable,
             *(launcher if self.processes > 1 else []),
             str(ROOT / "exp" / "main.py"),
-            *self.flags(cell, state),
+            *self.flags(job, state),
         ]
 
-    def run(self, cell: Cell, state: State, stop: StopRequest) -> str | None:
-        """Run a cell to its end -> None, or why it failed. Interrupted if this program was asked to stop meanwhile."""
-        if cell.again is not None:  # its training may have come to its end just before
-            state = Existing(self.output).state(cell)
+    def run(self, job: Job, state: State, stop: StopRequest) -> str | None:
+        """Run a job to its end -> None, or why it failed. Interrupted if this program was asked to stop meanwhile."""
+        if job.reevaluation is not None:  # its training may have come to its end just before
+            state = Existing(self.output).state(job)
             if state.kind == WAITING:
                 return "there are no weights: its training is not complete"
-        folder = self.output / cell.name
+        folder = self.output / job.name
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOG, "a", encoding="utf-8") as log:
-            process = subprocess.Popen(self.command(cell, state), stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(self.command(job, state), stdout=log, stderr=subprocess.STDOUT)
             status = _wait(process, stop)
         if stop:
-            raise Interrupted(f"{stop.signal_name}: {cell.name} has saved what it had")
+            raise Interrupted(f"{stop.signal_name}: {job.name} has saved what it had")
         if status == 0:
             return None
         return f"status {status}: {last_error(folder / LOG)} ({folder / LOG})"
 
-    def write_array(self, pairs: Sequence[tuple[Cell, State]], folder: Path) -> Path:
-        """Write cells.txt and array.sbatch into <folder>, or <folder>.2 and so on if that is there -> the latter."""
+    def write_array(self, pairs: Sequence[tuple[Job, State]], folder: Path) -> Path:
+        """Write jobs.txt and array.sbatch into <folder>, or <folder>.2 and so on if that is there -> the latter."""
         numbered = (folder.with_name(f"{folder.name}.{number}") for number in count(2))
         folder = next(path for path in chain([folder], numbered) if not path.exists())
         folder.mkdir(parents=True)
-        cells, script = folder / "cells.txt", folder / "array.sbatch"
-        cells.write_text("".join(shlex.join(self.flags(*pair)) + "\n" for pair in pairs), encoding="utf-8")
+        jobs, script = folder / "jobs.txt", folder / "array.sbatch"
+        jobs.write_text("".join(shlex.join(self.flags(*pair)) + "\n" for pair in pairs), encoding="utf-8")
         names = {
             "folder": str(folder),
-            "cells": shlex.quote(str(cells)),
-            "job": shlex.quote(str(ROOT / "scripts" / "slurm" / "job.sh")),
+            "jobs": shlex.quote(str(jobs)),
+            "launcher": shlex.quote(str(ROOT / "scripts" / "slurm" / "job.sh")),
         }
         script.write_text(SBATCH.format(last=len(pairs) - 1, **names), encoding="utf-8")
         return script
@@ -115,10 +115,10 @@ def last_error(log: Path) -> str:
     return (errors or lines)[-1][:500]
 
 
-def missing_cells(cells: Sequence[Cell], existing: Existing) -> list[tuple[Cell, State]]:
-    """The cells that are not done, with how far they are."""
-    states = [(cell, existing.state(cell)) for cell in cells]
-    return [(cell, state) for cell, state in states if state.kind != DONE]
+def missing_jobs(jobs: Sequence[Job], existing: Existing) -> list[tuple[Job, State]]:
+    """The jobs that are not done, with how far they are."""
+    states = [(job, existing.state(job)) for job in jobs]
+    return [(job, state) for job, state in states if state.kind != DONE]
 
 
 def laptop_data(data_dir: Path, output: Path) -> Path:

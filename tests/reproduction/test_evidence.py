@@ -1,7 +1,8 @@
 """Beyond the paper's tables: losses, gains by length and noise, true probabilities, and the README's results."""
 
 import json
-import math
+import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,16 @@ import pytest
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
-from exp.reproduction.job import Again, join_cells
-from exp.reproduction.measured import Measured, Training, compare_seeds
-from exp.reproduction.published import load_tables
-from exp.reproduction.report.page import write_report
-from exp.reproduction.report.readme import BEGIN, END, results_section, update_readme
-from exp.reproduction.report.rows import summary, table_rows
-from exp.reproduction.report.sections import Trainings, find_trainings, loss_note
-from exp.reproduction.report.series import LENGTH, NOISE, find_losses
+from exp.reproduction.job import Reevaluation, join_jobs
+from exp.reproduction.measured import LENGTH, NOISE, Measured, Training, compare_seeds, mean_score, seed_gains
+from exp.reproduction.report.build import build_sections, write_report
+from exp.reproduction.report.training_sections import loss_note
+from exp.reproduction.report.trainings import find_trainings
+from exp.reproduction.report.writers import BEGIN, END, update_readme
 from exp.reproduction.runner import Runner
 from exp.runtime.errors import InputError
 from tests.reproduction.test_page import Page
-from tests.reproduction.test_report import csv_rows, judge
+from tests.reproduction.test_report import csv_rows, write_results
 from tests.reproduction.test_reproduce import SMALL
 
 RULES = ("argmax", "rankseg_rma")
@@ -39,8 +38,8 @@ def noisy(level: float):
     return replace(NOISY, overrides=(*NOISY.overrides, f"data.label_noise={level}"))
 
 
-def judge_true(level: float, output: Path, gain: int) -> None:
-    """Results as scripts/evaluate_bayes.py writes them, on the images that `judge` makes up."""
+def write_true_results(level: float, output: Path, gain: int) -> None:
+    """Results as scripts/evaluate_bayes.py writes them, on the images that `write_results` makes up."""
     config = noisy(level).config.to_dict()
     names = tuple(f"0_{i:03d}" for i in range(12))
     counts = np.random.default_rng(3).integers(50, 100, (12, 3, 21))
@@ -49,8 +48,8 @@ def judge_true(level: float, output: Path, gain: int) -> None:
         better = counts.copy()
         better[:, 0] += gain * place + np.arange(12)[:, None] % 3 * place
         results.append(EvalResult(rule, names, tuple(map(str, range(21))), better))
-        judged = {"data": config["data"], "predict": {"name": rule}}
-        contexts.append({"probabilities": "true", "metric": "mDiceI", "config": judged})
+        evaluated = {"data": config["data"], "predict": {"name": rule}}
+        contexts.append({"probabilities": "true", "metric": "mDiceI", "config": evaluated})
     save_results(results, output / f"true{level}" / "results", contexts)
 
 
@@ -60,11 +59,11 @@ def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evidence") / "out"
     longer = (*(o for o in SMALL.overrides if "train_iters" not in o), "schedule.train_iters=9")
     for seed in (0, 1):
-        judge(replace(SMALL, rules=RULES, seed=seed), folder)
-    judge(replace(SMALL, rules=RULES, overrides=longer), folder, shift=40)
+        write_results(replace(SMALL, rules=RULES, seed=seed), folder)
+    write_results(replace(SMALL, rules=RULES, overrides=longer), folder, shift=40)
     for level in (0.0, 0.4):
-        judge(noisy(level), folder, shift=int(10 * level))
-        judge_true(level, folder, gain=1 + int(10 * level))
+        write_results(noisy(level), folder, shift=int(10 * level))
+        write_true_results(level, folder, gain=1 + int(10 * level))
     write_report(folder)
     return folder
 
@@ -80,20 +79,21 @@ def test_lengths_and_noise_are_found_and_nothing_else(output: Path):
         (0.0, "true"),
         (0.4, "true"),
     ]
-    assert by_noise.steps[2].rules == ("argmax", "rankseg_rma", "rankseg_exact")
+    assert by_noise.steps[2].trainings[0].rules == ("argmax", "rankseg_rma", "rankseg_exact")
     step = by_length.steps[0]
     pairs = [[compute_scores(r.counts)["mIoUI"] for r in t.results] for t in step.trainings]
-    assert step.gain("rankseg_rma").mean == pytest.approx(np.mean([second - first for first, second in pairs]))
-    assert step.score("argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
-    assert math.isnan(by_length.steps[1].gain("rankseg_rma").seed_p)
+    assert compare_seeds(step.trainings, "rankseg_rma").difference == pytest.approx(
+        np.mean([second - first for first, second in pairs])
+    )
+    assert mean_score(step.trainings, "argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
     assert len(trainings.true_maps) == 2
     assert all(t.is_true and t.metric == "mDiceI" for t in trainings.true_maps)
 
 
 def test_an_unfinished_training_has_no_length(tmp_path: Path):
     longer = (*(o for o in SMALL.overrides if "train_iters" not in o), "schedule.train_iters=9")
-    judge(replace(SMALL, rules=RULES), tmp_path)
-    judge(replace(SMALL, rules=RULES, overrides=longer), tmp_path, iteration=6)
+    write_results(replace(SMALL, rules=RULES), tmp_path)
+    write_results(replace(SMALL, rules=RULES, overrides=longer), tmp_path, iteration=6)
     assert find_trainings(Measured(tmp_path)).series == []
 
 
@@ -110,7 +110,7 @@ def test_losses_are_told(tmp_path: Path):
         for name, c in (("argmax", counts), ("bad", worse), ("good", better))
     ]
     training = Training(tmp_path, SMALL.config.to_dict(), 3, "mIoUI", tuple(results))
-    losses = find_losses(training)
+    losses = training.losses
     assert {(c.rule, c.metric) for c in losses} == {("bad", "mIoUI"), ("bad", "mIoUD"), ("bad", "Acc")}
     accuracy = next(c for c in losses if c.metric == "Acc")
     exact = compute_scores(worse)["Acc"] - compute_scores(counts)["Acc"]
@@ -139,20 +139,20 @@ def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
 
     found = compare_seeds([training(0, counts), training(1, lacking)], "r")
     assert found.num_units == 2
-    assert len(found.values) == 2
+    assert len(seed_gains([training(0, counts), training(1, lacking)], "r")) == 2
     alone = compare_seeds([training(0, counts)], "r")
     assert alone.num_units == 3
     gains = [
         100 * (better[i, 0, 1] / (better[i, 0, 1] + 10) - counts[i, 0, 1] / (counts[i, 0, 1] + 10)) for i in (0, 2)
     ]
-    assert found.mean == pytest.approx(np.mean(gains))
+    assert found.difference == pytest.approx(np.mean(gains))
 
 
 @pytest.mark.parametrize(
     "change", [{"test": 5}, {"test": {"name": "t", "metric": "mIoU", "temperature": 1.0}}, {"data": {}}]
 )
 def test_results_of_something_else_are_passed_over(tmp_path: Path, change: dict):
-    judge(replace(SMALL, rules=RULES), tmp_path)
+    write_results(replace(SMALL, rules=RULES), tmp_path)
     for path in tmp_path.glob("*/*/results/*a*.json"):
         content = json.loads(path.read_text())
         if "config" in content:
@@ -167,14 +167,16 @@ def test_the_report_has_them(output: Path):
     assert text.index("## Other trainings") < text.index("## table1")  # of which nothing was measured
     section = text.partition("### unet_mobilenetv3_small_100, shapes, ce: gain by length of training")[2]
     gain = compare_seeds(find_trainings(Measured(output)).series[0].steps[0].trainings, "rankseg_rma")
-    assert f"| {gain.mean:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
+    assert (
+        f"| {gain.difference:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
+    )
     assert "are means over the seeds (3: 2, 9: 1)" in section
     noise = text.partition("shapes_noisy_binary, ce: gain by label noise")[2].partition("###")[0]
     assert noise.count("| true | rankseg_exact |") == 2
     assert noise.count("| network | rankseg_rma |") == 2
     assert "### true probabilities, shapes_noisy_binary, label noise 0.4\n" in text
     page = Page((output / "report" / "index.html").read_text())
-    assert page.tags["table"] == 9 + 1 + 2 + 7  # published, seeds, series, trainings with the true probabilities
+    assert page.tags["table"] == 9 + 1 + 1 + 2 + 7  # published, rules, seeds, series, trainings and true probabilities
     assert "gain by label noise, with 95 % intervals" in (output / "report" / "index.html").read_text()
     latex = (output / "report" / "tables.tex").read_text()
     assert "gain by label noise}" in latex
@@ -182,13 +184,6 @@ def test_the_report_has_them(output: Path):
     assert {row["of"] for row in rows} >= {"argmax", "rankseg_rma", "rankseg_rma - argmax", "rankseg_exact - argmax"}
     gains = [row for row in rows if row["of"] == "rankseg_rma - argmax" and row["score"] == "mIoUI"]
     assert all(row["low"] and float(row["low"]) <= float(row["difference"] or row["measured"]) for row in gains)
-
-
-def readme_input(output: Path) -> tuple[str, Trainings]:
-    measured = Measured(output)
-    rows = [row for table in load_tables().values() for row in table_rows(table, measured)]
-    trainings = find_trainings(measured)
-    return summary(rows, trainings), trainings
 
 
 def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path: Path):
@@ -203,8 +198,11 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
     assert "old" not in text
     write_report(output, path)
     assert path.read_text() == text
-    assert results_section(*readme_input(output)) in text
-    assert readme_input(output)[0] in (output / "report" / "tables.md").read_text()
+    measured = Measured(output)
+    _, lead = build_sections(measured, find_trainings(measured))
+    assert textwrap.fill(lead, 120) in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+    assert all(table in (output / "report" / "tables.md").read_text() for table in re.findall(r"(?:\|.*\n)+", text))
     # One training without a series has two seeds: shown with the length that is the longest, and by length.
     assert "unet_mobilenetv3_small_100, shapes, ce, 9 iterations, one seed | argmax" in text
     assert "shapes, ce, 3 iterations, 2 seeds" not in text
@@ -213,28 +211,28 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
 
 
 @pytest.mark.parametrize("content", ["no marks", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
-def test_a_file_without_marks_is_left_alone(output: Path, tmp_path: Path, content: str):
+def test_a_file_without_marks_is_left_alone(tmp_path: Path, content: str):
     path = tmp_path / "README.md"
     path.write_text(content)
     with pytest.raises(InputError, match="expected the lines"):
-        update_readme(path, *readme_input(output))
+        update_readme(path, [], "lead")
     assert path.read_text() == content
 
 
 def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cell = replace(noisy(0.2), rules=(*RULES, "rankseg_exact"), again=Again("true", true=True))
-    state = Existing(tmp_path).state(cell)
+    job = replace(noisy(0.2), rules=(*RULES, "rankseg_exact"), reevaluation=Reevaluation("true", true=True))
+    state = Existing(tmp_path).state(job)
     assert state.kind == UNTRAINED != WAITING
-    command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(cell, state)
+    command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(job, state)
     assert Path(command[1]).name == "evaluate_bayes.py"
     assert "model.decoder_channels=[8,8,8,8,8]" not in command
-    set_rule = replace(cell, overrides=(*cell.overrides, "predict.opt_metric=iou"))
+    set_rule = replace(job, overrides=(*job.overrides, "predict.opt_metric=iou"))
     assert "predict.opt_metric=iou" in Runner(tmp_path, tmp_path).command(set_rule, state)
     assert script("evaluate_bayes", *command[2:])[0] == 0
-    assert Existing(tmp_path).state(cell).kind == DONE
+    assert Existing(tmp_path).state(job).kind == DONE
     for other in ("data.label_noise=0.3", "data.val_samples=4", "data.label_spread=1.0"):
-        assert Existing(tmp_path).state(replace(cell, overrides=(*cell.overrides, other))).kind == UNTRAINED
+        assert Existing(tmp_path).state(replace(job, overrides=(*job.overrides, other))).kind == UNTRAINED
     result = json.loads(next(tmp_path.glob("*/true/results/rankseg_exact.json")).read_text())
     assert result["metric"] == "mDiceI"
     (found,) = find_trainings(Measured(tmp_path)).true_maps
@@ -242,7 +240,7 @@ def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch
 
 
 def test_the_last_rule_is_that_of_the_pictures():
-    (joined,) = join_cells([replace(SMALL, rules=("rankseg_rma", "rankseg_ba", "argmax"))])
+    (joined,) = join_jobs([replace(SMALL, rules=("rankseg_rma", "rankseg_ba", "argmax"))])
     assert joined.rules == ("argmax", "rankseg_ba", "rankseg_rma")
     flags = joined.flags(Path("d"), Path("o"))
     assert flags[flags.index("--save_pred") + 1] == "2"

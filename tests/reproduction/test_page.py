@@ -15,10 +15,12 @@ from PIL import Image
 from exp.evaluation.metrics import EvalResult, class_scores
 from exp.evaluation.results import load_result, save_results
 from exp.reproduction.measured import Training
-from exp.reproduction.report.page import build_page, gains_of_objects, read_log, write_report
-from exp.reproduction.report.sections import Trainings
+from exp.reproduction.report.build import write_report
+from exp.reproduction.report.illustrations import gains_of_objects, read_log
+from exp.reproduction.report.page import html
+from exp.reproduction.report.training_sections import training_section
 from exp.runtime.errors import InputError
-from tests.reproduction.test_report import judge
+from tests.reproduction.test_report import write_results
 from tests.reproduction.test_reproduce import SMALL
 
 CHROMIUM = shutil.which("chromium")
@@ -50,7 +52,7 @@ def output(tmp_path_factory) -> Path:
     """Two seeds of a training, with everything that a run leaves, and a rule and a picture with nasty names."""
     folder = tmp_path_factory.mktemp("page") / "out"
     for seed in (0, 1):
-        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
+        write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
     run = next(path.parent for path in folder.glob("*/*/results") if ".seed1." not in str(path))
     bins = {"pixels": [0, 50, 100], "confidence": [None, 0.5, 0.9], "accuracy": [None, 0.4, 0.8]}
     (run / "results" / "calibration.json").write_text(json.dumps({"metrics": {}, "top_label": bins}))
@@ -74,7 +76,7 @@ def test_the_page_has_everything_and_needs_nothing(output: Path):
     page = Page(text)
     assert page.foreign == []
     assert "script" not in page.tags
-    assert page.tags["table"] == 9 + 2 + 1  # published, trainings, their seeds
+    assert page.tags["table"] == 9 + 1 + 1 + 2  # published, rules, seeds, trainings
     # Three plots and the times of each training; of one the entropy, the calibration, two curves and three pictures.
     assert page.tags["img"] == page.tags["figcaption"] == 15
     assert text.count("these results came without the entropy of the images") == 1
@@ -148,14 +150,14 @@ def test_a_training_whose_scores_are_undefined_is_shown(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_damaged_files_of_a_run_are_told(tmp_path: Path, name: str, content: str, told: str):
-    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    write_results(replace(SMALL, rules=("argmax",)), tmp_path)
     results = next(tmp_path.glob("*/*/results"))
     training = Training(results, SMALL.config.to_dict(), 3, "mIoUI", (load_result(results / "argmax.csv"),))
     path = results.parent / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError) as failure:
-        build_page({}, Trainings((training,), (), ()), [], "")
+        html([training_section("training-0", "Trainings", "A title", training)], "")
     assert str(failure.value).startswith(f"{path}: ")
     assert told in str(failure.value)
     assert "\n" not in str(failure.value)
@@ -193,6 +195,6 @@ def test_a_browser_draws_it(output: Path, tmp_path: Path, width: int):
     assert seen["width"] == width
     assert seen["scroll"] <= width
     assert seen["loaded"] == seen["images"] > 10
-    assert seen["tables"] == 12
+    assert seen["tables"] == 13
     assert seen["errors"] == []
     assert "CONSOLE" not in done.stderr

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +19,25 @@ from exp.evaluation.comparison import compare_rules
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction import plans
-from exp.reproduction.job import Cell
-from exp.reproduction.measured import Measured, Training, compare_seeds
-from exp.reproduction.plans import find_counterpart, table_cells
-from exp.reproduction.report.formats import latex_text
-from exp.reproduction.report.page import write_report
-from exp.reproduction.report.sections import find_trainings, training_titles
+from exp.reproduction.job import Job
+from exp.reproduction.measured import Measured, Training, compare_seeds, seed_gains
+from exp.reproduction.plans import find_counterpart, table_jobs
+from exp.reproduction.report.build import build_sections, write_report
+from exp.reproduction.report.training_sections import seed_section
+from exp.reproduction.report.trainings import find_trainings, training_titles
+from exp.reproduction.report.writers import latex_text, markdown
 from tests.config.test_config import compose
-from tests.reproduction.test_reproduce import SMALL, figure
+from tests.reproduction.test_reproduce import SMALL, published
 
 
-def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
-    """Write results of a cell's rules as an evaluation does: random counts; later rules are a little better."""
-    config = cell.config.to_dict()
-    medical = cell.fold is not None
+def write_results(job: Job, output: Path, *, shift: int = 0, iteration: int | None = None) -> None:
+    """Write results of a job's rules as an evaluation does: random counts; later rules are a little better."""
+    config = job.config.to_dict()
+    medical = job.fold is not None
     classes = Tumour.classes if medical else PascalVOC.classes
-    names = tuple(f"{cell.fold or 0}_{i:03d}" for i in range(12))
-    cases = tuple(f"case{cell.fold}_{i // 3}" for i in range(12)) if medical else None
-    rng = np.random.default_rng(shift + 10 * cell.seed + (cell.fold or 0))
+    names = tuple(f"{job.fold or 0}_{i:03d}" for i in range(12))
+    cases = tuple(f"case{job.fold}_{i // 3}" for i in range(12)) if medical else None
+    rng = np.random.default_rng(shift + 10 * job.seed + (job.fold or 0))
     counts = rng.integers(50, 100, (12, 3, len(classes)))
     results, contexts = [], []
     for place, rule in enumerate(config["predict"]):
@@ -46,28 +48,28 @@ def judge(cell: Cell, output: Path, *, shift: int = 0, iteration: int | None = N
         steps = config["schedule"]["train_iters"] or 77
         training |= {"iteration": steps if iteration is None else iteration, "weights": "raw"}
         contexts.append({"training": training, "config": {g: config[g] for g in ("data", "test")} | {"predict": rule}})
-    folder = output / cell.name / cell.config.run_name / "results"
+    folder = output / job.name / job.config.run_name / "results"
     save_results(results, folder, contexts)
     times = {"images": 12, "forward_passes": 12, "milliseconds_per_image": {"forward": 250.0}}
     times["decision_milliseconds_per_image"] = {rule["name"]: 2.0 for rule in config["predict"]}
     (folder / "timing.json").write_text(json.dumps(times))
     last = folder.parent / "checkpoints" / "last.safetensors.json"  # what tells that a training has come to its end
     last.parent.mkdir(exist_ok=True)
-    last.write_text(json.dumps({"config_digest": cell.digest, "iteration": config["schedule"]["train_iters"] or 77}))
+    last.write_text(json.dumps({"config_digest": job.digest, "iteration": config["schedule"]["train_iters"] or 77}))
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     """Table 2's U-Net on LiTS in all folds, Table 7's VOC in all seeds, and a run of another kind with two seeds."""
     folder = tmp_path_factory.mktemp("report") / "out"
-    for cell in table_cells("table2"):
-        if (cell.model, cell.data) == ("unet_resnet50d", "lits"):
-            judge(cell, folder)
-    for cell in table_cells("table7"):
-        if cell.data == "pascal_voc":
-            judge(cell, folder)
+    for job in table_jobs("table2"):
+        if (job.model, job.data) == ("unet_resnet50d", "lits"):
+            write_results(job, folder)
+    for job in table_jobs("table7"):
+        if job.data == "pascal_voc":
+            write_results(job, folder)
     for seed in (0, 1):
-        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
+        write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), folder)
     write_report(folder)
     return folder
 
@@ -106,7 +108,7 @@ def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
 
 
 def test_gains_have_the_interval_of_the_evaluation(output: Path):
-    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
     measured = Measured(output)
     results = [measured.load(folder / f"{rule}.csv") for rule in ("argmax", "rankseg_rma_paper")]
     expected = compare_rules(results, "mIoUI")[0]
@@ -117,7 +119,7 @@ def test_gains_have_the_interval_of_the_evaluation(output: Path):
 
 
 def test_classes_times_and_worst_cases(output: Path):
-    folder = next((output / table_cells("table4")[0].name).glob("*/results"))
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
     scores = json.loads((folder / "argmax.json").read_text())["metrics"]
     row = one(output, table="table5", row=plans.UPERNET, data="pascal_voc", of="argmax", score="mIoUI5")
     assert float(row["measured"]) == pytest.approx(scores["mIoUI5"])
@@ -142,9 +144,11 @@ def test_what_is_missing_says_how_to_get_it_and_what_cannot_be_why(output: Path)
 
 
 def test_misprints_have_their_notes(output: Path):
-    section = (output / "report" / "tables.md").read_text().partition("## table2")[2].partition("## table3")[0]
+    section = (output / "report" / "tables.md").read_text().partition("### table2")[2].partition("### table3")[0]
     assert "| unet_resnet50d | kits | mIoUI | rankseg_ba | 50.34 [1][" in section
-    medical = (output / "report" / "tables.md").read_text().partition("## readme_medical")[2].partition("## table1")[0]
+    medical = (
+        (output / "report" / "tables.md").read_text().partition("### readme_medical")[2].partition("### table1")[0]
+    )
     assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma | 40.09 |" in medical
     assert "| deeplabv3plus_resnet50d | lits | mIoUI | rankseg_rma - argmax | +1.64 [1] |" in medical  # argmax's note
     assert "[1] Print" in section
@@ -191,19 +195,19 @@ def test_other_trainings_and_their_seeds(output: Path):
 def test_trainings_of_the_papers_tables_have_plots_too(output: Path):
     """Of seed 0 and fold 0; and what was measured comes first."""
     text = (output / "report" / "index.html").read_text()
-    shown = re.findall(r'<section id="paper-\d+"><h2>(.*?)</h2>(.*?)</section>', text, re.DOTALL)
+    shown = re.findall(r'<section id="paper-\d+"><h3>(.*?)</h3>(.*?)</section>', text, re.DOTALL)
     titles = [title for title, _ in shown]
     assert [title.split(", ")[1:4] for title in titles] == [["lits", "ce", "fold 0"], ["pascal_voc", "ce", "seed 0"]]
     assert all(content.count("<img") >= 4 for _, content in shown)
     assert text.index('<section id="table1">') < text.index('<section id="paper-0">') < text.index('id="training-0"')
     tables = (output / "report" / "tables.md").read_text()
-    assert tables.index("## table1") < tables.index("## Other trainings")
+    assert tables.index("## table1") < tables.index("## Trainings of these") < tables.index("## Other trainings")
 
 
-def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
+def test_one_seed_evaluated_twice_is_not_two(tmp_path: Path):
     """A copy of a run is none, and an evaluation under other test settings is compared with none of these."""
     for seed in (0, 1):
-        judge(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
+        write_results(replace(SMALL, rules=("argmax", "rankseg_rma"), seed=seed), tmp_path)
     run = next(path.parent for path in tmp_path.glob("*/*/results") if ".seed1." not in str(path))
     for folder in ("copy", "flipped"):
         shutil.copytree(run, run.parent / folder / run.name)
@@ -219,7 +223,7 @@ def test_one_seed_judged_twice_is_not_two(tmp_path: Path):
 
 
 def test_evaluations_of_one_training_have_titles_of_their_own(tmp_path: Path):
-    judge(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
+    write_results(replace(SMALL, rules=("argmax", "rankseg_rma")), tmp_path)
     run = next(tmp_path.glob("*/*/results")).parent
     shutil.copytree(run, run.parent / "fixed" / run.name)
     titles = training_titles(find_trainings(Measured(tmp_path)).others)
@@ -243,16 +247,17 @@ def test_statistics_over_seeds():
     scores = [
         compute_scores(t.results[1].counts)["mIoUI"] - compute_scores(t.results[0].counts)["mIoUI"] for t in group
     ]
-    assert found.values == pytest.approx(scores)
-    assert found.mean == pytest.approx(np.mean(scores))
+    assert seed_gains(group, "r") == pytest.approx(scores)
+    assert found.difference == pytest.approx(np.mean(scores))
     assert (found.wins, found.losses, found.num_units) == (6, 0, 6)
-    assert found.seed_p == pytest.approx(stats.ttest_1samp(scores, 0).pvalue)
-    assert found.interval[0] < found.mean < found.interval[1]
+    assert f"| {stats.ttest_1samp(scores, 0).pvalue:.2g} |" in markdown([seed_section("seeds", group)], "")
+    assert found.interval[0] < found.difference < found.interval[1]
 
 
 def test_latex_is_balanced_and_escaped(output: Path):
     text = (output / "report" / "tables.tex").read_text()
-    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == 9 + 3  # published, and the others
+    tables = 9 + 2 + 1 + 1 + 2  # published, the paper's trainings, rules of others, their seeds, each alone
+    assert text.count("\\begin{longtable}") == text.count("\\end{longtable}") == tables
     assert text.replace("\\{", "").replace("\\}", "").count("{") == text.replace("\\{", "").replace("\\}", "").count(
         "}"
     )
@@ -264,6 +269,48 @@ def test_latex_is_balanced_and_escaped(output: Path):
     assert latex_text("a_b & 5% of $x {y} #1 ~^\\") == (
         r"a\_b \& 5\% of \$x \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}"
     )
+    assert latex_text("-1.5 -> [+2, -3], fold-0 <") == r"$-$1.5 $\to$ [+2, $-$3], fold-0 $<$"
+
+
+def test_all_files_have_the_same_sections_in_the_same_order(output: Path):
+    """Titles, tables, footnotes and notes; tables.csv has the lines of those that have any."""
+    measured = Measured(output)
+    sections, lead = build_sections(measured, find_trainings(measured))
+    tables, page, tex = ((output / "report" / name).read_text() for name in ("tables.md", "index.html", "tables.tex"))
+    titles = [section.title for section in sections]
+    assert len(set(titles)) == len(titles) == 9 + 2 + 2 + 1 + 2
+    assert re.findall(r"^### (.*)", tables, re.M) == titles
+    assert list(map(unescape, re.findall(r"<h3>(.*?)</h3>", page))) == titles
+    with_table = [section for section in sections if section.rows]
+    assert re.findall(r"\\caption\{(.*)\}", tex) == [latex_text(section.title) for section in with_table]
+    keys = [section.key for section in sections]
+    assert re.findall(r'<section id="(.*?)">', page) == re.findall(r'<a href="#(.*?)">', page) == keys
+    for section in sections:
+        texts = [section.lead, *section.footnotes, *section.notes]
+        assert all(text in tables and escape(text).replace("`", "") in re.sub("</?code>", "", page) for text in texts)
+        plain = tex.replace("\\texttt{", "").replace("\\allowbreak ", "").replace("}", "")
+        assert all(latex_text(text.replace("`", "")).replace("}", "") in plain for text in texts)
+    rows = [row for section in with_table for row in section.rows]
+    marked = (
+        [cell.text + " " * bool(cell.marks) + "".join(f"[{m}]" for m in cell.marks) for cell in row] for row in rows
+    )
+    in_markdown = [line for line in tables.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    starts = {f"| {' | '.join(section.header)} |" for section in with_table}
+    assert [line for line in in_markdown if line not in starts] == [f"| {' | '.join(row)} |" for row in marked]
+    in_page = re.findall(r"<tr>(<td.*?)</tr>", page)
+    assert len(in_page) == len(rows)
+    in_tex = [line for line in tex.splitlines() if line.endswith(" \\\\") and not line.startswith("\\label")]
+    headers = [" & ".join(map(latex_text, section.header)) + " \\\\" for section in with_table]
+    in_tex = [line for line in in_tex if line not in headers]
+    for row, html_row, tex_row in zip(rows, in_page, in_tex, strict=True):
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", html_row)
+        assert [unescape(re.sub(r"<sup>.*</sup>", "", cell)) for cell in cells] == [cell.text for cell in row]
+        plain = re.sub(r"\\textsuperscript\{[\d,]+\}", "", tex_row.removesuffix(" \\\\"))
+        assert plain.split(" & ") == [latex_text(cell.text) for cell in row]
+    lines = [line for section in sections for line in section.lines]
+    assert [row["row"] for row in csv_rows(output)] == [line.row for line in lines]
+    assert lead in tables
+    assert escape(lead) in page
 
 
 @pytest.mark.slow
@@ -282,15 +329,17 @@ def test_latex_makes_a_document_of_it(output: Path, tmp_path: Path):
 
 
 def test_unfinished_trainings_do_not_count(tmp_path: Path):
-    cell = table_cells("table4")[0]
-    medical = next(c for c in table_cells("table2") if c.data == "kits")
-    judge(medical, tmp_path, iteration=70)  # of a schedule in epochs
+    job = table_jobs("table4")[0]
+    medical = next(c for c in table_jobs("table2") if c.data == "kits")
+    write_results(medical, tmp_path, iteration=70)  # of a schedule in epochs
     assert Measured(tmp_path).find(medical, "argmax") is None
-    judge(cell, tmp_path, iteration=30_000)
-    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
-    shutil.rmtree(tmp_path / cell.name)
-    judge(cell, tmp_path)
-    assert Measured(tmp_path).value(find_counterpart(figure("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
+    write_results(job, tmp_path, iteration=30_000)
+    assert (
+        Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) is None
+    )
+    shutil.rmtree(tmp_path / job.name)
+    write_results(job, tmp_path)
+    assert Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
 
 
 def test_empty_and_damaged_folders(script, tmp_path: Path):
@@ -300,7 +349,7 @@ def test_empty_and_damaged_folders(script, tmp_path: Path):
     status, printed, _ = script("report", tmp_path)
     assert status == 0
     assert f"report: {tmp_path / 'report'}" in printed
-    judge(replace(SMALL, rules=("argmax",)), tmp_path)
+    write_results(replace(SMALL, rules=("argmax",)), tmp_path)
     for text in ('{"rule": "argmax", "training": 5, "config": {}}', '{"rule": "argmax"}'):  # results of something else
         (tmp_path / "other" / "results").mkdir(parents=True, exist_ok=True)
         (tmp_path / "other" / "results" / "argmax.json").write_text(text)

@@ -15,18 +15,18 @@ import pytest
 
 from exp.data.prepare.facts import VOLUMES
 from exp.data.registry import DATASETS
-from exp.reproduction import data_state, plans
+from exp.reproduction import dry_run, plans
 from exp.reproduction.existing import DONE, INTERRUPTED, MISSING, TRAINED, WAITING, Existing
-from exp.reproduction.job import Cell, join_cells
+from exp.reproduction.job import Job, join_jobs
 from exp.reproduction.laptop import fixed, tempered
-from exp.reproduction.plans import Counterpart, figure_cells, find_counterpart, table_cells
+from exp.reproduction.plans import Counterpart, find_counterpart, jobs_behind, table_jobs
 from exp.reproduction.published import load_errata, load_tables, load_unavailable
 from tests.conftest import ROOT, TINY_SETTINGS
 from tests.data.test_data_sets import write_slices
 from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_voc
 from tests.program.test_slurm import start as start_job
 
-SMALL = Cell(
+SMALL = Job(
     "unet_mobilenetv3_small_100",
     "shapes",
     "quickstart",
@@ -53,23 +53,23 @@ SMALL = Cell(
     ],
 )
 def test_each_table_has_its_trainings(table: str, number: int, rules: int | None):
-    cells = table_cells(table)
-    assert len(cells) == number
-    assert len({(cell.name, cell.again) for cell in cells}) == number
-    trainings = [cell for cell in cells if cell.again is None]
-    assert len({cell.name for cell in trainings}) == len(trainings) == len({cell.digest for cell in cells})
-    assert all(cell.rules[0] == "argmax" for cell in trainings)
+    jobs = table_jobs(table)
+    assert len(jobs) == number
+    assert len({(job.name, job.reevaluation) for job in jobs}) == number
+    trainings = [job for job in jobs if job.reevaluation is None]
+    assert len({job.name for job in trainings}) == len(trainings) == len({job.digest for job in jobs})
+    assert all(job.rules[0] == "argmax" for job in trainings)
     if rules:
-        assert {len(cell.rules) for cell in cells} == {rules}
+        assert {len(job.rules) for job in jobs} == {rules}
 
 
 def test_trainings_are_shared_between_tables():
-    table1, all_cells = table_cells("table1"), table_cells("all")
-    digests = {cell.digest for cell in table1}
+    table1, all_jobs = table_jobs("table1"), table_jobs("all")
+    digests = {job.digest for job in table1}
     for table in ("readme_natural", "table4", "table6"):
-        assert {cell.digest for cell in table_cells(table)} <= digests
-    assert len({cell.digest for cell in all_cells}) == len(all_cells) == 21 + 40 + 9 * 3
-    upernet = next(c for c in all_cells if c.model == plans.UPERNET and c.data == "pascal_voc" and c.seed == 0)
+        assert {job.digest for job in table_jobs(table)} <= digests
+    assert len({job.digest for job in all_jobs}) == len(all_jobs) == 21 + 40 + 9 * 3
+    upernet = next(c for c in all_jobs if c.model == plans.UPERNET and c.data == "pascal_voc" and c.seed == 0)
     assert {"argmax", "rankseg_rma_paper", "rankseg_rma_paper_prob", "rankseg_rma_paper_weight_prob"} < set(
         upernet.rules
     )
@@ -78,58 +78,60 @@ def test_trainings_are_shared_between_tables():
 def test_every_published_figure_has_a_counterpart_or_a_reason():
     reasons = load_unavailable()
     for table in load_tables().values():
-        for figure in table.figures:
-            found = find_counterpart(figure)
+        for value in table.values:
+            found = find_counterpart(value)
             if isinstance(found, str):
-                assert figure.row in reasons or figure.value is None
+                assert value.row in reasons or value.value is None
                 continue
-            assert found.rule in found.cells[0].rules
-            assert (found.joined == "one") == (len(found.cells) == 1)
+            assert found.rule in found.jobs[0].rules
+            assert (found.joined == "one") == (len(found.jobs) == 1)
     assert reasons == {"cpt_swin_large": "none of the libraries that this framework stands on has CPT"}
 
 
-def figure(table: str, row: str, data: str, rule: str, column: str):
+def published(table: str, row: str, data: str, rule: str, column: str):
     (found,) = (
-        f for f in load_tables()[table].figures if (f.row, f.data, f.rule, f.column) == (row, data, rule, column)
+        f for f in load_tables()[table].values if (f.row, f.data, f.rule, f.column) == (row, data, rule, column)
     )
     return found
 
 
 def test_some_counterparts_in_full():
-    found = find_counterpart(figure("table2", "unet_resnet50d", "kits", "rankseg_ba", "mDiceI"))
+    found = find_counterpart(published("table2", "unet_resnet50d", "kits", "rankseg_ba", "mDiceI"))
     assert (found.rule, found.score, found.joined) == ("rankseg_ba", "mDiceI", "mean")
-    assert [cell.fold for cell in found.cells] == [0, 1, 2, 3, 4]
-    found = find_counterpart(figure("table7", plans.UPERNET, "ade20k", "rankseg_rma", "mIoUI_std"))
-    assert (found.rule, found.score, found.joined, len(found.cells)) == ("rankseg_rma_paper", "mIoUI", "std", 10)
-    found = find_counterpart(figure("table4", "sheep", "pascal_voc", "argmax", "IoUC"))
-    assert found == Counterpart(found.cells, "argmax", "IoUC:sheep")
-    assert find_counterpart(figure("table1", "cpt_swin_large", "ade20k", "argmax", "mIoUI")).startswith("none of the")
+    assert [job.fold for job in found.jobs] == [0, 1, 2, 3, 4]
+    found = find_counterpart(published("table7", plans.UPERNET, "ade20k", "rankseg_rma", "mIoUI_std"))
+    assert (found.rule, found.score, found.joined, len(found.jobs)) == ("rankseg_rma_paper", "mIoUI", "std", 10)
+    found = find_counterpart(published("table4", "sheep", "pascal_voc", "argmax", "IoUC"))
+    assert found == Counterpart(found.jobs, "argmax", "IoUC:sheep")
+    assert find_counterpart(published("table1", "cpt_swin_large", "ade20k", "argmax", "mIoUI")).startswith(
+        "none of the"
+    )
 
 
 def test_errata_are_on_the_figures_they_concern():
-    swapped = figure("table2", "unet_resnet18d", "kits", "argmax", "mIoUI")
+    swapped = published("table2", "unet_resnet18d", "kits", "argmax", "mIoUI")
     assert [e.text[:23] for e in swapped.errata] == ["Print has the columns o"]
-    assert len(figure("table2", "unet_resnet50d", "kits", "rankseg_ba", "mIoUI").errata) == 2
-    assert figure("table1", "pspnet_resnet50d", "ade20k", "rankseg_rma", "mIoUI").errata == ()
-    concerned = {e for table in load_tables().values() for f in table.figures for e in map(id, f.errata)}
+    assert len(published("table2", "unet_resnet50d", "kits", "rankseg_ba", "mIoUI").errata) == 2
+    assert published("table1", "pspnet_resnet50d", "ade20k", "rankseg_rma", "mIoUI").errata == ()
+    concerned = {e for table in load_tables().values() for f in table.values for e in map(id, f.errata)}
     assert len(load_errata()) == 9
     assert concerned
 
 
-def test_cells_do_not_collide():
+def test_jobs_do_not_collide():
     other = [SMALL, replace(SMALL, seed=1), replace(SMALL, overrides=(*SMALL.overrides, "optim.lr=1e-3"))]
-    assert len({cell.name for cell in other}) == 3
-    joined = join_cells([SMALL, replace(SMALL, rules=("rankseg_rma", "argmax")), other[1]])
-    assert [cell.rules for cell in joined] == [("argmax", "rankseg_rma"), ("argmax",)]
+    assert len({job.name for job in other}) == 3
+    joined = join_jobs([SMALL, replace(SMALL, rules=("rankseg_rma", "argmax")), other[1]])
+    assert [job.rules for job in joined] == [("argmax", "rankseg_rma"), ("argmax",)]
 
 
 @pytest.fixture
-def tiny_laptop(monkeypatch) -> list[Cell]:
+def tiny_laptop(monkeypatch) -> list[Job]:
     """Two small trainings in place of laptop's, and one that cannot be."""
-    cells = [SMALL, replace(SMALL, seed=1), replace(SMALL, overrides=(*SMALL.overrides, "schedule.batch_size=99"))]
-    monkeypatch.setattr(plans, "laptop_cells", lambda: cells)
+    jobs = [SMALL, replace(SMALL, seed=1), replace(SMALL, overrides=(*SMALL.overrides, "schedule.batch_size=99"))]
+    monkeypatch.setattr(plans, "laptop_jobs", lambda: jobs)
     monkeypatch.setattr("exp.reproduction.runner.laptop_data", lambda data_dir, output: data_dir)
-    return cells
+    return jobs
 
 
 def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Path, tiny_laptop, monkeypatch):
@@ -149,12 +151,12 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     assert "failed: status 2: error: schedule.batch_size: got 99" in printed
     assert "1 of 3 failed" in err
     existing = Existing(output)
-    assert [existing.state(cell).kind for cell in tiny_laptop] == [DONE, DONE, MISSING]
+    assert [existing.state(job).kind for job in tiny_laptop] == [DONE, DONE, MISSING]
     status, printed, _ = script("reproduce", *flags, "--dry_run")
     assert printed.count(": done") == 2
     assert "3 trainings, 2 of them done" in printed
 
-    # Another rule is judged without training; results are recognised wherever they lie.
+    # Another rule is evaluated without training; results are recognised wherever they lie.
     checkpoint = next(output.glob("*/*/checkpoints/iter_0000003.pt"))
     before = checkpoint.read_bytes()
     tiny_laptop[:] = [replace(SMALL, rules=("argmax", "rankseg_rma"))]
@@ -165,7 +167,7 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     assert [p.name for p in output.glob("*/*/checkpoints/iter_0000003.pt") if p.read_bytes() == before]
     assert len(list(output.glob("*/*/results/rankseg_rma.json"))) == 1
 
-    # Nothing counts that was judged or trained otherwise, or not to its end.
+    # Nothing counts that was evaluated or trained otherwise, or not to its end.
     for change in ({"test": "test_dice"}, {"overrides": (*SMALL.overrides, "schedule.train_iters=4")}):
         assert existing_state(output, replace(SMALL, **change)) != DONE
     for result in output.glob("*/*/results/argmax.json"):
@@ -181,30 +183,30 @@ def test_further_evaluations_follow_their_training(script, tmp_path: Path, monke
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     longer = tuple(text.replace("train_iters=3", "train_iters=40") for text in SMALL.overrides)
     small = replace(SMALL, rules=("argmax", "rankseg_rma", "rankseg_rma_dataset"), overrides=longer)
-    cells = [small, *tempered(small), *fixed(small)]
-    monkeypatch.setattr(plans, "laptop_cells", lambda: cells)
+    jobs = [small, *tempered(small), *fixed(small)]
+    monkeypatch.setattr(plans, "laptop_jobs", lambda: jobs)
     monkeypatch.setattr("exp.reproduction.runner.laptop_data", lambda data_dir, output: data_dir)
     output = tmp_path / "out"
     flags = ["laptop", "--data_dir", tmp_path, "--output_dir", output, "--device", "cpu"]
-    assert [Existing(output).state(cell).kind for cell in cells] == [MISSING, *[WAITING] * 4]
+    assert [Existing(output).state(job).kind for job in jobs] == [MISSING, *[WAITING] * 4]
     status, printed, _ = script("reproduce", *flags, "--launcher", "slurm")
     assert "1 trainings and 4 further evaluations, 1 to run" in printed
     assert "4 evaluations wait for their trainings" in printed
 
-    monkeypatch.setattr(plans, "laptop_cells", lambda: cells[1:])
+    monkeypatch.setattr(plans, "laptop_jobs", lambda: jobs[1:])
     status, printed, _ = script("reproduce", *flags, "--launcher", "slurm")
     assert status == 0
     assert "0 to run in an array" in printed
     assert not (output / "array.laptop.2").exists()
-    monkeypatch.setattr(plans, "laptop_cells", lambda: cells)
+    monkeypatch.setattr(plans, "laptop_jobs", lambda: jobs)
 
     status, printed, err = script("reproduce", *flags)
     assert status == 0, printed + err
-    assert [existing_state(output, cell) for cell in cells] == [DONE] * 5
+    assert [existing_state(output, job) for job in jobs] == [DONE] * 5
     assert "1 trainings and 4 further evaluations, 5 done before, 0 now, 0 failed" in script("reproduce", *flags)[1]
     fitted = json.loads(next(output.glob("*/temperature/*/results/temperature.json")).read_text())["temperature"]
-    judged = json.loads(next(output.glob("*/temperature/*/results/rankseg_rma.json")).read_text())
-    assert judged["config"]["test"]["temperature"] == fitted != 1.0
+    evaluated = json.loads(next(output.glob("*/temperature/*/results/rankseg_rma.json")).read_text())
+    assert evaluated["config"]["test"]["temperature"] == fitted != 1.0
     thresholds = json.loads(next(output.glob("*/fixed/*/results/rankseg_rma_fixed.json")).read_text())
     path = Path(thresholds["config"]["predict"]["thresholds"])
     assert json.loads(path.read_text())["config"]["data"]["val_split"] == "train"
@@ -214,11 +216,11 @@ def test_further_evaluations_follow_their_training(script, tmp_path: Path, monke
 
     # A temperature that is not this one's leaves its results to be made again; so does a training that is gone.
     next(output.glob("*/temperature/*/results/temperature.json")).unlink()
-    assert [existing_state(output, cell) for cell in cells] == [DONE, TRAINED, TRAINED, DONE, DONE]
+    assert [existing_state(output, job) for job in jobs] == [DONE, TRAINED, TRAINED, DONE, DONE]
 
 
-def existing_state(output: Path, cell: Cell) -> str:
-    return Existing(output).state(cell).kind
+def existing_state(output: Path, job: Job) -> str:
+    return Existing(output).state(job).kind
 
 
 def test_an_interruption_is_passed_on_and_the_same_command_goes_on(tmp_path: Path):
@@ -226,13 +228,13 @@ def test_an_interruption_is_passed_on_and_the_same_command_goes_on(tmp_path: Pat
     code = (
         "import sys, dataclasses; sys.path[:0] = ['scripts', '.']\n"
         "from exp.reproduction import plans, runner\nfrom tests.reproduction import test_reproduce\nimport reproduce\n"
-        "cell = test_reproduce.SMALL\n"
-        "cell = dataclasses.replace(cell, overrides=(*cell.overrides, 'schedule.train_iters=60'))\n"
-        "plans.laptop_cells = lambda: [cell]\nreproduce.laptop_data = lambda data_dir, output: data_dir\n"
+        "job = test_reproduce.SMALL\n"
+        "job = dataclasses.replace(job, overrides=(*job.overrides, 'schedule.train_iters=60'))\n"
+        "plans.laptop_jobs = lambda: [job]\nreproduce.laptop_data = lambda data_dir, output: data_dir\n"
         "sys.exit(reproduce.run_and_report(reproduce.main))"
     )
     flags = ["laptop", "--data_dir", tmp_path, "--output_dir", tmp_path / "out", "--device", "cpu"]
-    cell = replace(SMALL, overrides=(*SMALL.overrides, "schedule.train_iters=60"))
+    job = replace(SMALL, overrides=(*SMALL.overrides, "schedule.train_iters=60"))
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
@@ -253,13 +255,13 @@ def test_an_interruption_is_passed_on_and_the_same_command_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert f"interrupted by SIGINT: {cell.name} has saved what it had; the same command resumes" in err
-    assert existing_state(tmp_path / "out", cell) == INTERRUPTED
+    assert f"interrupted by SIGINT: {job.name} has saved what it had; the same command resumes" in err
+    assert existing_state(tmp_path / "out", job) == INTERRUPTED
     process = start()
     printed, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "interrupted" in printed
-    assert existing_state(tmp_path / "out", cell) == DONE
+    assert existing_state(tmp_path / "out", job) == DONE
 
 
 def test_a_dry_run_tells_what_the_data_folder_lacks(script, tmp_path: Path):
@@ -313,23 +315,23 @@ def test_a_dry_run_of_every_table_on_whole_partial_and_empty_data(
         monkeypatch.setattr(DATASETS[name], "totals", {**splits, first: splits[first] + more})
     for name in ("lits", "kits"):
         facts = replace(VOLUMES[name], fold_slices=(1, 1, 1, 1, 1 + more))
-        monkeypatch.setitem(data_state.VOLUMES, name, facts)
-    monkeypatch.setitem(data_state.VOLUMES, "hippocampus", replace(VOLUMES["hippocampus"], total_cases=5 + more))
+        monkeypatch.setitem(dry_run.VOLUMES, name, facts)
+    monkeypatch.setitem(dry_run.VOLUMES, "hippocampus", replace(VOLUMES["hippocampus"], total_cases=5 + more))
     (tmp_path / "empty").mkdir()
     data = tmp_path / "empty" if share == "none" else small_data
     status, printed, _ = script("reproduce", table, "--data_dir", data, "--output_dir", tmp_path / "out", "--dry_run")
     assert status == 0
-    cells = table_cells(table)
-    names = [name for name in dict.fromkeys(cell.data for cell in cells) if not name.startswith("shapes")]
+    jobs = table_jobs(table)
+    names = [name for name in dict.fromkeys(job.data for job in jobs) if not name.startswith("shapes")]
     assert [
         line.split(": ")[:2] for line in printed.splitlines() if line.startswith("data ") and "shapes" not in line
     ] == [[f"data {name}", state] for name in names]
     commands = [line for line in printed.splitlines() if line.startswith("    ")]
-    assert len(commands) == len(cells)
-    for cell, command in zip(cells, commands):
+    assert len(commands) == len(jobs)
+    for job, command in zip(jobs, commands):
         flags = shlex.split(command)
-        assert str(tmp_path / "out" / cell.name) == flags[flags.index("--output_dir") + 1]
-        assert cell.data == flags[flags.index("--data_yaml") + 1]
+        assert str(tmp_path / "out" / job.name) == flags[flags.index("--output_dir") + 1]
+        assert job.data == flags[flags.index("--data_yaml") + 1]
     assert ", 0 of them done" in printed
     assert not (tmp_path / "out").exists()
 
@@ -365,7 +367,7 @@ def test_wrong_flags_end_in_one_line(script, tmp_path: Path):
         assert err.count("\n") == 1
 
 
-def test_job_arrays_run_one_cell_a_task(script, tmp_path: Path, tiny_laptop):
+def test_job_arrays_run_one_job_a_task(script, tmp_path: Path, tiny_laptop):
     sys.modules.pop("reproduce", None)
     output = tmp_path / "out put"  # a name that a shell would split
     flags = ["laptop", "--data_dir", tmp_path, "--output_dir", output, "--device", "cpu", "--launcher", "slurm"]
@@ -375,9 +377,9 @@ def test_job_arrays_run_one_cell_a_task(script, tmp_path: Path, tiny_laptop):
     assert f"sbatch {array}" in printed
     subprocess.run(["bash", "-n", array], check=True)
     assert "#SBATCH --array=0-2" in array.read_text()
-    lines = (array.parent / "cells.txt").read_text().splitlines()
+    lines = (array.parent / "jobs.txt").read_text().splitlines()
     assert [shlex.split(line)[shlex.split(line).index("--output_dir") + 1] for line in lines] == [
-        str(output / cell.name) for cell in tiny_laptop
+        str(output / job.name) for job in tiny_laptop
     ]
     folder = ROOT / "scripts" / "slurm"
     copy = tmp_path / "reproduce.sbatch"
@@ -386,12 +388,12 @@ def test_job_arrays_run_one_cell_a_task(script, tmp_path: Path, tiny_laptop):
     process = start_job(relative, [], tmp_path, RANKSEG_PYTHON=sys.executable, SLURM_ARRAY_TASK_ID=1, SLURM_JOB_ID=4242)
     printed, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert [existing_state(output, cell) for cell in tiny_laptop] == [MISSING, DONE, MISSING]
+    assert [existing_state(output, job) for job in tiny_laptop] == [MISSING, DONE, MISSING]
     status, printed, _ = script("reproduce", *flags)
     assert status == 0
     assert f"sbatch {output / 'array.laptop.2' / 'array.sbatch'}" in printed
-    assert len((output / "array.laptop.2" / "cells.txt").read_text().splitlines()) == 2
+    assert len((output / "array.laptop.2" / "jobs.txt").read_text().splitlines()) == 2
 
 
 def test_figures_without_a_row_here_need_no_training():
-    assert figure_cells(figure("table1", "cpt_swin_large", "ade20k", "argmax", "mIoUI")) == ()
+    assert jobs_behind(published("table1", "cpt_swin_large", "ade20k", "argmax", "mIoUI")) == ()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito, 2008.
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#999999"
 PINK, SKY = "#CC79A7", "#56B4E9"
-MANY = 2000  # dots; as a picture within the SVG, which a path a dot would bloat
+MANY = 2000  # dots; as a picture within the SVG, which one path per dot would bloat
 SERIES = (
     (BLUE, "o", "-"),
     (ORANGE, "s", "--"),
@@ -36,13 +36,13 @@ def _svg(figure: Figure) -> bytes:
 
 
 def scatter_scores(base: np.ndarray, other: np.ndarray, rule: str, metric: str) -> bytes:
-    """(N,) scores of the images under argmax and under another rule, in percent -> a dot an image."""
+    """(N,) scores of the images under argmax and under another rule, in percent -> one dot per image."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _draw()
         low, high = min(base.min(), other.min()), max(base.max(), other.max())
         axes.plot([low, high], [low, high], color=GREY, linewidth=1)
         axes.scatter(base, other, s=12, color=BLUE, linewidths=0, alpha=0.7, rasterized=len(base) > MANY)
-        axes.set_xlabel(f"{metric} of an image, argmax")
+        axes.set_xlabel(f"{metric} per image, argmax")
         axes.set_ylabel(f"{metric}, {rule}")
         return _svg(figure)
 
@@ -91,14 +91,14 @@ def reliability(confidence: Sequence[float | None], accuracy: Sequence[float | N
 
 
 def bars(milliseconds: Mapping[str, float]) -> bytes:
-    """Milliseconds an image by what was done -> horizontal bars."""
+    """Milliseconds per image by what was done -> horizontal bars."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _draw(4.6, 0.6 + 0.32 * len(milliseconds))
         names = list(milliseconds)[::-1]
         drawn = axes.barh(names, [milliseconds[name] for name in names], color=BLUE)
         axes.bar_label(drawn, fmt="%.1f", padding=3)
         axes.margins(x=0.15)
-        axes.set_xlabel("milliseconds an image")
+        axes.set_xlabel("milliseconds per image")
         return _svg(figure)
 
 
