@@ -3,6 +3,7 @@
 
     python scripts/report.py OUTPUT_DIR
     python scripts/report.py OUTPUT_DIR --readme README.md
+    python scripts/report.py --folds OUTPUT/*fold* --output folds.json
 
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
 and .csv: every table of the paper with the published value, the measured one and their difference; what a rule gains
@@ -10,6 +11,9 @@ over argmax, with a bootstrap interval; misprints as notes; and trainings that b
 rules. index.html has the same and plots, pictures and curves, in one file that needs nothing else. Scores are computed
 anew from the counts of every image, so the same results give the same files, byte for byte. --readme FILE writes a
 shorter account between two marks of that file: what was and was not reproduced, the rules, and every loss.
+
+--folds RUN RUN ... prints the mean scores over the folds of a cross-validation, by rule. RUN is the folder of a run
+(<output_dir>/<model>.<data>....) with results/<rule>.json; all were evaluated alike, each on another fold.
 """
 
 import argparse
@@ -23,9 +27,18 @@ from exp.runtime.errors import InputError, run_and_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("output_dir", type=Path, nargs="?", metavar="OUTPUT_DIR")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="renew the results between the marks in this file")
+    parser.add_argument("--folds", type=Path, nargs="+", metavar="RUN", help="the runs of a cross-validation")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --folds: write the scores there, JSON")
     args = parser.parse_args()
+    if args.folds:
+        from exp.reproduction.report.folds import report_folds
+
+        print(report_folds(args.folds, args.output))
+        return
+    if args.output_dir is None:
+        raise InputError("OUTPUT_DIR: got none, expected a folder with runs below it, or --folds")
     if not args.output_dir.is_dir():
         raise InputError(f"{args.output_dir}: no such folder, expected one with runs below it")
     if args.readme is not None and not args.readme.is_file():
