@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="configs/predict/NAME.yaml, one or more rules (default: rankseg_rma)",
     )
-    add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was judged)")
+    add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was evaluated)")
     add("--set", nargs="+", action="extend", default=[], metavar="GROUP.KEY=VALUE", dest="overrides")
     add("--output_dir", type=Path, default=Path("predicted"), metavar="DIR", help="default: ./predicted")
     add("--overwrite", action="store_true", help="replace files of the same names")

@@ -74,10 +74,10 @@ class Cell:
 
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
         """The flags of exp/main.py that train this cell and judge it by `rules` (None: by all); of a further
-        evaluation without --test-only and the checkpoint, or those of scripts/evaluate_bayes.py."""
+        evaluation without --test-only and the checkpoint, or those of scripts/evaluate_probabilities.py."""
         rules = self.rules if rules is None else rules
         if self.again and self.again.true:
-            flags = ["--data_yaml", self.data, "--predict_yaml", *rules, "--output_dir", str(output / self.name)]
+            flags = ["--true_of", self.data, "--predict_yaml", *rules, "--output_dir", str(output / self.name)]
             settings = [text for text in self.settings if text.startswith(("data.", "predict."))]
             return [*flags, "--metric", self.config.test.metric, *(["--set", *settings] if settings else [])]
         flags = ["--data_dir", str(data_dir), "--output_dir", str(output / self.name)]
@@ -104,8 +104,7 @@ def _load_config(
 ) -> ExperimentConfig:
     """YAML names of GROUPS and what else a config follows from; a table's figures ask for few of them, many times."""
     yamls = {group: [name] for group, name in zip(GROUPS, names)} | {"predict": list(rules)}
-    config = load_experiment(yamls, settings, seed)
-    return config.with_window(config.data.crop_size)
+    return load_experiment(yamls, settings, seed)
 
 
 def join_cells(cells: Iterable[Cell]) -> list[Cell]:

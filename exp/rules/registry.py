@@ -95,7 +95,7 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
 def bind_rules(
     rules: Mapping[str, Rule | PooledRule], thresholds: Mapping[str, Mapping[str | None, Thresholds]], case: str | None
 ) -> dict[str, Rule]:
-    """The rules for an image of `case`, those of a wider scope under their thresholds (by rule, then by case)."""
+    """The rules for an image of `case`, the pooled ones under their thresholds (by rule, then by case)."""
     return {
         name: thresholds[name][rule.key(case)[1]].decide if isinstance(rule, PooledRule) else rule
         for name, rule in rules.items()

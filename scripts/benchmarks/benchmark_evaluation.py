@@ -95,7 +95,7 @@ def build_evaluator(data_dir: Path, rules: tuple[str, ...], workers: int) -> Eva
     names = {**DEFAULT_YAMLS, "data": "pascal_voc", "predict": list(rules)}
     yamls = {group: name if isinstance(name, list) else [name] for group, name in names.items()}
     overrides = ["data.crop_size=[512,512]", f"schedule.num_workers={workers}", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
-    config = load_experiment(yamls, overrides, 0).with_window((SIZE, SIZE))
+    config = load_experiment(yamls, overrides, 0)
     return build(config, str(data_dir), Dist(0, 1, torch.device("cpu")))
 
 
