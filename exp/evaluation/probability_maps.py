@@ -277,6 +277,7 @@ def evaluate_maps(
         for unit in units():
             _require_case(rules, unit)
             yield to_tensor(unit, len(classes)), unit.case
+            del unit  # before the next map is read: there is room for one
 
     thresholds = gather_thresholds(rules, maps())
     rows = []
@@ -288,7 +289,7 @@ def evaluate_maps(
         rows.append((unit.name, unit.case, counts, count_calibration(prob, label).numpy()))
         if (unit.case is None) != (rows[0][1] is None):
             raise InputError(f"{unit.source}: got images and volumes together, expected the one or the other")
-        del unit, prob, preds  # before the next map is read: there is room for one
+        del unit, prob, preds
     names, cases, counts, calibration = zip(*rows)
     return build_results(list(rules), names, classes, np.stack(counts), cases), np.stack(calibration)
 

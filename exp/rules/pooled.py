@@ -213,6 +213,7 @@ def gather_thresholds(
     own, total = {}, {}
     for prob, case in maps:
         pool = pool_of(prob)
+        del prob  # before the next image's is computed: of large images there is room for one
         add_pools(own, {rule.key(case): pool for rule in pooled.values()})
     for pools in gather({key: pool.cpu() for key, pool in own.items()}):
         add_pools(total, pools)

@@ -127,9 +127,9 @@ def test_one_map_is_in_memory_at_a_time(script, tmp_path: Path, volumes: dict, m
         return prob
 
     monkeypatch.setattr(probability_maps.MapReader, "read_map", watched)
-    for unit in ("slice", "case"):
-        assert evaluate(script, tmp_path, "--unit", unit)[0] == 0
-    assert len(living) == 2 * 3, "the first map is read once more, for the number of classes"
+    for flags in (["--unit", "slice"], ["--unit", "case"], ["--predict_yaml", "rankseg_rma_dataset"]):
+        assert evaluate(script, tmp_path, *flags)[0] == 0
+    assert len(living) == 2 * 3 + 5, "the first map is read once more, for the number of classes"
 
 
 def test_the_programs_own_maps_score_as_the_program_scored_them(program, script, tmp_path: Path):

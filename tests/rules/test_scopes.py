@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_pool_is_the_same_in_any_order_and_any_pieces(monkeypatch):
     assert len(parts) == 3
     assert gather_thresholds(rule, [], lambda pools: parts) == alone
     assert alone["r"].keys() == {"case0", "case1"}
+
+
+def test_the_first_pass_holds_one_map_at_a_time():
+    living = []
+
+    def maps():
+        for seed in range(3):
+            assert not any(reference() is not None for reference in living)
+            values = prob(3, seed=seed)
+            living.append(weakref.ref(values))
+            yield values, None
+            del values
+
+    assert gather_thresholds({"r": PooledRule("dataset", "dice", 0.1)}, maps())
+    assert len(living) == 3
 
 
 def test_scopes_pool_what_they_say():
