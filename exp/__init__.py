@@ -1,1 +1,1 @@
-"""The experiment framework: train a segmentation network and judge decision rules on it."""
+"""The experiment framework: train a segmentation network and evaluate decision rules on it."""

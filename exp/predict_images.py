@@ -33,10 +33,9 @@ from exp.files.images import FORMATS
 from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
 from exp.models import build_model
-from exp.rules.pooled import PooledRule, Pools, Thresholds
+from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
 from exp.runtime.errors import InputError
-from exp.training.precision import Autocast
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 SPARE_PARAMETERS = 2**26  # encoders are built with a classifier that is taken off again
@@ -60,7 +59,7 @@ class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
     channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
-    slices it was trained on were made; None: it was trained on images. thresholds: of the rules of a wider scope.
+    slices it was trained on were made; None: it was trained on images. thresholds: of the pooled rules.
     """
 
     model: nn.Module
@@ -74,11 +73,7 @@ class Predictor:
     channels: int
     window: tuple[float, float] | None
     volumes: VolumeFacts | None
-    thresholds: Mapping[str, Mapping[str | None, Thresholds]] = field(default_factory=dict)
-
-    @property
-    def pooled(self) -> dict[str, PooledRule]:
-        return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
+    thresholds: RuleThresholds = field(default_factory=dict)
 
     def probabilities(self, image: np.ndarray) -> Tensor:
         """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32."""
@@ -86,7 +81,7 @@ class Predictor:
         return self.inference(self.model, self.normalize(pixels.to(self.device)))
 
     def decide(self, image: np.ndarray, source: Source) -> dict[str, np.ndarray]:
-        """(H, W, channels) pixels of a source -> (H, W) labels a rule."""
+        """(H, W, channels) pixels of a source -> (H, W) labels by rule."""
         prob, rules = self.probabilities(image), bind_rules(self.rules, self.thresholds, source.name)
         return {name: rule(prob)[0].cpu().numpy() for name, rule in rules.items()}
 
@@ -122,15 +117,15 @@ class Predictor:
         else:
             yield pixels
 
-    def gather_thresholds(self, sources: Sequence[Source]) -> "Predictor":
-        """With the thresholds of the rules of a wider scope: of each volume, or of all sources together."""
-        if not self.pooled:
-            return self
-        pools = Pools(self.pooled)
-        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
-            for image in self.images(source):
-                pools.add(self.probabilities(image), source.name)
-        return replace(self, thresholds=pools.thresholds())
+    def with_thresholds(self, sources: Sequence[Source]) -> "Predictor":
+        """With the thresholds of the pooled rules: of each volume, or of all sources together."""
+
+        def maps() -> Iterator[tuple[Tensor, str]]:
+            for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
+                for image in self.images(source):
+                    yield self.probabilities(image), source.name
+
+        return replace(self, thresholds=gather_thresholds(self.rules, maps()))
 
 
 def list_sources(path: Path, output: Path) -> list[Source]:
@@ -193,7 +188,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], output: Outpu
         predictor.read(source)  # a damaged file should not wait for its turn
     output.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(output.classes, describe_classes(predictor))
-    predictor = predictor.gather_thresholds(sources)
+    predictor = predictor.with_thresholds(sources)
     for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
         pixels = predictor.read(source)
         if isinstance(pixels, Volume):
@@ -206,7 +201,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], output: Outpu
 
 
 def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output: Output) -> None:
-    """One volume -> a label volume on its grid a rule, and overlays of slices from all over the foreground."""
+    """One volume -> a label volume on its grid per rule, and overlays of slices from all over the foreground."""
     shown, labels = [], {rule: [] for rule in predictor.rules}
     for values in predictor.slices(volume):
         shown.append(values)
@@ -251,7 +246,7 @@ def describe_classes(predictor: Predictor) -> str:
 def build_predictor(
     path: Path, predict: Sequence[PredictConfig], test: TestConfig | None, device: torch.device
 ) -> Predictor:
-    """A checkpoint, the rules, and how images become probabilities (None: as the checkpoint's run was judged)."""
+    """A checkpoint, the rules, and how images become probabilities (None: as the checkpoint's run was evaluated)."""
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
@@ -272,7 +267,7 @@ def build_predictor(
         fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
         test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
     return Predictor(
-        model=model if test.amp == "off" else Autocast(model, test.amp, device),
+        model=model,
         inference=build_inference(test),
         normalize=build_normalize(data),
         rules={c.name: build_rule(c, num_classes) for c in predict},

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from exp.config.experiment import ExperimentConfig, dump_config
 from exp.files.atomic import append_line, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,16 +44,16 @@ def describe_code() -> dict[str, Any]:
     return {"revision": code_revision(), "versions": library_versions()}
 
 
-def record_start(run_dir: Path, config: ExperimentConfig, iteration: int, world_size: int) -> None:
+def record_start(run_dir: Path, config: dict[str, Any], config_yaml: str, iteration: int, world_size: int) -> None:
     """Append this start of training to <run>/starts.jsonl; the first one also writes <run>/config.yaml."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if iteration == 0 or not (run_dir / "config.yaml").exists():
-        write_atomically(run_dir / "config.yaml", dump_config(config))
+        write_atomically(run_dir / "config.yaml", config_yaml)
     start = {
         "iteration": iteration,
         "world_size": world_size,
         "command": sys.argv,
         **describe_code(),
-        "config": config.to_dict(),
+        "config": config,
     }
     append_line(run_dir / "starts.jsonl", json.dumps(start))

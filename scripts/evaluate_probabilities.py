@@ -1,7 +1,9 @@
-"""Judge decision rules on probability maps that another program wrote, beside label files. No network is needed.
+"""Evaluate decision rules on probability maps that another program wrote, beside label files. No network is needed.
 
-    python scripts/evaluate_probabilities.py MAPS LABELS --predict_yaml argmax rankseg_rma --output_dir judged
-    python scripts/evaluate_probabilities.py nnUNet_results/.../validation labelsTr --unit case --output_dir judged
+    python scripts/evaluate_probabilities.py MAPS LABELS --predict_yaml argmax rankseg_rma --output_dir evaluated
+    python scripts/evaluate_probabilities.py nnUNet_results/.../validation labelsTr --unit case --output_dir evaluated
+    python scripts/evaluate_probabilities.py --true_of shapes_noisy_binary --set data.label_noise=0.2 \\
+        --predict_yaml argmax rankseg_rma rankseg_exact --output_dir true
 
 MAPS holds .npy or .npz files of (C, H, W) or (C, D, H, W) floats that sum to 1 over the C classes, LABELS a file of the
 same name for each: an index image (.png), an array (.npy) or a volume (.nii, .nii.gz). Values 0..C-1 are classes, 255
@@ -13,26 +15,37 @@ where both ways fit, --label_axes reversed says it. Labels must be in the orient
 (only its reader NibabelIOWithReorient turns them). Region-based models, whose classes overlap, do not sum to 1 and are
 refused.
 
-Written to --output_dir: results/ as an evaluation by exp/main.py writes it (<rule>.json, <rule>.csv with a row a unit,
-comparison.json, calibration.json). A unit is an image; of a volume each slice, averaged within the volume first (--unit
-slice), or the whole volume (--unit case).
+--true_of DATA_YAML takes the probabilities from which a synthetic data set draws its labels, in place of MAPS. They are
+those given the scene: the image and its labels before the noise. A network sees the image alone, in which an object's
+edge is blurred and colours overlap, so what a rule reaches here bounds what it reaches there. With two classes
+`rankseg_exact` and `rankseg_exact_iou` are the Bayes decisions for the image's Dice and IoU. With several classes that
+exclude each other no rule here is the Bayes decision for mDiceI or mIoUI (argmax is, for the accuracy).
+
+Written to --output_dir: results/ as an evaluation by exp/main.py writes it (<rule>.json, <rule>.csv with a row per
+unit, comparison.json, calibration.json). A unit is an image; of a volume each slice, averaged within the volume first
+(--unit slice), or the whole volume (--unit case). With --true_of each JSON says `"probabilities": "true"`.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import add_overrides, add_rules, build_script_parser, check_folder
+from exp.config.data import DataConfig
 from exp.config.experiment import load_groups
 from exp.runtime.errors import InputError, run_and_report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
+    if (args.prob_dir is None, args.label_dir is None) != (bool(args.true_of),) * 2:
+        raise InputError("MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place")
     if not re.fullmatch("auto|same|reversed|[012]{2,3}", args.label_axes):
         raise InputError(
             f"--label_axes: got {args.label_axes}, expected auto, same, reversed or a permutation such as 201"
@@ -48,10 +61,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     parser = build_script_parser(__doc__)
     add = parser.add_argument
-    add("prob_dir", type=Path, metavar="MAPS", help="folder of .npy and .npz probability maps")
-    add("label_dir", type=Path, metavar="LABELS", help="folder of label files of the same names")
+    add("prob_dir", type=Path, nargs="?", metavar="MAPS", help="folder of .npy and .npz probability maps")
+    add("label_dir", type=Path, nargs="?", metavar="LABELS", help="folder of label files of the same names")
+    add("--true_of", metavar="DATA_YAML", help="a data set whose probabilities are known, in place of MAPS LABELS")
     add_rules(parser, ["argmax", "rankseg_rma"])
-    add_overrides(parser, "predict.KEY=VALUE")
+    add_overrides(parser)
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--unit", choices=("slice", "case"), default="slice", help="what is decided and scored at a time in a volume")
     add(
@@ -72,11 +86,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parse_args()
-    predict = load_groups({"predict": args.predict_yaml}, args.overrides)["predict"]
-    from exp.evaluation.probability_maps import MapReader, judge, pair_files
+    true = {"data": [args.true_of]} if args.true_of else {}
+    configs = load_groups({**true, "predict": args.predict_yaml}, args.overrides)
+    units, classes, origin, config = open_true(args, configs["data"]) if args.true_of else open_files(args)
+    from exp.evaluation.probability_maps import evaluate_maps
     from exp.evaluation.results import report_results
     from exp.provenance import describe_code
     from exp.rules.registry import build_rule  # PyTorch comes in only now
+
+    predict = configs["predict"]
+    results, calibration = evaluate_maps(units, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
+    contexts = [{**origin, **describe_code(), "config": {**config, "predict": asdict(c)}} for c in predict]
+    folder = args.output_dir / "results"
+    print(report_results(results, folder, contexts, metric=args.metric, calibration=calibration))
+    print(f"results: {folder}")
+
+
+def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict, dict]:
+    """MAPS and LABELS -> what reads their units, the classes, and what results say of their origin and config."""
+    from exp.evaluation.probability_maps import MapReader, pair_files, read_units
 
     reader = MapReader(args.key, args.unit, args.slice_axis, args.label_axes, args.ignore_label, args.tolerance)
     files = pair_files(args.prob_dir, args.label_dir)
@@ -84,12 +112,25 @@ def main() -> None:
     classes = args.classes or [str(c) for c in range(num_classes)]
     if len(classes) != num_classes:
         raise InputError(f"--classes: got {len(classes)} names, expected {num_classes} as {files[0].prob} has")
-    judged = judge(files, reader, {c.name: build_rule(c, num_classes) for c in predict}, classes)
     maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
-    contexts = [{"maps": maps, **describe_code(), "config": {"predict": asdict(c)}} for c in predict]
-    folder = args.output_dir / "results"
-    print(report_results(judged.results, folder, contexts, metric=args.metric, calibration=judged.calibration))
-    print(f"results: {folder}")
+    return partial(read_units, files, reader), classes, {"maps": maps}, {}
+
+
+def open_true(args: argparse.Namespace, data: DataConfig) -> tuple[Callable, Sequence[str], dict, dict]:
+    """The same of a data set's own probabilities."""
+    if data.label_noise is None:  # told before anything heavy is imported
+        raise InputError(
+            f"--true_of {args.true_of}: got the data set {data.dataset}, expected one whose true probabilities are "
+            "known: shapes_noisy or shapes_noisy_binary"
+        )
+    if data.test_crop:
+        raise InputError(f"data.test_crop: got {list(data.test_crop)}, expected null: whole images are evaluated")
+    from exp.data import build_dataset
+    from exp.evaluation.probability_maps import true_units
+
+    dataset = build_dataset(data, None, "val")
+    origin = {"probabilities": "true", "metric": args.metric}
+    return partial(true_units, dataset), dataset.classes, origin, {"data": asdict(data)}
 
 
 if __name__ == "__main__":

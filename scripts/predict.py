@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of <run>/checkpoints/")
     add("input", type=Path, metavar="INPUT", help="an image, a NIfTI volume, or a folder of them")
     add_rules(parser, ["rankseg_rma"])
-    add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was judged)")
+    add("--test_yaml", metavar="NAME", help="configs/test/NAME.yaml (default: how the checkpoint's run was evaluated)")
     add_overrides(parser)
     add("--output_dir", type=Path, default=Path("predicted"), metavar="DIR", help="default: ./predicted")
     add("--overwrite", action="store_true", help="replace files of the same names")

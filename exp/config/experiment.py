@@ -60,6 +60,7 @@ class ExperimentConfig:
     test: TestConfig
     predict: tuple[PredictConfig, ...]
     seed: int
+    given_test: TestConfig  # as the YAML has it; `test` has the window filled in
 
     @property
     def run_name(self) -> str:
@@ -68,15 +69,19 @@ class ExperimentConfig:
         return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
 
     def with_window(self, train_crop: tuple[int, int]) -> "ExperimentConfig":
-        """The resolved config: where the test YAML names no window, it is the crop that the network was trained on."""
+        """Where the test YAML names no window, it is the crop that the network was trained on."""
         try:
-            return dataclasses.replace(self, test=self.test.resolved(train_crop))
+            return dataclasses.replace(self, test=self.given_test.resolved(train_crop))
         except InputError as error:
             raise InputError(f"test and data YAMLs: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
-        return _plain(dataclasses.asdict(self))
+        plain = _plain(dataclasses.asdict(self))
+        del plain["given_test"]
+        if not self.test.metrics:  # a later key: results that never asked for it stay comparable with older ones
+            del plain["test"]["metrics"]
+        return plain
 
 
 def _plain(value: Any) -> Any:
@@ -106,11 +111,13 @@ def training_digest(config: Mapping[str, Any]) -> str:
 
 
 def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:
-    """YAML names (or paths) by group and group.key=value overrides -> the config, but for the window (with_window).
+    """YAML names (or paths) by group and group.key=value overrides -> the config, its window that of its own crop.
 
     Raises InputError naming the file or the override, the key, what was got and what was expected.
     """
-    return ExperimentConfig(**load_groups(yamls, overrides), seed=seed)
+    groups = load_groups(yamls, overrides)
+    config = ExperimentConfig(**groups, seed=seed, given_test=groups["test"])
+    return config.with_window(config.data.crop_size)
 
 
 def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ all pixels, then the mean over the classes. Bins have equal widths; bin b holds 
 the last one 1 too. Scores are in percent.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,26 +18,40 @@ from exp.evaluation.metrics import split_cases
 PIXELS, CONFIDENCE, HITS = range(3)
 NUM_BINS = 10
 ENTROPY_STEP = 4
-PIECE_ELEMENTS = 2**19  # probabilities taken at a time: they stay in the cache
+PIECE_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # probabilities taken at a time: they stay in a CPU's cache
 
 
-def count_calibration(prob: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> np.ndarray:
+def count_calibration(prob: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> Tensor:
     """(1, C, H, W) probabilities that sum to 1, (H, W) labels in 0..C-1 or 255 -> (C + 1, 3, num_bins) float64.
 
     Per class, and in the last row of the top label (argmax): pixels, sum of confidences and hits by bin of the
     confidence, over the pixels that are not ignored. Counts of several images add up. The pixels are taken in pieces,
-    beside which next to no memory is needed.
+    beside which next to no memory is needed. A GPU is not waited for.
     """
     num_classes = prob.shape[1]
     prob, label = prob[0].flatten(1), label.flatten()
     counts = torch.zeros(num_classes + 1, 3, num_bins, dtype=torch.float64, device=prob.device)
-    size = max(1, PIECE_ELEMENTS // num_classes)
+    size = max(1, PIECE_ELEMENTS[prob.device.type] // num_classes)
+    count_piece = _count_piece if prob.device.type == "cpu" else _count_piece_on_gpu
     for start in range(0, len(label), size):
         piece = prob[:, start : start + size]
         if piece.stride(1) != 1:
             piece = piece.contiguous()  # sums along strides lose digits
-        _count_piece(piece if piece.dtype == torch.float64 else piece.float(), label[start : start + size], counts)
-    return counts.cpu().numpy()
+        count_piece(piece if piece.dtype == torch.float64 else piece.float(), label[start : start + size], counts)
+    return counts
+
+
+def _count_piece_on_gpu(prob: Tensor, label: Tensor, counts: Tensor) -> None:
+    """As _count_piece, bin by bin in sums whose sizes the CPU knows, so that it need not ask for any."""
+    kept, num_bins = label != IGNORE_INDEX, counts.shape[-1]
+    own = (label == torch.arange(len(prob), device=prob.device)[:, None]).double()  # (C, P) one-hot labels
+    top, best = prob.max(0)
+    for rows, confidence, hits in ((counts[:-1], prob, own), (counts[-1:], top[None], (best == label)[None])):
+        bins = _bins(confidence, num_bins).masked_fill(~kept, num_bins)
+        for b in range(num_bins):
+            inside = bins == b
+            for row, values in ((PIXELS, inside), (CONFIDENCE, confidence * inside), (HITS, hits * inside)):
+                rows[:, row, b] += values.sum(1, dtype=torch.float64)
 
 
 def _count_piece(prob: Tensor, label: Tensor, counts: Tensor) -> None:
@@ -126,11 +139,13 @@ def _mean_of_defined(rows: np.ndarray) -> np.ndarray:
     return rows.mean(0) if len(rows) else np.full(2, np.nan)
 
 
-def mean_entropy(prob: Tensor, label: Tensor) -> float:
-    """(1, C, H, W) probabilities, (H, W) labels -> the mean entropy of the pixels that count, nats; NaN if none does.
+def mean_entropy(prob: Tensor, label: Tensor) -> Tensor:
+    """(1, C, H, W) probabilities, (H, W) labels -> () mean entropy of the pixels that count, nats; NaN if none does.
 
     Of every fourth row and column: the mean over a sixteenth of the pixels, at a sixteenth of the cost.
     """
     prob, label = prob[0, :, ::ENTROPY_STEP, ::ENTROPY_STEP], label[::ENTROPY_STEP, ::ENTROPY_STEP]
-    entropy = torch.special.entr(prob).sum(0)[label != IGNORE_INDEX]
-    return entropy.double().mean().item() if entropy.numel() else math.nan
+    entropy, kept = torch.special.entr(prob).sum(0), label != IGNORE_INDEX
+    if prob.device.type == "cpu":
+        return entropy[kept].double().mean()
+    return (entropy * kept).sum(dtype=torch.float64) / kept.sum()  # a GPU is not asked how many there are

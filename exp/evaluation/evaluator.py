@@ -1,7 +1,12 @@
-"""Loader -> inference -> rules -> Evaluation: every rule sees the same probabilities of one forward pass."""
+"""Loader -> inference -> rules -> Evaluation: every rule sees the same probabilities of one forward pass.
+
+On a GPU the host runs ahead: images, probabilities kept for a second pass and counts travel through pinned memory while
+the device works, and a clock reads the device's events after they have passed.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,31 +21,32 @@ from exp.data.base import SegmentationDataset
 from exp.data.loader import Batch, build_test_loader
 from exp.data.registry import build_dataset, build_normalize
 from exp.evaluation.calibration import count_calibration, mean_entropy
-from exp.evaluation.inference import Inference, build_inference
-from exp.evaluation.metrics import EvalResult, count
-from exp.rules.pooled import PooledRule, Pools, Thresholds
+from exp.evaluation.inference import Inference, build_inference, require_finite
+from exp.evaluation.metrics import EvalResult, build_results, count_rules
+from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 
 UNFINISHED = "the evaluation is unfinished and has written no results"
+IN_FLIGHT = 2  # images whose counts may still be on their way from a GPU
 
 
 @dataclass
 class Timing:
-    """Wall seconds by what was done, summed over images and processes; the device was waited for at each end.
+    """Wall seconds by what was done, summed over images and processes.
 
-    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "pool" (histograms for the rules of a
-    wider scope), "score" (counting), "calibration", "write" (files of the decisions, where they are asked for).
+    Steps: "load" (waiting for the loader), "forward" (image -> probabilities), "pool" (histograms for the pooled
+    rules), "score" (counting), "calibration", "write" (files of the decisions, where they are asked for).
     """
 
     num_images: int = 0
     num_forwards: int = 0  # more than images where probabilities did not fit the cache between two passes
-    steps: dict[str, float] = field(default_factory=dict)
-    decisions: dict[str, float] = field(default_factory=dict)  # by rule
+    steps: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)  # by rule
 
     def to_dict(self) -> dict[str, Any]:
-        """Milliseconds an image (the forward pass: milliseconds a pass), for JSON."""
+        """Milliseconds per image (the forward pass: per pass), for JSON."""
         steps = {name: _milliseconds(value, self.num_images) for name, value in self.steps.items()}
         if "forward" in steps:
             steps["forward"] = _milliseconds(self.steps["forward"], self.num_forwards)
@@ -57,28 +63,62 @@ def _milliseconds(seconds: float, number: int) -> float:
     return round(1000 * seconds / max(1, number), 4)
 
 
+class Clock:
+    """Adds to a Timing how long steps take; on a GPU by events, which are read after they have passed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.timing, self._device = Timing(), device
+        self._open: deque[tuple[Counter, str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def __call__(self, seconds: Counter[str], name: str) -> Iterator[None]:
+        """Add the time that the body takes to seconds[name]."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            seconds[name] += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._open.append((seconds, name, begin, end))
+        self._read()
+
+    def _read(self) -> None:
+        while self._open and self._open[0][-1].query():
+            seconds, name, begin, end = self._open.popleft()
+            seconds[name] += begin.elapsed_time(end) / 1000
+
+    def stop(self) -> Timing:
+        """Wait for what is still under way -> all that was noted."""
+        if self._open:
+            self._open[-1][-1].synchronize()
+        self._read()
+        return self.timing
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What one evaluation found, the same on every rank.
 
     calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
     entropy: with it, (N,) how uncertain the network is of each image (mean_entropy).
-    thresholds: those of each rule of a wider scope, by case (None: of the whole data set); `Evaluator.under` takes
-        them for further images.
+    thresholds: those of each pooled rule; `Evaluator.under` takes them for further images.
     """
 
     results: tuple[EvalResult, ...]
     calibration: np.ndarray | None
     entropy: np.ndarray | None
     timing: Timing
-    thresholds: Mapping[str, Mapping[str | None, Thresholds]]
+    thresholds: RuleThresholds
 
 
 class Sink(Protocol):
     """What takes the decisions as they are made, such as a writer of masks."""
 
     def __call__(self, index: int, preds: Mapping[str, Tensor]) -> None:
-        """An image's index in the data set and its (H, W) labels a rule."""
+        """An image's index in the data set and its (H, W) labels by rule."""
 
     def finish(self) -> None:
         """This process has handed over its last image; called on every rank."""
@@ -86,7 +126,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The rules by name, and all it takes to judge them on a data set, each image on one process."""
+    """The rules by name, and all it takes to evaluate them on a data set, each image on one process."""
 
     dataset: SegmentationDataset
     rules: Mapping[str, Rule | PooledRule]
@@ -95,111 +135,115 @@ class Evaluator:
     num_workers: int
     dist: Dist
     calibration: bool = False
-    cache_bytes: int = 0  # of probabilities, which a process keeps from a first pass for the second
-    thresholds: Mapping[str, Mapping[str | None, Thresholds]] = field(default_factory=dict)
+    metrics: Sequence[str] = ()
+    cache_bytes: int = 0  # of probabilities, which a process keeps in host memory from a first pass for the second
+    thresholds: RuleThresholds = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, sink: Sink | None = None) -> Evaluation:
-        """The raw model, the same on every rank and left in eval mode -> a result a rule, on every rank.
+        """Evaluate all images -> what was found; to be called on every rank, and every rank gets it.
 
-        Rules of a wider scope than an image take a first pass over the images, which looks at no label.
+        A model in training mode comes back in eval mode. Where there are pooled rules, their thresholds come from a
+        first pass over the images, which looks at no label.
         sink: is given every decision of this process, and told when those of all processes are in.
         """
         model.eval()
-        timing, cache = Timing(), {}
-        judge, rows = self.under(self._pool(model, timing, cache) if self._pooled() else {}), {}
-        for batch in self._batches("evaluating", timing):
+        clock, cache, rows = Clock(self.dist.device), {}, {}
+        thresholds = gather_thresholds(self.rules, self._first_pass(model, clock, cache), self.dist.gather)
+        counted: deque[tuple[int, list[Callable[[], Any]]]] = deque()
+        for batch in self._batches("evaluating", clock):
             index = batch.indices[0]
-            prob = cache.pop(index) if index in cache else self._forward(model, batch.image, timing)
-            preds = judge._timed_decisions(prob, index, timing)
-            rows[index] = self._count(preds, prob, batch.label[0], timing)
+            prob = cache.pop(index, None)
+            prob = self._forward(model, batch.image, clock) if prob is None else self._to_device(prob)
+            preds = self._timed_decisions(prob, index, thresholds, clock)
+            counted.append((index, self._count(preds, prob, batch.label[0], clock)))
             del prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
-                with self._clock(timing.steps, "write"):
+                with clock(clock.timing.steps, "write"):
                     sink(index, preds)
-            timing.num_images += 1
+            clock.timing.num_images += 1
+            while len(counted) > IN_FLIGHT:
+                _fetch(counted.popleft(), rows)
+        while counted:
+            _fetch(counted.popleft(), rows)
         self.dist.stop_if_asked(UNFINISHED)
         if sink is not None:
             sink.finish()
-        parts = self.dist.gather((rows, timing))
+        parts = self.dist.gather((rows, clock.stop()))
         gathered = {index: row for part, _ in parts for index, row in part.items()}
-        table = [gathered[index] for index in range(len(self.dataset))]
-        results = self._results(np.stack([counts for counts, *_ in table]))
-        calibration = np.stack([counts for _, counts, _ in table]) if self.calibration else None
-        entropy = np.array([value for *_, value in table]) if self.calibration else None
-        timing = add_timings([timing for _, timing in parts])
-        return Evaluation(results, calibration, entropy, timing, judge.thresholds)
+        columns = [np.array(column) for column in zip(*(gathered[index] for index in range(len(self.dataset))))]
+        calibration, entropy = columns[2:] or (None, None)
+        results = self._results(columns[1])
+        return Evaluation(results, calibration, entropy, add_timings([timing for _, timing in parts]), thresholds)
 
-    def _timed_decisions(self, prob: Tensor, index: int, timing: Timing) -> dict[str, Tensor]:
-        """Probabilities of an image -> (H, W) int64 labels a rule."""
-        preds = {}
-        for name, rule in bind_rules(self.rules, self.thresholds, self.dataset.samples[index].case).items():
-            with self._clock(timing.decisions, name):
-                preds[name] = rule(prob)[0]
-        return preds
-
-    def _count(
-        self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, timing: Timing
-    ) -> tuple[np.ndarray, np.ndarray | None, float | None]:
-        """An image's decisions, probabilities and label -> (R, 3, C) int64 counts, those of its calibration, and its
-        mean entropy."""
-        label = label.to(self.dist.device, non_blocking=True)
-        with self._clock(timing.steps, "score"):
-            counts = (
-                torch.stack([count(pred, label, len(self.dataset.classes)) for pred in preds.values()]).cpu().numpy()
-            )
-        if not self.calibration:
-            return counts, None, None
-        with self._clock(timing.steps, "calibration"):
-            return counts, count_calibration(prob, label), mean_entropy(prob, label)
-
-    def _pooled(self) -> dict[str, PooledRule]:
-        return {name: rule for name, rule in self.rules.items() if isinstance(rule, PooledRule)}
-
-    def _pool(self, model: nn.Module, timing: Timing, cache: dict[int, Tensor]) -> dict:
-        """The first pass: the thresholds of the pooled rules; `cache` gets the probabilities of as many as fit."""
-        pools, room = Pools(self._pooled()), self.cache_bytes
-        for batch in self._batches("gathering thresholds", timing):
-            prob = self._forward(model, batch.image, timing)
-            with self._clock(timing.steps, "pool"):
-                pools.add(prob, self.dataset.samples[batch.indices[0]].case)
+    def _first_pass(
+        self, model: nn.Module, clock: Clock, cache: dict[int, Tensor]
+    ) -> Iterator[tuple[Tensor, str | None]]:
+        """Probabilities and case of this process's images; `cache` gets as many of the former as there is room for."""
+        room = self.cache_bytes
+        for batch in self._batches("gathering thresholds", clock):
+            index = batch.indices[0]
+            prob = self._forward(model, batch.image, clock)
+            with clock(clock.timing.steps, "pool"):
+                yield prob, self.dataset.samples[index].case
             if prob.nbytes <= room:
-                cache[batch.indices[0]] = prob
+                cache[index] = self._to_host(prob)
                 room -= prob.nbytes
             del prob
         self.dist.stop_if_asked(UNFINISHED)
-        return pools.merge(self.dist.gather(pools)).thresholds()
 
-    def _forward(self, model: nn.Module, image: Tensor, timing: Timing) -> Tensor:
-        timing.num_forwards += 1
-        with self._clock(timing.steps, "forward"):
-            return self.probabilities(model, image)
+    def _to_host(self, prob: Tensor) -> Tensor:
+        if prob.device.type != "cuda":
+            return prob
+        return torch.empty(prob.shape, dtype=prob.dtype, pin_memory=True).copy_(prob, non_blocking=True)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dist.device, non_blocking=True)
+
+    def _forward(self, model: nn.Module, image: Tensor, clock: Clock) -> Tensor:
+        clock.timing.num_forwards += 1
+        with clock(clock.timing.steps, "forward"):
+            prob = self.inference.unchecked(model, self.normalize(self._to_device(image)))
+        if prob.device.type != "cuda":  # elsewhere _fetch looks at the sum
+            require_finite(prob.sum().item())
+        return prob
+
+    def _timed_decisions(self, prob: Tensor, index: int, thresholds: RuleThresholds, clock: Clock) -> dict[str, Tensor]:
+        """Probabilities of an image -> (H, W) int64 labels by rule."""
+        preds = {}
+        for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
+            with clock(clock.timing.decisions, name):
+                preds[name] = rule(prob)[0]
+        return preds
+
+    def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
+        """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its
+        (R, K, C) counts and, where they are asked for, those of its calibration and its mean entropy."""
+        label, fetch = self._to_device(label), self.dist.fetch
+        total = prob.sum() if prob.device.type == "cuda" else torch.zeros(())  # a CPU has looked at it before
+        with clock(clock.timing.steps, "score"):
+            counts = count_rules(list(preds.values()), label, len(self.dataset.classes), self.metrics)
+            found = [fetch(total), fetch(counts)]
+        if self.calibration:
+            with clock(clock.timing.steps, "calibration"):
+                found += [fetch(count_calibration(prob, label)), fetch(mean_entropy(prob, label))]
+        return found
 
     def _results(self, table: np.ndarray) -> tuple[EvalResult, ...]:
-        """(N, R, 3, C) counts -> a result a rule."""
-        samples, classes = self.dataset.samples, self.dataset.classes
-        names = tuple(sample.name for sample in samples)
-        cases = tuple(sample.case for sample in samples) if samples[0].case is not None else None
-        return tuple(EvalResult(rule, names, classes, table[:, i], cases) for i, rule in enumerate(self.rules))
+        """(N, R, K, C) counts -> a result per rule."""
+        samples = self.dataset.samples
+        names, cases = [sample.name for sample in samples], [sample.case for sample in samples]
+        return build_results(list(self.rules), names, self.dataset.classes, table, cases, self.metrics)
 
-    def _batches(self, what: str, timing: Timing) -> Iterator[Batch]:
+    def _batches(self, what: str, clock: Clock) -> Iterator[Batch]:
         """This process's images one by one, the time spent waiting for them noted; no more once asked to stop."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        start = time.perf_counter()
+        steps, start = clock.timing.steps, time.perf_counter()
         for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
-            timing.steps["load"] = timing.steps.get("load", 0.0) + time.perf_counter() - start
+            steps["load"] += time.perf_counter() - start
             if self.dist.asked_to_stop:
                 return
             yield batch
             start = time.perf_counter()
-
-    @contextmanager
-    def _clock(self, seconds: dict[str, float], name: str) -> Iterator[None]:
-        """Add the time that the body takes on this process's device to seconds[name]."""
-        self.dist.synchronize()
-        start = time.perf_counter()
-        yield
-        self.dist.synchronize()
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read_all(self) -> None:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
@@ -209,21 +253,28 @@ class Evaluator:
                 break
         self.dist.stop_if_asked("nothing was trained yet")
 
-    def under(self, thresholds: Mapping[str, Mapping[str | None, Thresholds]]) -> "Evaluator":
-        """Decide further images by what an Evaluation found for the rules of a wider scope."""
+    def under(self, thresholds: RuleThresholds) -> "Evaluator":
+        """Decide further images by what an Evaluation found for the pooled rules."""
         return replace(self, thresholds=thresholds)
 
     def decide(self, model: nn.Module, image: Tensor, case: str | None = None) -> dict[str, Tensor]:
-        """(1, channels, H, W) image, of `case`, and a model in eval mode -> (H, W) int64 labels a rule.
+        """(1, channels, H, W) image, of `case`, and a model in eval mode -> (H, W) int64 labels by rule.
 
-        Rules of a wider scope need thresholds: see under().
+        Pooled rules need thresholds: see under().
         """
         prob = self.probabilities(model, image)
         return {name: rule(prob)[0] for name, rule in bind_rules(self.rules, self.thresholds, case).items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""
-        return self.inference(model, self.normalize(image.to(self.dist.device, non_blocking=True)))
+        return self.inference(model, self.normalize(self._to_device(image)))
+
+
+def _fetch(counted: tuple[int, list[Callable[[], Any]]], rows: dict[int, list]) -> None:
+    """What _count returned of an image -> its content in `rows`."""
+    index, found = counted
+    rows[index] = [content() for content in found]
+    require_finite(rows[index][0])
 
 
 def add_timings(timings: list[Timing]) -> Timing:
@@ -232,10 +283,8 @@ def add_timings(timings: list[Timing]) -> Timing:
     for timing in timings:
         total.num_images += timing.num_images
         total.num_forwards += timing.num_forwards
-        for name in ("steps", "decisions"):
-            sums = getattr(total, name)
-            for key, value in getattr(timing, name).items():
-                sums[key] = sums.get(key, 0.0) + value
+        total.steps.update(timing.steps)
+        total.decisions.update(timing.decisions)
     return total
 
 
@@ -246,7 +295,7 @@ def format_timing(timing: Timing) -> str:
     pooling = {"gathering thresholds": steps["pool"]} if "pool" in steps else {}
     rows = {"forward pass": steps["forward"], **pooling, **decisions}
     width = max(map(len, rows))
-    lines = ["milliseconds an image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
+    lines = ["milliseconds per image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
     return "\n".join(lines)
 
 
@@ -266,5 +315,6 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
         num_workers=config.schedule.num_workers,
         dist=dist,
         calibration=config.test.calibration,
+        metrics=config.test.metrics,
         cache_bytes=int(config.test.prob_cache_gb * 2**30),
     )

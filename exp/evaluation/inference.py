@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from exp.config.evaluation import TestConfig
 from exp.runtime.errors import InputError
 
 CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small
+DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class Inference:
     crop_size step by stride over the resized image, the last of a row or column moved back to end with it, and their
     logits are averaged. An image smaller than the window is padded at the right and below with zeros (the mean
     colour). The logits go back to the image's size (bilinear) and orientation; their softmax, of logits / temperature,
-    is computed in float32, and the probabilities of the views are averaged, as mmsegmentation does.
+    is computed in float32, and the probabilities of the views are averaged, as mmsegmentation does. amp: 'off', 'bf16'
+    or 'fp16', of the network alone.
 
     One view at scale 1 keeps one map of the image's size, which logits and probabilities share. Several views keep a
-    second one, and a resized view a third. InputError where they are no numbers: a network in half precision overflows.
+    second one, and a resized view a third. InputError where they are non-finite: a network in half precision overflows.
     """
 
     crop_size: tuple[int, int]
@@ -34,19 +37,21 @@ class Inference:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     temperature: float | None = 1.0  # None: not fitted yet
+    amp: str = "off"
+
+    def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+        prob = self.unchecked(model, image)
+        require_finite(prob.sum().item())
+        return prob
 
     @torch.inference_mode()
-    def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+    def unchecked(self, model: nn.Module, image: Tensor) -> Tensor:
+        """The same, for callers that look at the sum later (require_finite): a GPU is not waited for."""
         assert self.temperature is not None
         total = None
         for logits in self.logits(model, image):
             prob = softmax_(logits, self.temperature)
             total = prob if total is None else total.add_(prob)
-        if not total.sum().isfinite():  # a rule would decide for class 0 there, and nobody would know
-            raise InputError(
-                "test.amp: got an image whose logits are no numbers, expected finite ones (fp16 overflows where bf16 "
-                "and off do not; if it is off already, the weights are broken)"
-            )
         return total.div_(self.num_views) if self.num_views > 1 else total
 
     @property
@@ -78,7 +83,9 @@ class Inference:
         for first in range(0, len(places), self.window_batch):
             group = places[first : first + self.window_batch]
             crops = torch.cat([image[..., top : top + crop_h, left : left + crop_w] for top, left in group])
-            for (top, left), window in zip(group, model(crops)):
+            with autocast(self.amp, image.device):
+                logits = model(crops)
+            for (top, left), window in zip(group, logits):
                 if total is None:
                     total = window.new_zeros((1, len(window), height, width), dtype=torch.float32)
                 inside = (slice(top, top + crop_h), slice(left, left + crop_w))
@@ -91,6 +98,20 @@ class Inference:
         for top in starts(height, self.crop_size[0], self.stride[0]):
             for left in starts(width, self.crop_size[1], self.stride[1]):
                 yield top, left
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager:
+    """'off', 'bf16' or 'fp16' -> the context in which a forward pass runs."""
+    return nullcontext() if DTYPES[amp] is None else torch.autocast(device.type, DTYPES[amp])
+
+
+def require_finite(total: float) -> None:
+    """InputError for a map whose sum is non-finite: a rule would decide for class 0 there, and nobody would know."""
+    if not math.isfinite(total):
+        raise InputError(
+            "test.amp: got an image whose logits are non-finite, expected finite ones (fp16 overflows where bf16 and "
+            "off do not; if it is off already, the weights are broken)"
+        )
 
 
 def softmax_(logits: Tensor, temperature: float) -> Tensor:
@@ -118,4 +139,12 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
 def build_inference(config: TestConfig) -> Inference:
     """A resolved YAML -> the way from an image to probabilities, without the temperature where that is to be fitted."""
     temperature = None if config.temperature == "fitted" else config.temperature
-    return Inference(config.crop_size, config.stride, config.window_batch, config.scales, config.flip, temperature)
+    return Inference(
+        crop_size=config.crop_size,
+        stride=config.stride,
+        window_batch=config.window_batch,
+        scales=config.scales,
+        flip=config.flip,
+        temperature=temperature,
+        amp=config.amp,
+    )

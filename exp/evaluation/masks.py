@@ -1,4 +1,4 @@
-"""Predicted labels as files in the format of a data set's own labels: palette PNGs, or a NIfTI volume a case."""
+"""Predicted labels as files in the format of a data set's own labels: palette PNGs, or a NIfTI volume per case."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -90,7 +90,7 @@ class MaskWriter:
         dist.gather(None)
 
     def __call__(self, index: int, preds: Mapping[str, Tensor]) -> None:
-        """The image's index in the data set and (H, W) labels a rule -> files."""
+        """The image's index in the data set and (H, W) labels by rule -> files."""
         sample = self.samples[index]
         case = self._case(sample)
         for rule in self.rules:

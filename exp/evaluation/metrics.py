@@ -7,6 +7,9 @@ not ignored: IoU = TP/(TP+FP+FN), Dice = 2TP/(2TP+FP+FN), Acc = TP/(TP+FN). Scor
 Where images are the slices of cases (volumes), I, C and the worst-case scores are taken within each case as if it were
 a data set of its own, then averaged over the cases; over the folds of a cross-validation, average_folds() averages
 what remains. D stays that of the counts summed over all slices; 3D scores the counts summed within a case.
+
+A further metric is a function in METRICS: two whole numbers per image and class, part and whole. Its score is 100
+part / whole, and goes through the same reductions under its name in exp/config/evaluation.py.
 """
 
 import math
@@ -17,17 +20,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from exp.config.data import IGNORE_INDEX
+from exp.config.evaluation import METRIC_NAMES
+from exp.rules.pooled import count_on_device
 
 SCORES = ("Acc", "IoU", "Dice")
+COUNTS = ("tp", "fp", "fn")
+BOUNDARY_SHARE = 0.02  # of the image's diagonal: the width of a boundary (Cheng et al., CVPR 2021)
 WORST_PERCENTS = (5, 10)
 QUANTILE_PERCENTS = tuple(range(10, 101, 10))
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One rule's (N, 3, C) int64 TP, FP, FN per image and class, the images in the data set's order.
+    """One rule's (N, K, C) int64 counts per image and class, the images in the data set's order.
 
-    cases: the case of each image where images are slices of volumes; None where every image stands alone.
+    Rows of K: TP, FP, FN, then part and whole of each of `metrics`. cases: the case of each image where images are
+    slices of volumes; None where every image stands alone.
     """
 
     rule: str
@@ -35,71 +46,161 @@ class EvalResult:
     classes: tuple[str, ...]
     counts: np.ndarray
     cases: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.counts.shape == (len(self.names), 3, len(self.classes)), self.counts.shape
+        shape = (len(self.names), len(count_names(self.metrics)), len(self.classes))
+        assert self.counts.shape == shape, self.counts.shape
         assert self.cases is None or len(self.cases) == len(self.names), len(self.cases)
+
+    def scores(self) -> dict[str, float]:
+        return compute_scores(self.counts, self.cases, self.metrics)
+
+
+def count_names(metrics: Sequence[str]) -> tuple[str, ...]:
+    """The rows of a result's counts."""
+    return (*COUNTS, *(f"{metric}.{end}" for metric in metrics for end in ("part", "whole")))
+
+
+def build_results(
+    rules: Sequence[str],
+    names: Sequence[str],
+    classes: Sequence[str],
+    table: np.ndarray,
+    cases: Sequence[str | None],
+    metrics: Sequence[str] = (),
+) -> tuple[EvalResult, ...]:
+    """(N, R, K, C) counts of N images under R rules -> a result per rule; cases: of the images, or None each."""
+    grouped = None if cases[0] is None else tuple(cases)
+    return tuple(
+        EvalResult(rule, tuple(names), tuple(classes), table[:, i], grouped, tuple(metrics))
+        for i, rule in enumerate(rules)
+    )
+
+
+def count_rules(preds: Sequence[Tensor], label: Tensor, num_classes: int, metrics: Sequence[str] = ()) -> Tensor:
+    """R predictions of an image and its label, (H, W) -> (R, K, C) int64, the rows of count_names()."""
+    rows = [
+        torch.cat([count(pred, label, num_classes), *(METRICS[name](pred, label, num_classes) for name in metrics)])
+        for pred in preds
+    ]
+    return torch.stack(rows)
 
 
 def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """(H, W) predictions in 0..C-1 and labels in 0..C-1 or 255 -> (3, C) int64 TP, FP, FN, by a joint histogram."""
     joint = label.to(torch.int32).mul_(num_classes).add_(pred.to(torch.int32))  # half the memory traffic of int64
-    histogram = torch.bincount(joint.flatten(), minlength=num_classes**2)[: num_classes**2]  # label 255 lands behind
-    histogram = histogram.view(num_classes, num_classes)
-    tp = histogram.diagonal()
-    return torch.stack([tp, histogram.sum(0) - tp, histogram.sum(1) - tp])
+    table = histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
+    tp = table.diagonal()
+    return torch.stack([tp, table.sum(0) - tp, table.sum(1) - tp])
 
 
-def class_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """(..., 3, C) TP, FP, FN -> Acc, IoU and Dice, each (..., C) in percent; NaN where the denominator is 0."""
+def histogram(values: Tensor, size: int) -> Tensor:
+    """Whole numbers in 0..size-1 of any shape -> (size,) int64, how often each is there; a GPU is not waited for."""
+    values = values.flatten()
+    return torch.bincount(values, minlength=size) if values.device.type == "cpu" else count_on_device(values, size)
+
+
+def boundary_iou(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Boundary IoU (Cheng et al., CVPR 2021): (H, W), (H, W) -> (2, C) pixels of the intersection and of the union.
+
+    The boundary of a class is its pixels that have, at most d rows and columns away, another class or the outside of
+    the image; d is 2 % of the diagonal, as in the authors' code. Ignored pixels are in no boundary and make none.
+    """
+    ignored = label == IGNORE_INDEX
+    pred = pred.to(torch.uint8).masked_fill(ignored, IGNORE_INDEX)
+    width = max(1, round(BOUNDARY_SHARE * math.hypot(*label.shape)))
+    own, other = (
+        values.masked_fill(~on_boundary(values, width), num_classes).clamp(max=num_classes) for values in (label, pred)
+    )
+    part, *sizes = (
+        histogram(v, num_classes + 1)[:-1] for v in (own.masked_fill(own != other, num_classes), own, other)
+    )
+    return torch.stack([part, sum(sizes) - part])
+
+
+def on_boundary(label: Tensor, width: int) -> Tensor:
+    """(H, W) uint8 labels, 255 ignored -> (H, W) bool: another label or the outside is at most `width` pixels away."""
+    inside = label.masked_fill(label == IGNORE_INDEX, 0)
+    highest, lowest = highest_near(inside, width), 255 - highest_near(255 - label, width)
+    return (highest != inside) | (lowest != label)
+
+
+def highest_near(values: Tensor, width: int) -> Tensor:
+    """(H, W) uint8 -> (H, W): the largest value at most `width` rows and columns away; 255 outside the image.
+
+    Along each axis windows of 2, 4, 8, ... are the larger of two of half their length.
+    """
+    for _ in range(2):
+        window = pad(values, (width, width), value=255)
+        length, wanted = 1, 2 * width + 1
+        while length < wanted:
+            step = min(length, wanted - length)
+            window = torch.maximum(window[:, :-step], window[:, step:])
+            length += step
+        values = window.t().contiguous()
+    return values
+
+
+METRICS = {"boundary_iou": boundary_iou}
+
+
+def class_scores(counts: np.ndarray, metrics: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """(..., K, C) counts -> Acc, IoU, Dice and those of `metrics`, each (..., C) in percent; NaN where it is 0/0."""
     tp, fp, fn = (counts[..., i, :].astype(np.float64) for i in range(3))
     with np.errstate(invalid="ignore"):
-        return {"Acc": 100 * tp / (tp + fn), "IoU": 100 * tp / (tp + fp + fn), "Dice": 200 * tp / (2 * tp + fp + fn)}
+        scores = {"Acc": 100 * tp / (tp + fn), "IoU": 100 * tp / (tp + fp + fn), "Dice": 200 * tp / (2 * tp + fp + fn)}
+        for row, metric in enumerate(metrics):
+            part, whole = (counts[..., 3 + 2 * row + i, :].astype(np.float64) for i in range(2))
+            scores[METRIC_NAMES[metric]] = 100 * part / whole
+    return scores
 
 
 def active_classes(counts: np.ndarray) -> np.ndarray:
-    """(N, 3, C) -> (N, C) bool: the class is in the image's label; with two classes: in its label or prediction."""
+    """(N, K, C) -> (N, C) bool: the class is in the image's label; with two classes: in its label or prediction."""
     tp, fp, fn = (counts[:, i] for i in range(3))
     return (tp + fn + fp if counts.shape[-1] == 2 else tp + fn) > 0
 
 
-def image_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """(N, 3, C) -> the scores of each image, (N,) in percent: Acc, mAccI, mIoUI, mDiceI.
+def image_scores(counts: np.ndarray, metrics: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """(N, K, C) -> the scores of each image, (N,) in percent: Acc, mAccI, mIoUI, mDiceI and those of `metrics`.
 
     More than two classes: the mean over the image's active classes; NaN for an image without a pixel that counts.
     Two classes: the foreground's score, 100 for an image with fewer than two active classes; NaN for the accuracy
     of a foreground that is only predicted.
     """
-    active, scores = active_classes(counts), class_scores(counts)
+    active, scores = active_classes(counts), class_scores(counts, metrics)
     total = counts[:, 0].sum(1) + counts[:, 2].sum(1)
     with np.errstate(invalid="ignore"):
         rows = {"Acc": 100 * counts[:, 0].sum(1) / total}
-    for name in SCORES:
+    for name, values in scores.items():
         if counts.shape[-1] == 2:
-            rows[f"m{name}I"] = np.where(active.sum(1) < 2, 100.0, scores[name][:, 1])
+            rows[f"m{name}I"] = np.where(active.sum(1) < 2, 100.0, values[:, 1])
         else:
-            rows[f"m{name}I"] = _nanmean(np.where(active, scores[name], np.nan), axis=1)
+            rows[f"m{name}I"] = _nanmean(np.where(active, values, np.nan), axis=1)
     return rows
 
 
-def case_scores(counts: np.ndarray, cases: Sequence[str]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """(N, 3, C) counts of slices and their cases -> the K cases by name, and each one's scores, (K,) in percent.
+def case_scores(
+    counts: np.ndarray, cases: Sequence[str], metrics: Sequence[str] = ()
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """(N, K, C) counts of slices and their cases -> the M cases by name, and each one's scores, (M,) in percent.
 
     mAccI, mIoUI, mDiceI: the mean over the case's slices; Acc, mAcc3D, mIoU3D, mDice3D: the counts summed over the
     slices, then scored as one image. NaN where nothing is defined.
     """
     names, parts = split_cases(counts, cases)
-    volumes = image_scores(np.stack([part.sum(0) for part in parts]))
-    slices = [image_scores(part) for part in parts]
+    volumes = image_scores(np.stack([part.sum(0) for part in parts]), metrics)
+    slices = [image_scores(part, metrics) for part in parts]
     rows = {"Acc": volumes["Acc"]}
-    for name in SCORES:
+    for name in score_names(metrics):
         rows[f"m{name}I"] = np.array([float(_nanmean(part[f"m{name}I"])) for part in slices])
         rows[f"m{name}3D"] = volumes[f"m{name}I"]
     return names, rows
 
 
 def split_cases(counts: np.ndarray, cases: Sequence[str] | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """(N, 3, C) and the case of each image -> the cases in the order they come, and the (n, 3, C) of each.
+    """(N, K, C) and the case of each image -> the cases in the order they come, and the (n, K, C) of each.
 
     Without cases: one part, all images, without a name.
     """
@@ -111,8 +212,14 @@ def split_cases(counts: np.ndarray, cases: Sequence[str] | None) -> tuple[tuple[
     return tuple(members), [counts[indices] for indices in members.values()]
 
 
-def compute_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, float]:
-    """(N, 3, C) int64 counts -> Acc and mAcc, mIoU, mDice in D, I and C and their worst cases, in percent.
+def score_names(metrics: Sequence[str]) -> tuple[str, ...]:
+    return (*SCORES, *(METRIC_NAMES[metric] for metric in metrics))
+
+
+def compute_scores(
+    counts: np.ndarray, cases: Sequence[str] | None = None, metrics: Sequence[str] = ()
+) -> dict[str, float]:
+    """(N, K, C) int64 counts -> Acc and mAcc, mIoU, mDice in D, I and C and their worst cases, in percent.
 
     D: counts summed over the images per class, then the score, then the mean over classes. I: the mean over images.
     C: per class the mean over the images where it is active, then the mean over classes. With two classes D and I are
@@ -122,62 +229,67 @@ def compute_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> di
     an image. What is 0/0 (a class that is nowhere, an image without a pixel that counts) is left out; NaN if nothing
     is left.
     """
-    whole = pooled_scores(counts.sum(0))
+    whole = pooled_scores(counts.sum(0), metrics)
     scores = {"Acc": whole["Acc"]}
-    within = [_scores_within(part) for part in split_cases(counts, cases)[1]]
-    for name in SCORES:
+    within = [_scores_within(part, metrics) for part in split_cases(counts, cases)[1]]
+    for name in score_names(metrics):
         scores[f"m{name}D"] = whole[f"m{name}D"]
-        scores |= {key: _nanmean(np.array([part[key] for part in within])) for key in within[0] if name in key}
+        scores |= {
+            key: _nanmean(np.array([part[key] for part in within])) for key in within[0] if key.startswith(f"m{name}")
+        }
     if cases is not None:
-        volumes = case_scores(counts, cases)[1]
-        scores |= {f"m{name}3D": _nanmean(volumes[f"m{name}3D"]) for name in SCORES}
+        volumes = case_scores(counts, cases, metrics)[1]
+        scores |= {f"m{name}3D": _nanmean(volumes[f"m{name}3D"]) for name in score_names(metrics)}
     return {name: float(value) for name, value in scores.items()}
 
 
-def pooled_scores(pooled: np.ndarray) -> dict[str, np.ndarray]:
-    """(..., 3, C) counts summed over a data set -> Acc, mAccD, mIoUD, mDiceD, each (...): the mean over the classes.
+def pooled_scores(pooled: np.ndarray, metrics: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """(..., K, C) counts summed over a data set -> Acc, mAccD, mIoUD, mDiceD, each (...): the mean over the classes.
 
     Two classes: the foreground's, but for Acc, that of all pixels. A class that is nowhere is left out; NaN if none is
     left.
     """
     foreground = slice(1, 2) if pooled.shape[-1] == 2 else slice(None)
-    scores = {f"m{name}D": _nanmean(v[..., foreground], axis=-1) for name, v in class_scores(pooled).items()}
+    by_class = class_scores(pooled, metrics)
+    scores = {f"m{name}D": _nanmean(values[..., foreground], axis=-1) for name, values in by_class.items()}
     right = pooled[..., 0, :].sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"Acc": 100 * right / (right + pooled[..., 2, :].sum(-1)), **scores}
 
 
-def _scores_within(counts: np.ndarray) -> dict[str, float]:
-    """(n, 3, C) counts of a case, or of a data set without cases -> the I and C family of every score."""
-    rows, by_class = image_scores(counts), _class_reductions(counts)
+def _scores_within(counts: np.ndarray, metrics: Sequence[str]) -> dict[str, float]:
+    """(n, K, C) counts of a case, or of a data set without cases -> the I and C family of every score."""
+    rows, by_class = image_scores(counts, metrics), _class_reductions(counts, metrics)
     scores = {}
-    for name in SCORES:
+    for name in score_names(metrics):
         scores |= {f"m{name}I{end}": float(v) for end, v in _reductions(rows[f"m{name}I"]).items()}
         scores |= {f"m{name}C{end}": float(_nanmean(by_class[f"{name}C{end}"])) for end in _ENDINGS}
     return scores
 
 
-def per_class_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """(N, 3, C) -> AccD, AccC, AccC5, AccC10, AccCQ and those of IoU and Dice, each (C,) in percent.
+def per_class_scores(
+    counts: np.ndarray, cases: Sequence[str] | None = None, metrics: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """(N, K, C) -> AccD, AccC, AccC5, AccC10, AccCQ and those of IoU and Dice, each (C,) in percent.
 
     NaN for a class that is nowhere. With cases the C family is taken within each case and averaged over the cases
     that have the class.
     """
-    whole = class_scores(counts.sum(0))
-    within = [_class_reductions(part) for part in split_cases(counts, cases)[1]]
+    whole = class_scores(counts.sum(0), metrics)
+    within = [_class_reductions(part, metrics) for part in split_cases(counts, cases)[1]]
     by_class = {}
-    for name in SCORES:
-        by_class[f"{name}D"] = whole[name]
+    for name, values in whole.items():
+        by_class[f"{name}D"] = values
         for end in _ENDINGS:
             by_class[f"{name}C{end}"] = _nanmean(np.stack([part[f"{name}C{end}"] for part in within]), axis=0)
     return by_class
 
 
-def _class_reductions(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """(n, 3, C) -> IoUC, IoUC5, ... of every score, each (C,): over the images where the class is active."""
-    active, scores, by_class = active_classes(counts), class_scores(counts), {}
-    for name in SCORES:
-        reduced = _reductions(np.where(active, scores[name], np.nan))
+def _class_reductions(counts: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
+    """(n, K, C) -> IoUC, IoUC5, ... of every score, each (C,): over the images where the class is active."""
+    active, by_class = active_classes(counts), {}
+    for name, scores in class_scores(counts, metrics).items():
+        reduced = _reductions(np.where(active, scores, np.nan))
         by_class |= {f"{name}C{end}": values for end, values in reduced.items()}
     return by_class
 

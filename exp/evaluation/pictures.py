@@ -1,4 +1,4 @@
-"""Panels: image, truth, the rules' predictions, and where each differs from the first rule."""
+"""Panels: image, ground truth, the rules' predictions, and where each differs from the first rule."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,13 +65,13 @@ def draw_panel(
     captions: Mapping[str, str] | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """(H, W, 3) uint8 image, (H, W) label, a prediction a rule -> (H', W', 3) uint8 with captions.
+    """(H, W, 3) uint8 image, (H, W) label, predictions by rule -> (H', W', 3) uint8 with captions.
 
-    Two tiles a column: the image over the truth; the first rule over a legend; every further rule over where it
-    differs from the first. classes: names for the legend; captions: a rule's words in place of its name.
+    Two tiles per column: the image over the ground truth; the first rule over a legend; every further rule over where
+    it differs from the first. classes: names for the legend; captions: what stands in place of a rule's name.
     """
     captions, names = captions or {}, list(preds)
-    columns = [[("image", image), ("truth", colour_labels(label, palette))]]
+    columns = [[("image", image), ("ground truth", colour_labels(label, palette))]]
     for name in names:
         tiles = [(captions.get(name, name), colour_labels(preds[name], palette))]
         if name != names[0]:

@@ -1,4 +1,4 @@
-"""Probability maps that another program wrote, beside label files -> units to judge rules on, one map at a time.
+"""Probability maps of another program, or of a synthetic data set, and labels -> results, one map at a time.
 
 Maps are .npy files or .npz archives of (C, H, W) or (C, D, H, W) floats that sum to 1 over the classes: those of
 --save_prob, nnU-Net's --save_probabilities (v2: key `probabilities`) and --save_npz (v1: key `softmax`) among them.
@@ -7,10 +7,10 @@ Nothing is unpickled: nnU-Net's .pkl files stay unread, and an array of Python o
 
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from exp.data import decode
-from exp.data.base import IGNORE_INDEX, label_table
+from exp.data.base import IGNORE_INDEX, SegmentationDataset, label_table
 from exp.evaluation.calibration import count_calibration
-from exp.evaluation.metrics import EvalResult, count
+from exp.evaluation.metrics import EvalResult, build_results, count_rules
 from exp.files.arrays import read_member
 from exp.files.nifti import MAX_VOXELS, open_volume, read_labels
-from exp.rules.pooled import PooledRule, Pools, Thresholds
+from exp.rules.pooled import PooledRule, gather_thresholds
 from exp.rules.registry import Rule, bind_rules
 from exp.runtime.errors import InputError, decoding
 
@@ -47,6 +47,7 @@ class Unit:
 
     name: str
     case: str | None
+    source: str  # where it comes from, for messages
     prob: np.ndarray
     label: np.ndarray
 
@@ -80,13 +81,13 @@ class MapReader:
         if prob.ndim == 4 and label.ndim == 2:  # nnU-Net gives a 2-D image a first axis of length 1
             prob = prob[:, 0]
         if prob.ndim == 3:
-            yield Unit(file.name, None, prob, label)
+            yield Unit(file.name, None, str(file.prob), prob, label)
         elif self.unit == "case":
-            yield Unit(file.name, file.name, prob, label)
+            yield Unit(file.name, file.name, str(file.prob), prob, label)
         else:
             for i in range(label.shape[self.slice_axis]):
                 part = np.take(prob, i, axis=1 + self.slice_axis), np.take(label, i, axis=self.slice_axis)
-                yield Unit(f"{file.name}/{i:04d}", file.name, *part)
+                yield Unit(f"{file.name}/{i:04d}", file.name, str(file.prob), *part)
 
     def read_map(self, path: Path) -> np.ndarray:
         """A file -> (C, H, W) or (C, D, H, W) float16, float32 or float64 probabilities, checked."""
@@ -244,78 +245,57 @@ def read_nifti(path: Path) -> np.ndarray:
     return np.moveaxis(read_labels(volume, range(volume.num_slices)), 0, volume.axis)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A result a rule, and the calibration counts of every unit, (N, C + 1, 3, num_bins)."""
-
-    results: tuple[EvalResult, ...]
-    calibration: np.ndarray
+def read_units(files: Sequence[MapFile], reader: MapReader) -> Iterator[Unit]:
+    """The units of all files, one map in memory at a time."""
+    for file in tqdm(files, desc="reading maps", unit="map", leave=False, disable=None):
+        yield from reader.units(file)
 
 
-class Reader(Protocol):
-    """What judge() reads units with: MapReader, or that of exp/evaluation/true_maps.py."""
+def true_units(dataset: SegmentationDataset) -> Iterator[Unit]:
+    """The images of a data set that knows the probabilities from which its labels are drawn."""
+    for index, sample in enumerate(dataset.samples):
+        yield Unit(sample.name, None, sample.name, dataset.probabilities(index), dataset.read(index)[1])
 
-    def units(self, file: MapFile) -> Iterator[Unit]:
-        """The units of one map."""
 
+def evaluate_maps(
+    units: Callable[[], Iterator[Unit]], rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
+) -> tuple[tuple[EvalResult, ...], np.ndarray]:
+    """Every unit under every rule -> a result per rule, and the (N, C + 1, 3, num_bins) counts of the calibration.
 
-def judge(
-    files: Sequence[MapFile], reader: Reader, rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
-) -> Judged:
-    """Every unit of every map under every rule, in the order of the files; volumes are cases.
-
-    Rules of a wider scope than a unit have all maps read once more before, for their thresholds.
+    Volumes are cases. Pooled rules have all units read once more before, for their thresholds.
     """
-    pools = Pools({name: rule for name, rule in rules.items() if isinstance(rule, PooledRule)})
-    if pools.rules:
-        for file in tqdm(files, desc="gathering thresholds", unit="map", leave=False, disable=None):
-            for unit in reader.units(file):
-                pools.add(to_tensor(unit.prob, file, len(classes)), _case_for(pools.rules, unit))
-    thresholds = pools.thresholds()
-    rows = [
-        row
-        for file in tqdm(files, desc="judging", unit="map", leave=False, disable=None)
-        for row in _judge_file(file, reader, rules, thresholds, len(classes))
-    ]
-    names, cases, counts, calibration = zip(*rows)
-    if len({case is None for case in cases}) > 1:
-        raise InputError(f"{files[0].prob.parent}: got images and volumes together, expected the one or the other")
-    table, grouped = np.stack(counts), None if cases[0] is None else cases
-    results = (EvalResult(rule, names, tuple(classes), table[:, i], grouped) for i, rule in enumerate(rules))
-    return Judged(tuple(results), np.stack(calibration))
 
+    def maps() -> Iterator[tuple[Tensor, str | None]]:
+        for unit in units():
+            _require_case(rules, unit)
+            yield to_tensor(unit, len(classes)), unit.case
+            del unit  # before the next map is read: there is room for one
 
-def _judge_file(
-    file: MapFile,
-    reader: Reader,
-    rules: Mapping[str, Rule | PooledRule],
-    thresholds: Mapping[str, Mapping[str | None, Thresholds]],
-    num_classes: int,
-) -> list[tuple[str, str | None, np.ndarray, np.ndarray]]:
-    """One map -> per unit its name, its case, (R, 3, C) counts and the counts of its calibration."""
+    thresholds = gather_thresholds(rules, maps())
     rows = []
-    for unit in reader.units(file):
-        prob, label = (
-            to_tensor(unit.prob, file, num_classes),
-            torch.from_numpy(unit.label.reshape(-1, unit.label.shape[-1])),
-        )
-        bound = bind_rules(rules, thresholds, unit.case)
-        counts = np.stack([count(rule(prob)[0], label, num_classes).numpy() for rule in bound.values()])
-        rows.append((unit.name, unit.case, counts, count_calibration(prob, label)))
-    return rows
+    for unit in units():
+        prob = to_tensor(unit, len(classes))
+        label = torch.from_numpy(unit.label.reshape(-1, unit.label.shape[-1]))
+        preds = [rule(prob)[0] for rule in bind_rules(rules, thresholds, unit.case).values()]
+        counts = count_rules(preds, label, len(classes)).numpy()
+        rows.append((unit.name, unit.case, counts, count_calibration(prob, label).numpy()))
+        if (unit.case is None) != (rows[0][1] is None):
+            raise InputError(f"{unit.source}: got images and volumes together, expected the one or the other")
+        del unit, prob, preds
+    names, cases, counts, calibration = zip(*rows)
+    return build_results(list(rules), names, classes, np.stack(counts), cases), np.stack(calibration)
 
 
-def _case_for(rules: Mapping[str, PooledRule], unit: Unit) -> str | None:
-    """The unit's case; InputError for an image where a rule's thresholds are those of a case."""
+def _require_case(rules: Mapping[str, Rule | PooledRule], unit: Unit) -> None:
+    """InputError for an image where a rule's thresholds are those of a case."""
     for name, rule in rules.items():
-        if rule.scope == "case" and unit.case is None:
+        if isinstance(rule, PooledRule) and rule.scope == "case" and unit.case is None:
             raise InputError(f"--predict_yaml {name}: got the image {unit.name}, which is in no case, expected volumes")
-    return unit.case
 
 
-def to_tensor(prob: np.ndarray, file: MapFile, num_classes: int) -> Tensor:
+def to_tensor(unit: Unit, num_classes: int) -> Tensor:
     """(C, ..., W) probabilities -> (1, C, pixels / W, W), which is all one to a rule; float64 stays, else float32."""
-    if len(prob) != num_classes:
-        raise InputError(f"{file.prob}: got {len(prob)} classes, expected {num_classes}")
-    dtype = np.float64 if prob.dtype == np.float64 else np.float32
-    return torch.from_numpy(np.require(prob, dtype, "W")).reshape(1, num_classes, -1, prob.shape[-1])
+    if len(unit.prob) != num_classes:
+        raise InputError(f"{unit.source}: got {len(unit.prob)} classes, expected {num_classes}")
+    dtype = np.float64 if unit.prob.dtype == np.float64 else np.float32
+    return torch.from_numpy(np.require(unit.prob, dtype, "W")).reshape(1, num_classes, -1, unit.prob.shape[-1])

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from exp.config.evaluation import METRIC_NAMES
 from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
 from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
-from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores, split_cases
+from exp.evaluation.metrics import EvalResult, case_scores, count_names, image_scores, per_class_scores, split_cases
 from exp.files.atomic import move_aside, write_atomically
 from exp.files.text import read_json, read_text
 from exp.runtime.errors import InputError
 
-COUNTS = ("tp", "fp", "fn")
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
 COMPARISON, CALIBRATION, IMAGES = "comparison.json", "calibration.json", "images.csv"
@@ -88,11 +88,11 @@ def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> 
 
 
 def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:
-    counted = int((result.counts.sum((1, 2)) > 0).sum())
-    by_class = per_class_scores(result.counts, result.cases)
+    counted = int((result.counts[:, :3].sum((1, 2)) > 0).sum())
+    by_class = per_class_scores(result.counts, result.cases, result.metrics)
     content = {
         "rule": result.rule,
-        "metrics": finite_or_null(compute_scores(result.counts, result.cases)),
+        "metrics": finite_or_null(result.scores()),
         "images": {"evaluated": len(result.names), "with_counted_pixels": counted},
         **({} if result.cases is None else {"cases": len(set(result.cases))}),
         "per_class": {
@@ -153,25 +153,26 @@ def _without_rule(context: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_csv(result: EvalResult) -> str:
-    """A row an image: its name and case, its scores in percent (empty where undefined), then TP, FP, FN by class."""
+    """A row per image: its name and case, its scores in percent (empty where undefined), then its counts by class."""
     keys = {"image": result.names} | ({} if result.cases is None else {"case": result.cases})
-    return _score_csv(keys, image_scores(result.counts), result.counts, result.classes)
+    return _score_csv(keys, image_scores(result.counts, result.metrics), result.counts, result)
 
 
 def case_csv(result: EvalResult) -> str:
-    """A row a case: its name and number of slices, its scores in percent, then TP, FP, FN by class over its slices."""
-    names, scores = case_scores(result.counts, result.cases)
+    """A row per case: its name and number of slices, its scores in percent, then its slices' counts by class."""
+    names, scores = case_scores(result.counts, result.cases, result.metrics)
     parts = split_cases(result.counts, result.cases)[1]
     keys = {"case": names, "slices": [len(part) for part in parts]}
-    return _score_csv(keys, scores, np.stack([part.sum(0) for part in parts]), result.classes)
+    return _score_csv(keys, scores, np.stack([part.sum(0) for part in parts]), result)
 
 
 def _score_csv(
-    keys: Mapping[str, Sequence], scores: Mapping[str, np.ndarray], counts: np.ndarray, classes: Sequence[str]
+    keys: Mapping[str, Sequence], scores: Mapping[str, np.ndarray], counts: np.ndarray, result: EvalResult
 ) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, *scores, *(f"{kind}.{c}" for kind in COUNTS for c in classes)])
+    counted = [f"{kind}.{name}" for kind in count_names(result.metrics) for name in result.classes]
+    writer.writerow([*keys, *scores, *counted])
     for i, row in enumerate(counts):
         values = ["" if math.isnan(column[i]) else repr(float(column[i])) for column in scores.values()]
         writer.writerow([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
@@ -179,7 +180,7 @@ def _score_csv(
 
 
 def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
-    """A row an image: its name and the network's mean entropy, nats (empty where no pixel counts)."""
+    """A row per image: its name and the network's mean entropy, nats (empty where no pixel counts)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "entropy"])
@@ -190,7 +191,7 @@ def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
 def load_entropy(path: Path) -> dict[str, float]:
     """images.csv -> the mean entropy by image, without those that have none."""
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row an image"), newline="")))
+        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row per image"), newline="")))
         return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected the columns image and entropy") from None
@@ -198,21 +199,23 @@ def load_entropy(path: Path) -> dict[str, float]:
 
 def load_result(path: Path) -> EvalResult:
     """<rule>.csv -> the EvalResult it was written from."""
-    text = read_text(path, "the counts of an evaluation, a row an image")
+    text = read_text(path, "the counts of an evaluation, a row per image")
     try:
         header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except csv.Error as error:
         raise InputError(f"{path}: cannot be read ({error}), expected the counts of an evaluation") from None
     columns = [i for i, name in enumerate(header) if name.startswith("tp.")]
-    if not columns or header[0] != "image" or len(header) != columns[0] + 3 * len(columns):
-        raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
     classes = tuple(header[i].removeprefix("tp.") for i in columns)
+    metrics = tuple(name for name in METRIC_NAMES if f"{name}.part.{classes[0]}" in header) if classes else ()
+    kinds = count_names(metrics)
+    if not columns or header[0] != "image" or len(header) != columns[0] + len(kinds) * len(columns):
+        raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
     try:
-        counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), 3, len(classes))
+        counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), len(kinds), len(classes))
     except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
     cases = tuple(row[1] for row in rows) if header[1] == "case" else None
-    return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases)
+    return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases, metrics)
 
 
 def format_results(
@@ -221,12 +224,13 @@ def format_results(
     comparisons: Sequence[Comparison] = (),
     calibration: np.ndarray | None = None,
 ) -> str:
-    """Results -> tables of scores in percent, a line a rule, the comparisons, and the calibration of the network.
+    """Results -> tables of scores in percent, a line per rule, the comparisons, and the calibration of the network.
 
     The second table has the worst cases (and, with cases, the 3D scores) of the score by which rules are compared.
     """
-    scores = [compute_scores(result.counts, result.cases) for result in results]
-    blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")])]
+    scores = [result.scores() for result in results]
+    further = [f"m{METRIC_NAMES[name]}" for name in results[0].metrics]
+    blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")], further)]
     if comparisons:
         holm = ", after Holm over the rules" if len(results) > 2 else ""
         blocks.append(f"differences [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
@@ -237,10 +241,18 @@ def format_results(
     return "\n".join(blocks)
 
 
-def format_scores(rules: Sequence[str], scores: Sequence[Mapping[str, float]], families: Sequence[str]) -> str:
-    """Rules and their scores -> the main table, then the worst cases (and 3D) of each of `families`: mIoU, mDice."""
-    tables = [format_columns(rules, scores, MAIN_COLUMNS)]
-    for family in families:
+def format_scores(
+    rules: Sequence[str],
+    scores: Sequence[Mapping[str, float]],
+    families: Sequence[str],
+    further: Sequence[str] = (),
+) -> str:
+    """Rules and their scores -> the main table, then the worst cases (and 3D) of each of `families`: mIoU, mDice.
+
+    further: scores such as mBIoU for the main table.
+    """
+    tables = [format_columns(rules, scores, (*MAIN_COLUMNS, *(f"{name}{over}" for name in further for over in "DIC")))]
+    for family in (*families, *further):
         columns = [f"{family}{end}" for end in WORST_ENDINGS if f"{family}{end}" in scores[0]]
         tables.append(format_columns(rules, scores, columns))
     return "\n".join(tables)

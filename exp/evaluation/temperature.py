@@ -96,7 +96,7 @@ def fit(pixels: Pixels) -> float:
 def scores(pixels: Pixels, temperature: float) -> dict[str, float]:
     """NLL (nats) and the calibration errors ECED and SCED (percent) of the pixels at a temperature."""
     prob = pixels.probabilities(temperature).t()[None, :, :, None]
-    errors = calibration_scores(count_calibration(prob, pixels.label[:, None])[None])
+    errors = calibration_scores(count_calibration(prob, pixels.label[:, None]).numpy()[None])
     nll = negative_log_likelihood(pixels, temperature).item()
     return {"NLL": nll, "ECED": errors["ECED"], "SCED": errors["SCED"]}
 

@@ -75,13 +75,13 @@ class Job:
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
         """The flags of exp/main.py that train this job and evaluate it by `rules` (None: by all).
 
-        Of a reevaluation: without --test-only and the checkpoint, or those of scripts/evaluate_bayes.py.
+        Of a reevaluation: without --test-only and the checkpoint, or those of scripts/evaluate_probabilities.py.
         """
         rules, again = self.rules if rules is None else rules, self.reevaluation
         folder = ["--predict_yaml", *rules, "--output_dir", str(output / self.name)]
         settings = [*self.settings]
         if again and again.true:
-            flags = ["--data_yaml", self.data, *folder, "--metric", self.config.test.metric]
+            flags = ["--true_of", self.data, *folder, "--metric", self.config.test.metric]
             settings = [text for text in settings if text.startswith(("data.", "predict."))]
             return [*flags, "--set", *settings] if settings else flags
         flags = ["--data_dir", str(data_dir)]
@@ -108,8 +108,7 @@ def _load_config(
 ) -> ExperimentConfig:
     """YAML names of GROUPS and what else a config follows from; a table's values ask for few of them, many times."""
     yamls = {group: [name] for group, name in zip(GROUPS, names)} | {"predict": list(rules)}
-    config = load_experiment(yamls, settings, seed)
-    return config.with_window(config.data.crop_size)
+    return load_experiment(yamls, settings, seed)
 
 
 def join_jobs(jobs: Iterable[Job]) -> list[Job]:

@@ -54,7 +54,7 @@ class Runner:
 
     def command(self, job: Job, state: State) -> list[str]:
         if state.kind == UNTRAINED:
-            return [sys.executable, str(ROOT / "scripts" / "evaluate_bayes.py"), *self.flags(job, state)]
+            return [sys.executable, str(ROOT / "scripts" / "evaluate_probabilities.py"), *self.flags(job, state)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         return [
             sys.executable,

@@ -29,8 +29,8 @@ the pixels in its own bin: 1e-7 and less on real maps (`resolution` in a thresho
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ BINS = 2**BITS
 PIECE = 2**20  # pixels histogrammed at a time: their sum stays a whole number in float64, and temporaries small
 DECIDED = 2**20  # elements decided at a time
 MAX_OBJECT = 10_000_000  # bytes of a thresholds file; one of 1,000 classes has 0.2 MB
+COPIES = 32  # of a histogram on a GPU: most pixels are in few bins, and would wait for each other
 
 
 @dataclass
@@ -61,31 +62,59 @@ class Pool:
         self.masses += other.masses
         self.highest = torch.maximum(self.highest, other.highest)
 
+    def cpu(self) -> "Pool":
+        return Pool(self.pixels.cpu(), self.masses.cpu(), self.highest.cpu())
 
-def empty_pool(num_classes: int) -> Pool:
-    shape = (num_classes, BINS)
-    return Pool(
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(num_classes, dtype=torch.int64),
-    )
+
+def empty_pool(num_classes: int, device: torch.device | str = "cpu") -> Pool:
+    shapes = ((num_classes, BINS), (num_classes, BINS), (num_classes,))
+    return Pool(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
 
 
 def pool_of(prob: Tensor) -> Pool:
-    """(1, C, H, W) float32 probabilities on any device -> their Pool, on the CPU."""
-    pool = empty_pool(prob.shape[1])
+    """(1, C, H, W) float32 probabilities -> their Pool, on the same device."""
+    pool = empty_pool(prob.shape[1], prob.device)
+    if prob.device.type == "cpu":
+        _count_on_cpu(prob, pool)
+    else:
+        _count_on_device(prob, pool)
+    return pool
+
+
+def _count_on_device(prob: Tensor, pool: Pool) -> None:
+    """The pixels put into an empty pool: the device is given its work and not waited for."""
+    for c, plane in enumerate(prob[0]):
+        whole = plane.reshape(-1).mul(2.0**UNIT_BITS).round_().long()
+        bins = (whole >> (UNIT_BITS - BITS)).clamp_(min=0, max=BINS - 1)  # NaN becomes any number; inference tells it
+        pool.highest[c], pool.pixels[c] = whole.amax(), count_on_device(bins, BINS)
+        pool.masses[c] = count_on_device(bins, BINS, whole)
+
+
+def count_on_device(values: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """(P,) whole numbers in 0..size-1 -> (size,) int64: how many there are of each, or the sum of their weights.
+
+    As torch.bincount, which would wait for the device to learn the largest value; exact in whole numbers.
+    """
+    values = values.long()
+    place = torch.arange(len(values), device=values.device).remainder_(COPIES).mul_(size).add_(values)
+    found = torch.zeros(COPIES * size, dtype=torch.int64, device=values.device)
+    found.scatter_add_(0, place, torch.ones_like(values) if weights is None else weights)
+    return found.view(COPIES, size).sum(0)
+
+
+def _count_on_cpu(prob: Tensor, pool: Pool) -> None:
+    """The same, quicker there: bincount, and a shortcut for classes that are nowhere likely."""
     for c, plane in enumerate(prob[0]):
         for piece in plane.reshape(-1).split(PIECE):
             whole = piece.mul(2.0**UNIT_BITS).round_().to(torch.int32)
-            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax().cpu().to(torch.int64))
+            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax().to(torch.int64))
             if pool.highest[c] < 2 ** (UNIT_BITS - BITS):  # nowhere above the lowest bin
                 pool.pixels[c, 0] += len(whole)
-                pool.masses[c, 0] += whole.sum(dtype=torch.int64).cpu()
+                pool.masses[c, 0] += whole.sum(dtype=torch.int64)
                 continue
             bins = (whole >> (UNIT_BITS - BITS)).clamp_(max=BINS - 1)
-            pool.pixels[c] += bins.bincount(minlength=BINS).cpu()
-            pool.masses[c] += bins.bincount(whole.to(torch.float64), minlength=BINS).to(torch.int64).cpu()
-    return pool
+            pool.pixels[c] += bins.bincount(minlength=BINS)
+            pool.masses[c] += bins.bincount(whole.to(torch.float64), minlength=BINS).to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -103,8 +132,8 @@ class Thresholds:
     kept: tuple[bool, ...]
     resolution: tuple[float, ...]
 
-    def weights(self) -> Tensor:
-        """(C,) float64 gain of a pixel per p - t."""
+    def gain_per_unit(self) -> Tensor:
+        """(C,) float64 gain of a pixel per p - t, w_c above."""
         n, s, mu = (torch.tensor(v, dtype=torch.float64) for v in (self.size, self.mass, self.total))
         if self.opt_metric == "dice":
             return 2 / (n + mu + 1)
@@ -117,12 +146,12 @@ class Thresholds:
             return (prob[:, 1] > self.threshold[1]).long() if self.kept[1] else torch.zeros_like(prob[:, 1]).long()
         if not kept.any():
             return prob.max(dim=1).indices
-        weight = self.weights().masked_fill(~kept, 0.0)
-        weight = weight / weight.max()
-        base = (-weight * torch.tensor(self.threshold, dtype=torch.float64)).masked_fill(~kept, -torch.inf)
-        weight, base = (v.to(prob.device, prob.dtype)[:, None, None] for v in (weight, base))
+        gain = self.gain_per_unit().masked_fill(~kept, 0.0)
+        gain = gain / gain.max()
+        base = (-gain * torch.tensor(self.threshold, dtype=torch.float64)).masked_fill(~kept, -torch.inf)
+        gain, base = (v.to(prob.device, prob.dtype, non_blocking=True)[:, None, None] for v in (gain, base))
         rows = max(1, DECIDED // (prob.shape[1] * prob.shape[3]))
-        labels = [torch.addcmul(base, piece, weight).max(dim=1).indices for piece in prob.split(rows, dim=2)]
+        labels = [torch.addcmul(base, piece, gain).max(dim=1).indices for piece in prob.split(rows, dim=2)]
         return torch.cat(labels, dim=1)
 
 
@@ -165,41 +194,45 @@ class PooledRule:
         return (self.scope, case if self.scope == "case" else None)
 
 
-@dataclass
-class Pools:
-    """The pools that some rules need, by name; filled image by image, then added up over the processes."""
+Pools = dict[tuple[str, str | None], Pool]  # by scope and case
+RuleThresholds = Mapping[str, Mapping[str | None, Thresholds]]  # by rule, then by case (None: of the whole data set)
 
-    rules: Mapping[str, PooledRule]
-    pools: dict[tuple[str, str | None], Pool] = field(default_factory=dict)
 
-    def add(self, prob: Tensor, case: str | None) -> None:
-        """(1, C, H, W) probabilities of an image of `case`."""
+def gather_thresholds(
+    rules: Mapping[str, Callable],
+    maps: Iterable[tuple[Tensor, str | None]],
+    gather: Callable[[Pools], list[Pools]] = lambda pools: [pools],
+) -> RuleThresholds:
+    """The first pass: (1, C, H, W) probabilities and case of each image -> the thresholds of the pooled rules.
+
+    Without such a rule `maps` is left alone. gather: a process's pools -> those of all processes.
+    """
+    pooled = {name: rule for name, rule in rules.items() if isinstance(rule, PooledRule)}
+    if not pooled:
+        return {}
+    own, total = {}, {}
+    for prob, case in maps:
         pool = pool_of(prob)
-        self._take_in({rule.key(case): pool for rule in self.rules.values()})
-
-    def merge(self, others: list["Pools"]) -> "Pools":
-        """The pools of all processes -> their sum."""
-        total = Pools(self.rules)
-        for other in others:
-            total._take_in(other.pools)
-        return total
-
-    def _take_in(self, pools: Mapping[tuple[str, str | None], Pool]) -> None:
-        for key, pool in pools.items():
-            if key not in self.pools:
-                self.pools[key] = empty_pool(len(pool.highest))
-            self.pools[key].add(pool)
-
-    def thresholds(self) -> dict[str, dict[str | None, Thresholds]]:
-        """By rule, then by case (None: of the whole data set)."""
-        return {
-            name: {
-                case: solve(pool, rule.opt_metric, rule.pruning_prob)
-                for (scope, case), pool in self.pools.items()
-                if scope == rule.scope
-            }
-            for name, rule in self.rules.items()
+        del prob  # before the next image's is computed: of large images there is room for one
+        add_pools(own, {rule.key(case): pool for rule in pooled.values()})
+    for pools in gather({key: pool.cpu() for key, pool in own.items()}):
+        add_pools(total, pools)
+    return {
+        name: {
+            case: solve(pool, rule.opt_metric, rule.pruning_prob)
+            for (scope, case), pool in total.items()
+            if scope == rule.scope
         }
+        for name, rule in pooled.items()
+    }
+
+
+def add_pools(total: Pools, further: Pools) -> None:
+    """Add the pixels of `further` to the pools of the same name."""
+    for key, pool in further.items():
+        if key not in total:
+            total[key] = empty_pool(len(pool.highest), pool.highest.device)
+        total[key].add(pool)
 
 
 def thresholds_json(thresholds: Thresholds, classes: tuple[str, ...], context: Mapping[str, Any]) -> str:

@@ -1,30 +1,8 @@
-"""Mixed precision: autocast around the forward pass, and fp16's gradient scaler."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""Mixed precision in training: fp16's gradient scaler. exp/evaluation/inference.py has autocast."""
 
 import torch
-from torch import Tensor, nn
-
-DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """'off', 'bf16' or 'fp16' -> the context in which a forward pass runs."""
-    return nullcontext() if DTYPES[amp] is None else torch.autocast(device.type, DTYPES[amp])
 
 
 def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
     """The gradient scaler; only fp16 needs one (bf16 has the exponents of float32), for the others it is a no-op."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
-class Autocast(nn.Module):
-    """A network whose forward pass runs in mixed precision: (B, channels, H, W) -> (B, C, H, W) logits of that type."""
-
-    def __init__(self, model: nn.Module, amp: str, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.amp, self.device = model, amp, device
-
-    def forward(self, image: Tensor) -> Tensor:
-        with autocast(self.amp, self.device):
-            return self.model(image)

@@ -1,4 +1,4 @@
-"""When and what a training saves, and how it goes on from that."""
+"""When and what a training saves, and how it is resumed from that."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,19 @@ from exp.training.validation import ScoreHistory
 
 @dataclass(frozen=True)
 class Saving:
-    """Saves a training; to be called on every rank, rank 0 writes."""
+    """Saves a training; to be called on every rank, rank 0 writes.
 
-    config: ExperimentConfig
+    intervals: the numbers of iterations after whose multiples a checkpoint is due. keep: how many of these stay.
+    """
+
     step: TrainStep
     history: ScoreHistory
     dataset: SegmentationDataset
     saver: Saver
     dist: Dist
-
-    def intervals(self) -> tuple[int, ...]:
-        """The numbers of iterations after whose multiples a checkpoint is due."""
-        schedule = self.config.schedule
-        if schedule.save_epochs is None:
-            return (schedule.save_iters,)
-        return schedule.save_iters, schedule.save_epochs * iterations_per_epoch(len(self.dataset), schedule.batch_size)
+    batch_size: int
+    intervals: tuple[int, ...]
+    keep: int
 
     def __call__(self, iteration: int) -> None:
         """Write the checkpoint after so many iterations: all that decides the steps to come."""
@@ -45,8 +43,8 @@ class Saving:
             "world_size": dist.world_size,
         }
         training["faults"]["images"] = sum(images)
-        epoch, keep = training["sampler"]["epoch"], self.config.schedule.keep_checkpoints
-        dist.on_main(lambda: self.saver.save(iteration, epoch, training, keep))
+        epoch = training["sampler"]["epoch"]
+        dist.on_main(lambda: self.saver.save(iteration, epoch, training, self.keep))
 
     def save_best(self, iteration: int) -> None:
         """Write best.pt and best.safetensors."""
@@ -58,15 +56,14 @@ class Saving:
         self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
 
     def _position(self, iteration: int) -> dict[str, Any]:
-        return describe_position(self.dataset, self.config.schedule.batch_size, iteration)
+        return describe_position(self.dataset, self.batch_size, iteration)
 
     def _check_weights(self, iteration: int) -> None:
-        """Every rank: the buffers of rank 0, which are saved; InputError for weights that are no numbers."""
+        """Every rank: the buffers of rank 0, which are saved; InputError for non-finite weights."""
         step = self.step
         if not all(parameter.isfinite().all() for parameter in step.raw_model.parameters()):  # the same on every rank
             raise InputError(
-                f"optim.lr: got weights that are no numbers at iteration {iteration}, which are not saved; "
-                "try a lower rate"
+                f"optim.lr: got non-finite weights at iteration {iteration}, which are not saved; try a lower rate"
             )
         for model in (step.raw_model, step.ema):
             if model is not None:
@@ -82,14 +79,25 @@ def build_saving(
     dist: Dist,
 ) -> Saving:
     """What saves the training of `step` on `dataset` in `folder`."""
-    plain = config.to_dict()
+    plain, schedule = config.to_dict(), config.schedule
+    intervals = [schedule.save_iters]
+    if schedule.save_epochs is not None:
+        intervals.append(schedule.save_epochs * iterations_per_epoch(len(dataset), schedule.batch_size))
     facts = {"config_digest": training_digest(plain), "processes": dist.world_size, **describe_code()}
-    classes = list(dataset.classes)
-    return Saving(config, step, history, dataset, Saver(folder, step.raw_model, step.ema, plain, classes, facts), dist)
+    return Saving(
+        step=step,
+        history=history,
+        dataset=dataset,
+        saver=Saver(folder, step.raw_model, step.ema, plain, list(dataset.classes), facts),
+        dist=dist,
+        batch_size=schedule.batch_size,
+        intervals=tuple(intervals),
+        keep=schedule.keep_checkpoints,
+    )
 
 
 def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:
-    """Go on from the checkpoint's state; the damaged images before it are counted on rank 0."""
+    """Resume from the checkpoint's state; the damaged images before it are counted on rank 0."""
     step.load_state_dict(checkpoint.training, checkpoint.ema)
     if not dist.is_main:
         step.faults.images = 0

@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from exp.config.experiment import ExperimentConfig
 from exp.data.loader import Batch
+from exp.evaluation.inference import autocast
 from exp.models import Segmentor
 from exp.runtime.distributed import Dist
 from exp.training.losses import build_criterion
 from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
-from exp.training.precision import autocast, build_scaler
+from exp.training.precision import build_scaler
 
 SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every overflow: after so many it is 2^-9
 

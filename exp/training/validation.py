@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from exp.evaluation.evaluator import Evaluation, Evaluator, Sink
-from exp.evaluation.metrics import compute_scores
 from exp.evaluation.pictures import predict_panel
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -48,7 +47,7 @@ class ScoreHistory:
         return {"name": self.name, "scores": dict(self.scores)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's scores; those of another name are left aside, or refused where they decide."""
+        """Resume from a checkpoint's scores; those of another name are left aside, or refused where they decide."""
         if state["name"] == self.name:
             self.scores = dict(state["scores"])
         elif self.patience is not None and state["scores"]:
@@ -63,9 +62,9 @@ class ScoreHistory:
 
 @dataclass
 class Validation:
-    """Judges the weights in training on every rank alike; keeps the last evaluation, and the best weights.
+    """Evaluates the weights in training on every rank alike; keeps the last evaluation, and the best weights.
 
-    model: what is judged, raw or averaged weights. save_best: called with the iteration of a new best; None: never.
+    model: what is evaluated, raw or averaged weights. save_best: called with the iteration of a new best; None: never.
     sink: the iteration -> what takes the decisions of that validation.
     """
 
@@ -80,10 +79,9 @@ class Validation:
     last: tuple[int, Evaluation] | None = None
 
     def __call__(self, iteration: int) -> bool:
-        """Judge the weights after `iteration` iterations -> whether to stop."""
+        """Evaluate the weights after `iteration` iterations -> whether to stop."""
         evaluation = self.evaluate(iteration)
-        first = evaluation.results[0]
-        score = compute_scores(first.counts, first.cases)[self.metric]
+        score = evaluation.results[0].scores()[self.metric]
         if self.history.add(iteration, score) and self.save_best is not None:
             self.save_best(iteration)
         if self.history.stopped:
@@ -96,11 +94,11 @@ class Validation:
             return self.last[1]
         self.dist.share_buffers(self.model)
         evaluation = self.evaluator(self.model, self.sink(iteration))
-        scores = {result.rule: compute_scores(result.counts, result.cases) for result in evaluation.results}
+        scores = {result.rule: result.scores() for result in evaluation.results}
         values = {f"val/{rule}/{name}": value for rule, row in scores.items() for name, value in row.items()}
         self.logger.scalars(iteration, values)
-        judge = self.evaluator.under(evaluation.thresholds)
+        evaluator = self.evaluator.under(evaluation.thresholds)
         for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
-            self.logger.image(iteration, f"val/{index}", predict_panel(judge, self.model, index))
+            self.logger.image(iteration, f"val/{index}", predict_panel(evaluator, self.model, index))
         self.last = iteration, evaluation
         return evaluation

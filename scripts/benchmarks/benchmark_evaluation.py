@@ -7,7 +7,7 @@ Generated JPEGs of 512x512 pixels with 21-class labels go through exp.evaluation
 deeplabv3plus_resnet18d with random weights. Such a network has no opinion, and a rule would have nothing to do: logits
 that follow the image's colours, sharp as a trained network's, are put in the place of its own (the time of that counts
 as forward pass); the share of classes that RankSEG-RMA prunes is printed (about nine of ten on real maps of VOC). The
-images are judged under argmax and rankseg_rma, then under one rule more.
+images are evaluated under argmax and rankseg_rma, then under one rule more.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def build_evaluator(data_dir: Path, rules: tuple[str, ...], workers: int) -> Eva
     names = {**DEFAULT_YAMLS, "data": "pascal_voc", "predict": list(rules)}
     yamls = {group: name if isinstance(name, list) else [name] for group, name in names.items()}
     overrides = ["data.crop_size=[512,512]", f"schedule.num_workers={workers}", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
-    config = load_experiment(yamls, overrides, 0).with_window((SIZE, SIZE))
+    config = load_experiment(yamls, overrides, 0)
     return build(config, str(data_dir), Dist(0, 1, torch.device("cpu")))
 
 
@@ -109,7 +109,7 @@ def pruned_share(evaluator: Evaluator, model) -> float:
 
 
 def measure(evaluator: Evaluator, model, folder: Path) -> dict:
-    """Run once -> milliseconds an image by step, and the share of all that is not the forward pass."""
+    """Run once -> milliseconds per image by step, and the share of all that is not the forward pass."""
     from exp.evaluation.results import report_results
 
     start = time.perf_counter()
@@ -156,7 +156,7 @@ def main() -> None:
             found[" ".join(rules)] = measure(evaluator, model, Path(folder) / f"results{len(rules)}")
     print(f"{100 * pruned:.0f} % of the classes are pruned")
     for rules, figures in found.items():
-        print(f"{rules}, {args.images} images of {SIZE}x{SIZE}, {args.threads} thread(s): milliseconds an image")
+        print(f"{rules}, {args.images} images of {SIZE}x{SIZE}, {args.threads} thread(s): milliseconds per image")
         for name, value in figures["milliseconds_per_image"].items():
             print(f"  {name:<22}{value:9.2f}  {100 * value / figures['whole']:5.1f} %")
         print(f"  besides the forward pass: {100 * figures['besides_forward']:.1f} %")

@@ -90,7 +90,7 @@ def test_another_number_of_processes_goes_on_with_the_same_images(whole: Job, tm
     kill_all(process)
     alone = Job(tmp_path, 1, whole.flags)
     alone.finish()
-    assert "goes on with 1 process(es) after 2: the same images in the same order" in alone.output()
+    assert "resumed by 1 process(es) after 2: the same images in the same order" in alone.output()
     one, other = (load_checkpoint(find_checkpoint(j.run / "checkpoints")) for j in (alone, whole))
     assert one.training["sampler"] == other.training["sampler"]
     assert one.iteration == 20

@@ -84,8 +84,9 @@ def test_epochs_take_the_place_of_iterations():
 
 def test_the_window_is_resolved():
     """Stride ceil(2/3 crop), the crop that of training unless the test YAML has its own."""
-    config = compose().with_window((240, 320))
+    config = compose("data.crop_size=[240,320]")
     assert (config.test.crop_size, config.test.stride) == ((240, 320), (160, 214))
+    assert config.with_window((60, 30)).test.stride == (40, 20), "that of a checkpoint"
     config = compose("test.crop_size=[64,64]", "test.stride=[32,16]").with_window((240, 320))
     assert (config.test.crop_size, config.test.stride) == ((64, 64), (32, 16))
 

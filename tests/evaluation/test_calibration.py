@@ -10,6 +10,10 @@ from exp.evaluation import calibration
 from exp.evaluation.calibration import calibration_scores, count_calibration, mean_entropy
 
 
+def counts_of(prob: torch.Tensor, label: torch.Tensor, *num_bins: int) -> np.ndarray:
+    return count_calibration(prob, label, *num_bins).numpy()
+
+
 def literal_error(rows: list[tuple[float, bool]], num_bins: int) -> float:
     """(confidence, right or wrong) of each pixel -> the expected calibration error in percent, by loops."""
     total = 0.0
@@ -41,6 +45,14 @@ def random_image(rng: np.random.Generator, num_classes: int) -> tuple[torch.Tens
     return prob[None], torch.from_numpy(label)
 
 
+@pytest.mark.parametrize("case", range(30))
+def test_a_gpus_way_to_count_gives_the_same_counts(case: int, monkeypatch: pytest.MonkeyPatch):
+    prob, label = random_image(np.random.default_rng(case), 5)
+    expected = count_calibration(prob, label)
+    monkeypatch.setattr(calibration, "_count_piece", calibration._count_piece_on_gpu)
+    torch.testing.assert_close(count_calibration(prob, label), expected, rtol=1e-12, atol=1e-12)
+
+
 def pixels_of(prob: torch.Tensor, label: torch.Tensor) -> list[tuple[list[float], int]]:
     columns = prob[0].flatten(1).T.tolist()
     return [(p, t) for p, t in zip(columns, label.flatten().tolist()) if t != 255]
@@ -50,9 +62,9 @@ def pixels_of(prob: torch.Tensor, label: torch.Tensor) -> list[tuple[list[float]
 def test_equal_to_the_literal_definitions(case: int, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(case)
     num_classes, num_bins = int(rng.choice([2, 3, 5, 21])), int(rng.choice([1, 4, 10, 15]))
-    monkeypatch.setattr(calibration, "PIECE_ELEMENTS", int(rng.choice([1, 50, 2**19])))
+    monkeypatch.setitem(calibration.PIECE_ELEMENTS, "cpu", int(rng.choice([1, 50, 2**19])))
     images = [random_image(rng, num_classes) for _ in range(rng.integers(1, 5))]
-    counts = np.stack([count_calibration(prob, label, num_bins) for prob, label in images])
+    counts = np.stack([counts_of(prob, label, num_bins) for prob, label in images])
     assert counts.shape == (len(images), num_classes + 1, 3, num_bins)
     pixels = [pixels_of(prob, label) for prob, label in images]
     pooled = literal_errors([pixel for image in pixels for pixel in image], num_bins)
@@ -68,7 +80,7 @@ def test_equal_to_the_literal_definitions(case: int, monkeypatch: pytest.MonkeyP
 
 def test_cases_are_averaged_after_their_slices():
     rng = np.random.default_rng(0)
-    counts = np.stack([count_calibration(*random_image(rng, 3)) for _ in range(5)])
+    counts = np.stack([counts_of(*random_image(rng, 3)) for _ in range(5)])
     single = [calibration_scores(counts[i : i + 1])["ECEI"] for i in range(5)]
     expected = np.nanmean([np.nanmean(single[:1] + single[4:]), np.nanmean(single[1:4])])
     assert calibration_scores(counts, ("a", "b", "b", "b", "a"))["ECEI"] == pytest.approx(expected)
@@ -81,17 +93,17 @@ def test_other_precisions_and_layouts(dtype: torch.dtype):
     prob = (3 * torch.randn(1, 6, 40, 50, generator=generator)).softmax(1).to(dtype)
     label = torch.randint(0, 6, (40, 50), generator=generator).to(torch.uint8)
     label[:5] = 255
-    got = count_calibration(prob.to(memory_format=torch.channels_last), label)
+    got = counts_of(prob.to(memory_format=torch.channels_last), label)
     if dtype == torch.float32:  # of coarser numbers some lie on the edges of bins
-        assert np.allclose(got, count_calibration(prob.double(), label), rtol=0, atol=1e-3)  # of sums up to 350
-    assert (got == count_calibration(prob.float(), label)).all()
+        assert np.allclose(got, counts_of(prob.double(), label), rtol=0, atol=1e-3)  # of sums up to 350
+    assert (got == counts_of(prob.float(), label)).all()
     assert got[:, 0].sum(1).tolist() == [35 * 50] * 7
 
 
 def test_a_perfectly_calibrated_network():
     """Of pixels with 0.75 for class 0 three quarters are class 0."""
     prob = torch.tensor([0.75, 0.25])[None, :, None, None].expand(1, 2, 2, 2)
-    scores = calibration_scores(count_calibration(prob, torch.tensor([[0, 0], [0, 1]], dtype=torch.uint8))[None])
+    scores = calibration_scores(counts_of(prob, torch.tensor([[0, 0], [0, 1]], dtype=torch.uint8))[None])
     assert scores == pytest.approx({"ECED": 0, "ECEI": 0, "SCED": 0, "SCEI": 0})
 
 
@@ -103,7 +115,7 @@ def test_agrees_with_torchmetrics():
     label = torch.randint(0, 5, (60, 70), generator=generator)
     label[:7] = 255
     theirs = multiclass_calibration_error(prob, label[None], num_classes=5, n_bins=10, ignore_index=255)
-    ours = calibration_scores(count_calibration(prob, label.to(torch.uint8))[None])["ECED"]
+    ours = calibration_scores(counts_of(prob, label.to(torch.uint8))[None])["ECED"]
     assert ours == pytest.approx(100 * theirs.item(), abs=1e-4)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from exp.data.sets.shapes import Shapes
+from exp.data.sets.shapes import Shapes, ShapesNoisy
+from exp.rules.pooled import PooledRule, gather_thresholds
 from tests.conftest import ROOT, TINY, TINY_RUN, write_png
 
 NAME = "evaluate_probabilities"
+NOISY, FEW = ["--true_of", "shapes_noisy"], ["--set", "data.val_samples=3"]
 
 
 def make_map(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -> np.ndarray:
@@ -68,12 +70,12 @@ def images(tmp_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return made
 
 
-def judge(script, folder: Path, *flags: object) -> tuple[int, str, str]:
+def evaluate(script, folder: Path, *flags: object) -> tuple[int, str, str]:
     return script(NAME, folder / "maps", folder / "labels", "--output_dir", folder / "out", *flags)
 
 
 def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
-    status, printed, err = judge(script, tmp_path, "--predict_yaml", "argmax", "rankseg_rma")
+    status, printed, err = evaluate(script, tmp_path, "--predict_yaml", "argmax", "rankseg_rma")
     assert status == 0, err
     assert "rankseg_rma against argmax: mDiceI" in printed
     rows = read_rows(tmp_path / "out" / "results" / "argmax.csv")
@@ -92,7 +94,7 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
 
 
 def test_calibration_is_that_of_the_maps(script, tmp_path: Path, images: dict):
-    assert judge(script, tmp_path)[0] == 0
+    assert evaluate(script, tmp_path)[0] == 0
     got = json.loads((tmp_path / "out" / "results" / "calibration.json").read_text())["metrics"]["ECED"]
     gaps, pixels = np.zeros(10), 0
     for prob, label in images.values():
@@ -108,9 +110,9 @@ def test_images_and_volumes_are_not_mixed(script, tmp_path: Path, images: dict):
     rng = np.random.default_rng(5)
     np.save(tmp_path / "maps" / "volume.npy", make_map(rng, 4, 2, 3, 4))
     np.save(tmp_path / "labels" / "volume.npy", rng.integers(0, 4, (2, 3, 4)))
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
-    assert f"{tmp_path / 'maps'}: got images and volumes together" in err
+    assert f"{tmp_path / 'maps' / 'volume.npy'}: got images and volumes together" in err
 
 
 def test_one_map_is_in_memory_at_a_time(script, tmp_path: Path, volumes: dict, monkeypatch):
@@ -125,9 +127,9 @@ def test_one_map_is_in_memory_at_a_time(script, tmp_path: Path, volumes: dict, m
         return prob
 
     monkeypatch.setattr(probability_maps.MapReader, "read_map", watched)
-    for unit in ("slice", "case"):
-        assert judge(script, tmp_path, "--unit", unit)[0] == 0
-    assert len(living) == 2 * 3, "the first map is read once more, for the number of classes"
+    for flags in (["--unit", "slice"], ["--unit", "case"], ["--predict_yaml", "rankseg_rma_dataset"]):
+        assert evaluate(script, tmp_path, *flags)[0] == 0
+    assert len(living) == 2 * 3 + 5, "the first map is read once more, for the number of classes"
 
 
 def test_the_programs_own_maps_score_as_the_program_scored_them(program, script, tmp_path: Path):
@@ -161,7 +163,7 @@ def volumes(tmp_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def test_volumes_slice_by_slice_with_their_cases(script, tmp_path: Path, volumes: dict):
-    status, _, err = judge(script, tmp_path, "--predict_yaml", "argmax")
+    status, _, err = evaluate(script, tmp_path, "--predict_yaml", "argmax")
     assert status == 0, err
     rows = read_rows(tmp_path / "out" / "results" / "argmax.csv")
     names = [f"{name}/{z:04d}" for name, (_, label) in volumes.items() for z in range(len(label))]
@@ -182,7 +184,7 @@ def test_volumes_slice_by_slice_with_their_cases(script, tmp_path: Path, volumes
 def test_volumes_as_one_unit(script, tmp_path: Path, volumes: dict):
     from rankseg_rma import rankseg_rma
 
-    status, _, err = judge(script, tmp_path, "--predict_yaml", "rankseg_rma", "--unit", "case")
+    status, _, err = evaluate(script, tmp_path, "--predict_yaml", "rankseg_rma", "--unit", "case")
     assert status == 0, err
     rows = read_rows(tmp_path / "out" / "results" / "rankseg_rma.csv")
     assert [row["image"] for row in rows] == list(volumes)
@@ -191,7 +193,7 @@ def test_volumes_as_one_unit(script, tmp_path: Path, volumes: dict):
 
 
 def test_slices_along_another_axis(script, tmp_path: Path, volumes: dict):
-    assert judge(script, tmp_path, "--predict_yaml", "argmax", "--slice_axis", 2)[0] == 0
+    assert evaluate(script, tmp_path, "--predict_yaml", "argmax", "--slice_axis", 2)[0] == 0
     rows = read_rows(tmp_path / "out" / "results" / "argmax.csv")
     prob, label = volumes["case_0"]
     assert [row["image"] for row in rows[:5]] == [*(f"case_0/{x:04d}" for x in range(4)), "case_1/0000"]
@@ -204,13 +206,13 @@ def test_axes_that_fit_both_ways_are_not_guessed(script, tmp_path: Path):
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps" / "cube.npy", prob)
     save_nifti(tmp_path / "labels" / "cube.nii", label)
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert "cube.nii: got labels of shape (4, 5, 4)" in err
     assert "--label_axes reversed" in err
     for axes, values in (("same", label), ("reversed", label.T), ("210", label.T)):
         flags = ["--unit", "case", "--predict_yaml", "argmax", "--label_axes", axes]
-        assert judge(script, tmp_path, *flags)[0] == 0
+        assert evaluate(script, tmp_path, *flags)[0] == 0
         (row,) = read_rows(tmp_path / "out" / "results" / "argmax.csv")
         check_counts(row, prob.argmax(0), values, 2)
 
@@ -221,10 +223,10 @@ def test_any_permutation_of_the_labels_axes(script, tmp_path: Path):
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps" / "v.npy", prob)
     save_nifti(tmp_path / "labels" / "v.nii.gz", label.transpose(1, 2, 0))  # y, x, z
-    status, _, err = judge(script, tmp_path, "--predict_yaml", "argmax")
+    status, _, err = evaluate(script, tmp_path, "--predict_yaml", "argmax")
     assert status == 2
     assert "v.nii.gz: got labels of shape (3, 4, 2), expected (2, 3, 4)" in err
-    assert judge(script, tmp_path, "--predict_yaml", "argmax", "--unit", "case", "--label_axes", "201")[0] == 0
+    assert evaluate(script, tmp_path, "--predict_yaml", "argmax", "--unit", "case", "--label_axes", "201")[0] == 0
     check_counts(read_rows(tmp_path / "out" / "results" / "argmax.csv")[0], prob.argmax(0), label, 3)
 
 
@@ -234,10 +236,10 @@ def test_nnunets_two_dimensional_maps_and_its_ignore_label(script, tmp_path: Pat
     (tmp_path / "maps").mkdir()
     np.savez(tmp_path / "maps" / "photo.npz", probabilities=prob)
     write_png(tmp_path / "labels" / "photo.png", label)
-    status, _, err = judge(script, tmp_path, "--predict_yaml", "argmax")
+    status, _, err = evaluate(script, tmp_path, "--predict_yaml", "argmax")
     assert status == 2
     assert "photo.png: got label value 3, expected 0..2 as its map has 3 classes" in err
-    assert judge(script, tmp_path, "--predict_yaml", "argmax", "--ignore_label", 3)[0] == 0
+    assert evaluate(script, tmp_path, "--predict_yaml", "argmax", "--ignore_label", 3)[0] == 0
     (row,) = read_rows(tmp_path / "out" / "results" / "argmax.csv")
     assert row["image"] == "photo"
     check_counts(row, prob.argmax(0)[0], np.where(label == 3, 255, label), 3)
@@ -266,7 +268,7 @@ def test_nothing_is_unpickled(script, tmp_path: Path, images: dict, kind: str):
         np.savez(path, probabilities=trap)
     else:
         path.write_bytes(pickle.dumps(Trap(marker)))
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert f"{path}: got a file that cannot be read" in err
     assert "nothing is unpickled here" in err
@@ -300,7 +302,7 @@ def test_maps_that_are_no_probabilities(script, tmp_path: Path, images: dict, ch
     prob = images["image_0"][0].copy()
     prob[:, 0, 0] = 0, 1, 0, 0
     np.save(tmp_path / "maps" / "image_0.npy", change(prob))
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert message in err
     assert str(tmp_path) in err
@@ -310,16 +312,16 @@ def test_maps_that_are_no_probabilities(script, tmp_path: Path, images: dict, ch
 
 def test_the_tolerance_is_the_users(script, tmp_path: Path, images: dict):
     np.save(tmp_path / "maps" / "image_0.npy", bad_sum(images["image_0"][0].copy()))
-    assert judge(script, tmp_path, "--tolerance", 0.02)[0] == 0
+    assert evaluate(script, tmp_path, "--tolerance", 0.02)[0] == 0
 
 
 def test_orphans_are_named(script, tmp_path: Path, images: dict):
     (tmp_path / "labels" / "image_1.png").rename(tmp_path / "labels" / "image_9.png")
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert f"{tmp_path / 'maps' / 'image_1.npz'}: got no file of that name in {tmp_path / 'labels'}" in err
     (tmp_path / "maps" / "image_1.npz").unlink()
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert f"{tmp_path / 'labels' / 'image_9.png'}: got no file of that name in {tmp_path / 'maps'}" in err
 
@@ -339,7 +341,7 @@ def test_orphans_are_named(script, tmp_path: Path, images: dict):
     ],
 )
 def test_wrong_flags_end_with_one_line(script, tmp_path: Path, images: dict, flags: list[str], message: str):
-    status, _, err = judge(script, tmp_path, *flags)
+    status, _, err = evaluate(script, tmp_path, *flags)
     assert status == 2
     assert message in err
     assert not (tmp_path / "out").exists()
@@ -347,7 +349,7 @@ def test_wrong_flags_end_with_one_line(script, tmp_path: Path, images: dict, fla
 
 def test_two_files_of_a_name_and_empty_folders(script, tmp_path: Path, images: dict):
     np.save(tmp_path / "labels" / "image_1.npy", images["image_1"][1])
-    status, _, err = judge(script, tmp_path)
+    status, _, err = evaluate(script, tmp_path)
     assert status == 2
     assert "image_1.png: got two files of the name 'image_1', expected one (image_1.npy is there)" in err
     (tmp_path / "labels" / "image_1.npy").unlink()
@@ -359,7 +361,7 @@ def test_two_files_of_a_name_and_empty_folders(script, tmp_path: Path, images: d
 
 def test_overrides_reach_the_rules(script, tmp_path: Path, images: dict):
     flags = ["--predict_yaml", "rankseg_rma", "--set", "predict.pruning_prob=0.5"]
-    assert judge(script, tmp_path, *flags)[0] == 0
+    assert evaluate(script, tmp_path, *flags)[0] == 0
     context = json.loads((tmp_path / "out" / "results" / "rankseg_rma.json").read_text())
     assert context["config"]["predict"]["pruning_prob"] == 0.5
 
@@ -387,11 +389,11 @@ def test_no_network_is_needed():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_rules_of_a_wider_scope_pool_all_maps_or_a_case(script, tmp_path: Path, volumes: dict):
+def test_pooled_rules_pool_all_maps_or_a_case(script, tmp_path: Path, volumes: dict):
     from exp.rules.pooled import empty_pool, pool_of, solve
 
     rules = ["rankseg_rma_case", "rankseg_rma_dataset"]
-    assert judge(script, tmp_path, "--predict_yaml", *rules)[0] == 0
+    assert evaluate(script, tmp_path, "--predict_yaml", *rules)[0] == 0
     pools = {name: pool_of(torch.from_numpy(prob).flatten(1)[None, :, None]) for name, (prob, _) in volumes.items()}
     everything = empty_pool(3)
     for pool in pools.values():
@@ -405,6 +407,70 @@ def test_rules_of_a_wider_scope_pool_all_maps_or_a_case(script, tmp_path: Path, 
 
 
 def test_a_case_needs_volumes(script, tmp_path: Path, images: dict):
-    status, _, err = judge(script, tmp_path, "--predict_yaml", "rankseg_rma_case")
+    status, _, err = evaluate(script, tmp_path, "--predict_yaml", "rankseg_rma_case")
     assert status == 2
     assert "--predict_yaml rankseg_rma_case: got the image image_0, which is in no case, expected volumes" in err
+
+
+def test_results_are_those_of_the_true_probabilities(script, tmp_path: Path):
+    flags = [*NOISY, *FEW, "data.label_noise=0.3", "--output_dir", tmp_path, "--predict_yaml", "argmax", "rankseg_rma"]
+    status, printed, err = script(NAME, *flags)
+    assert status == 0, err
+    assert "rankseg_rma against argmax: mDiceI" in printed
+    dataset = ShapesNoisy(None, "val", max_samples=3, facts={"label_noise": 0.3, "label_spread": 3.0})
+    with open(tmp_path / "results" / "argmax.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [sample.name for sample in dataset.samples]
+    for i, row in enumerate(rows):
+        pred, label = dataset.probabilities(i).argmax(0), dataset.read(i)[1]
+        for c, name in enumerate(dataset.classes):
+            assert int(row[f"tp.{name}"]) == ((pred == c) & (label == c)).sum()
+            assert int(row[f"fn.{name}"]) == ((pred != c) & (label == c)).sum()
+    facts = json.loads((tmp_path / "results" / "rankseg_rma.json").read_text())
+    assert facts["probabilities"] == "true"
+    assert facts["config"]["data"]["label_noise"] == 0.3
+
+
+def test_the_same_files_again_and_the_exact_rule_with_two_classes(script, tmp_path: Path):
+    rules = ["--predict_yaml", "argmax", "rankseg_exact", "--true_of", "shapes_noisy_binary"]
+    for name in ("a", "b"):
+        status, _, err = script(NAME, *FEW, *rules, "--output_dir", tmp_path / name)
+        assert status == 0, err
+    files = sorted(path.name for path in (tmp_path / "a" / "results").iterdir() if path.is_file())
+    assert {"argmax.csv", "rankseg_exact.csv", "comparison.json"} <= set(files)
+    for name in files:
+        assert (tmp_path / "a" / "results" / name).read_bytes() == (tmp_path / "b" / "results" / name).read_bytes()
+
+
+def test_a_pooled_rule_takes_its_first_pass(script, tmp_path: Path):
+    status, _, err = script(NAME, *NOISY, *FEW, "--predict_yaml", "rankseg_rma_dataset", "--output_dir", tmp_path)
+    assert status == 0, err
+    dataset = ShapesNoisy(None, "val", max_samples=3, facts={"label_noise": 0.1, "label_spread": 3.0})
+    rules = {"dataset": PooledRule(opt_metric="dice", pruning_prob=0.1, scope="dataset")}
+    probs = [torch.from_numpy(dataset.probabilities(i))[None] for i in range(3)]
+    thresholds = gather_thresholds(rules, ((prob, None) for prob in probs))["dataset"][None]
+    with open(tmp_path / "results" / "rankseg_rma_dataset.csv", newline="") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            pred, label = thresholds.decide(probs[i])[0].numpy(), dataset.read(i)[1]
+            assert int(row["tp.disk"]) == ((pred == 1) & (label == 1)).sum()
+            assert int(row["fp.background"]) == ((pred == 0) & (label != 0)).sum()
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--true_of", "shapes"], "got the data set shapes, expected one whose true probabilities are known"),
+        (["--set", "data.test_crop=[32,32]"], "data.test_crop: got [32, 32], expected null"),
+        (["--set", "data.label_spread=33"], "key 'label_spread': got 33"),
+        (["--set", "data.label_noise=null"], "expected a value: the data set shapes_noisy"),
+        (["--predict_yaml", "rankseg_exact"], "got 6 classes, expected 2"),
+        (["--predict_yaml", "rankseg_rma_case"], "which is in no case, expected volumes"),
+        (["maps"], "MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place"),
+    ],
+)
+def test_bad_data_with_known_probabilities_ends_in_one_line(script, tmp_path: Path, flags: list[str], part: str):
+    status, _, err = script(NAME, *NOISY, *flags, "--output_dir", tmp_path / "out")
+    assert status == 2
+    assert part in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

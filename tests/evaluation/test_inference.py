@@ -138,10 +138,10 @@ def test_half_precision_logits_are_averaged_in_single():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_are_refused(value: float):
+def test_non_finite_logits_are_refused(value: float):
     image = torch.zeros(1, 3, 8, 8)
     image[0, 1, 5, 6] = value
-    with pytest.raises(InputError, match=r"test\.amp: got an image whose logits are no numbers"):
+    with pytest.raises(InputError, match=r"test\.amp: got an image whose logits are non-finite"):
         Inference((8, 8), (6, 6), 3)(Position(), image)
 
 

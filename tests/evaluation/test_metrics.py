@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from exp.config.evaluation import METRIC_NAMES
 from exp.evaluation.metrics import (
+    METRICS,
     average_folds,
+    boundary_iou,
+    build_results,
     case_scores,
     compute_scores,
     count,
+    count_rules,
     image_scores,
     lowest_mean,
     per_class_scores,
@@ -257,3 +262,76 @@ def test_agrees_with_torchmetrics_where_the_definitions_meet():
         assert scores[f"{name}I"] == pytest.approx(np.mean(by_image), abs=1e-4)
     right = multiclass_accuracy(pred, label, average="micro", **options)
     assert scores["Acc"] == pytest.approx(100 * right.item(), abs=1e-4)
+
+
+def literal_boundary(label: np.ndarray, c: int, width: int) -> set[tuple[int, int]]:
+    """The pixels of class c from which some pixel of another class, or outside, is at most `width` away."""
+    height, length = label.shape
+    found = set()
+    for y, x in zip(*np.nonzero(label == c)):
+        rows, columns = range(y - width, y + width + 1), range(x - width, x + width + 1)
+        inside = [(r, k) for r in rows for k in columns if 0 <= r < height and 0 <= k < length]
+        if len(inside) < (2 * width + 1) ** 2 or any(label[place] not in (c, 255) for place in inside):
+            found.add((y, x))
+    return found
+
+
+@pytest.mark.parametrize("size", [(9, 11), (40, 60), (1, 200)])
+def test_boundary_iou_is_the_literal_one(size: tuple[int, int]):
+    """Widths of 1, 2 and 4 pixels; blocks that touch, ignored bands between them, and noise."""
+    rng, width = np.random.default_rng(sum(size)), max(1, round(0.02 * np.hypot(*size)))
+    coarse = rng.integers(0, 4, (4, 4)).repeat(-(-size[0] // 3), 0).repeat(-(-size[1] // 3), 1).astype(np.uint8)
+    label, pred = coarse[: size[0], : size[1]].copy(), coarse[-size[0] :, -size[1] :].copy()
+    label[rng.random(size) < 0.02], pred[rng.random(size) < 0.02] = 255, 3
+    label[:, size[1] // 2] = 255
+    seen = np.where(label == 255, 255, pred)
+    expected = np.zeros((2, 4), np.int64)
+    for c in range(4):
+        own, other = (literal_boundary(values, c, width) for values in (label, seen))
+        expected[:, c] = len(own & other), len(own | other)
+    got = boundary_iou(torch.from_numpy(pred).long(), torch.from_numpy(label), 4)
+    assert (got.numpy() == expected).all()
+    assert expected[1].max() > expected[0].max() > 0
+
+
+def test_a_perfect_prediction_has_a_boundary_iou_of_one_hundred():
+    label = torch.zeros(40, 50, dtype=torch.uint8)
+    label[10:20, 15:30] = 2
+    part, whole = boundary_iou(label.long(), label, 3)
+    assert torch.equal(part, whole)
+    assert whole.tolist() == [2 * (40 + 50) - 4 + 2 * (12 + 17) - 4, 0, 2 * (10 + 15) - 4], "edges of the image count"
+
+
+def test_the_tables_of_metrics_have_the_same_names():
+    assert METRICS.keys() == METRIC_NAMES.keys()
+
+
+def test_a_further_metric_is_a_function_and_its_line(monkeypatch):
+    """The share of a class's pixels in the upper half that are right: D, I, C, per case, per class."""
+
+    def upper(pred: torch.Tensor, label: torch.Tensor, num_classes: int) -> torch.Tensor:
+        half = len(label) // 2
+        tp, _, fn = count(pred[:half], label[:half], num_classes)
+        return torch.stack([tp, tp + fn])
+
+    monkeypatch.setitem(METRICS, "upper", upper)
+    monkeypatch.setitem(METRIC_NAMES, "upper", "Up")
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 3, (2, 6, 8, 10), generator=generator)
+    maps[1, 2, :4] = 255
+    table = np.stack([count_rules([p], t, 3, ("upper",)).numpy() for p, t in zip(*maps)])
+    (result,) = build_results(["r"], tuple("abcdef"), tuple("xyz"), table, [None] * 6, ("upper",))
+    scores, plain = result.scores(), compute_scores(result.counts[:, :3])
+    assert plain == {name: value for name, value in scores.items() if "Up" not in name}
+    assert {f"mUp{end}" for end in ("D", "I", "I5", "IQ", "C", "C10")} <= scores.keys()
+    upper_half = np.stack([count(p[:4], t[:4], 3).numpy() for p, t in zip(*maps)])
+    assert scores["mUpD"] == compute_scores(upper_half)["mAccD"]
+    by_image = (
+        np.delete(image_scores(upper_half)["mAccI"], 2),
+        np.delete(image_scores(result.counts, ("upper",))["mUpI"], 2),
+    )
+    assert (by_image[0] == by_image[1]).all()
+    assert math.isnan(image_scores(result.counts, ("upper",))["mUpI"][2])
+    assert per_class_scores(result.counts, None, ("upper",))["UpD"][1] == per_class_scores(upper_half)["AccD"][1]
+    (cases,) = build_results(["r"], tuple("abcdef"), tuple("xyz"), table, list("kkkmmm"), ("upper",))
+    assert "mUp3D" in cases.scores()

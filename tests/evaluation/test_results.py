@@ -40,6 +40,21 @@ def test_csv_comes_back_and_scores_can_be_computed_from_it(tmp_path: Path):
     assert content["per_class"]["road"].keys() == {f"{name}{end}" for name in ("Acc", "IoU", "Dice") for end in ends}
 
 
+def test_further_metrics_come_back(tmp_path: Path):
+    counts = np.random.default_rng(0).integers(1, 50, (4, 5, 3))
+    saved = EvalResult("argmax", tuple("abcd"), ("sky", "road", "car"), counts, tuple("kkmm"), ("boundary_iou",))
+    save_results([saved], tmp_path, [{}])
+    loaded = load_result(tmp_path / "argmax.csv")
+    assert loaded.metrics == ("boundary_iou",)
+    assert (loaded.counts == counts).all()
+    content = json.loads((tmp_path / "argmax.json").read_text())
+    assert content["metrics"] == saved.scores()
+    assert {"mBIoUD", "mBIoUI", "mBIoUC", "mBIoUI5", "mBIoU3D"} <= content["metrics"].keys()
+    assert {"BIoUD", "BIoUC"} <= content["per_class"]["road"].keys()
+    assert "mBIoUI" in (tmp_path / "argmax.cases.csv").read_text().splitlines()[0]
+    assert "mBIoUI" in format_results([saved], "mIoUI")
+
+
 def test_csv_has_a_row_an_image_and_leaves_undefined_scores_empty():
     lines = result_csv(result()).splitlines()
     assert lines[0].startswith("image,Acc,mAccI,mIoUI,mDiceI,tp.sky,tp.road,tp.car,fp.sky")

@@ -219,7 +219,7 @@ def test_early_stop_best_and_averaged_weights(program, tmp_path: Path, monkeypat
 
 
 def test_evaluation_is_in_float32_unless_the_test_yaml_says_so(program, tmp_path: Path):
-    """Training in bf16 does not change how its weights are judged; probabilities are float32 in either case."""
+    """Training in bf16 does not change how its weights are evaluated; probabilities are float32 in either case."""
     flags = [*TINY, "schedule.amp=bf16", "--output_dir", tmp_path, "--predict_yaml", "argmax", "--save_prob", "1"]
     assert program(*flags)[0] == 0
     path = tmp_path / TINY_RUN / "probabilities" / "shapes_val_0000.npy"
@@ -231,6 +231,21 @@ def test_evaluation_is_in_float32_unless_the_test_yaml_says_so(program, tmp_path
     assert low.dtype == after_training.dtype == np.float32
     assert np.allclose(low.sum(0), 1, atol=1e-5)  # bf16's softmax would be off by up to 2 ** -8
     assert 0 < abs(low - after_training).max() < 0.1
+
+
+def test_boundary_iou_is_an_option(program, tmp_path: Path):
+    flags = [*TINY, "--output_dir", tmp_path, "--predict_yaml", "argmax"]
+    assert program(*flags)[0] == 0
+    results = tmp_path / TINY_RUN / "results"
+    plain = json.loads((results / "argmax.json").read_text())
+    assert "metrics" not in plain["config"]["test"], "results of before this key stay what they are"
+    status, printed, err = program(*flags, "--test-only", "--set", "test.metrics=[boundary_iou]")
+    assert status == 0, err
+    assert "mBIoUI" in printed
+    more = json.loads((results / "argmax.json").read_text())
+    assert more["config"]["test"]["metrics"] == ["boundary_iou"]
+    assert {name: more["metrics"][name] for name in plain["metrics"]} == plain["metrics"]
+    assert 0 < more["metrics"]["mBIoUI"] < more["metrics"]["mIoUI"]
 
 
 def test_other_settings_in_the_same_folder_are_refused(program, tmp_path: Path):
@@ -282,6 +297,7 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
         (["--set", "schedule.accumulation=3"], "schedule.accumulation: got 3 for batches of 4 on 1 process(es)"),
         (["--set", "schedule.early_stop=3"], "null where val_iters is null"),
         (["--set", "schedule.amp=half"], "off, bf16, fp16"),
+        (["--set", "test.metrics=[hausdorff]"], "expected some of boundary_iou"),
         (["--set", "schedule.batch_size=99"], "expected at most the number of training images, 8"),
         (["--seed", "5000000000"], "--seed: got 5000000000"),
         (["--set", "test.stride=[64,64]"], "expected at most the window, (32, 32)"),
@@ -361,7 +377,7 @@ def test_two_classes_under_every_rule(program, tmp_path: Path):
     assert rows["threshold"] == rows["argmax"]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(program, tmp_path: Path, monkeypatch):
+def test_non_finite_weights_are_not_saved(program, tmp_path: Path, monkeypatch):
     step = TrainStep.__call__
 
     def overflowing(self: TrainStep, batch: object) -> object:
@@ -373,7 +389,7 @@ def test_weights_that_are_no_numbers_are_not_saved(program, tmp_path: Path, monk
     monkeypatch.setattr(TrainStep, "__call__", overflowing)
     status, _, err = program(*TINY, "--output_dir", tmp_path, "--set", "schedule.save_iters=1")
     assert status == 2
-    assert "error: optim.lr: got weights that are no numbers at iteration 2, which are not saved" in err
+    assert "error: optim.lr: got non-finite weights at iteration 2, which are not saved" in err
     assert checkpoint_names(tmp_path / TINY_RUN) == ["iter_0000001.pt"]
 
 
@@ -390,7 +406,7 @@ def test_one_image_a_process_where_batch_norm_cannot_take_it(program, tmp_path: 
         "model.pretrained=false",
     )
     assert status == 2
-    assert "schedule.batch_size: got 1 image a process (and micro-batch), expected 2 or more" in err
+    assert "schedule.batch_size: got 1 image per process (and micro-batch), expected 2 or more" in err
     assert not (tmp_path / "out").exists()
 
 

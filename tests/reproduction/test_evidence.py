@@ -39,7 +39,7 @@ def noisy(level: float):
 
 
 def write_true_results(level: float, output: Path, gain: int) -> None:
-    """Results as scripts/evaluate_bayes.py writes them, on the images that `write_results` makes up."""
+    """Results as scripts/evaluate_probabilities.py --true_of writes them, on the images of `write_results`."""
     config = noisy(level).config.to_dict()
     names = tuple(f"0_{i:03d}" for i in range(12))
     counts = np.random.default_rng(3).integers(50, 100, (12, 3, 21))
@@ -225,11 +225,11 @@ def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch
     state = Existing(tmp_path).state(job)
     assert state.kind == UNTRAINED != WAITING
     command = Runner(tmp_path, tmp_path, processes=2, device="cpu").command(job, state)
-    assert Path(command[1]).name == "evaluate_bayes.py"
+    assert Path(command[1]).name == "evaluate_probabilities.py"
     assert "model.decoder_channels=[8,8,8,8,8]" not in command
     set_rule = replace(job, overrides=(*job.overrides, "predict.opt_metric=iou"))
     assert "predict.opt_metric=iou" in Runner(tmp_path, tmp_path).command(set_rule, state)
-    assert script("evaluate_bayes", *command[2:])[0] == 0
+    assert script("evaluate_probabilities", *command[2:])[0] == 0
     assert Existing(tmp_path).state(job).kind == DONE
     for other in ("data.label_noise=0.3", "data.val_samples=4", "data.label_spread=1.0"):
         assert Existing(tmp_path).state(replace(job, overrides=(*job.overrides, other))).kind == UNTRAINED

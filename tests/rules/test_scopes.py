@@ -1,12 +1,23 @@
 import dataclasses
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from exp.rules.pooled import PooledRule, Pools, Thresholds, empty_pool, load_thresholds, pool_of, solve, thresholds_json
+from exp.rules.pooled import (
+    PooledRule,
+    Thresholds,
+    _count_on_device,
+    empty_pool,
+    gather_thresholds,
+    load_thresholds,
+    pool_of,
+    solve,
+    thresholds_json,
+)
 from exp.rules.registry import build_rule
 from exp.runtime.errors import InputError
 from tests.config.test_config import compose
@@ -61,28 +72,51 @@ def test_a_pool_counts_every_pixel_and_its_mass():
     assert pool.masses.sum().item() / 2**30 == pytest.approx(values.double().sum().item(), abs=1e-8)
 
 
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_a_gpus_way_to_count_gives_the_same_pool(num_classes: int):
+    values = prob(num_classes, 200, 300)
+    values[0, -1] *= 2.0**-16  # nowhere above the lowest bin
+    pool = empty_pool(num_classes)
+    _count_on_device(values, pool)
+    expected = pool_of(values)
+    for name in ("pixels", "masses", "highest"):
+        assert torch.equal(getattr(pool, name), getattr(expected, name))
+
+
 def test_a_pool_is_the_same_in_any_order_and_any_pieces(monkeypatch):
     maps = [prob(3, seed=seed) for seed in range(4)]
-    rule = {"r": PooledRule("case", "dice", 0.1)}
-    alone = Pools(rule)
-    for i in (0, 1, 2, 3):
-        alone.add(maps[i], f"case{i % 2}")
+    rule, cases = {"r": PooledRule("case", "dice", 0.1)}, ["case0", "case1", "case0", "case1"]
+    alone = gather_thresholds(rule, zip(maps, cases))
     monkeypatch.setattr("exp.rules.pooled.PIECE", 7)
-    parts = [Pools(rule), Pools(rule), Pools(rule)]  # the last process has no image
-    for i in (3, 1, 2, 0):
-        parts[i // 2].add(maps[i], f"case{i % 2}")
-    assert Pools(rule).merge(parts).thresholds() == alone.thresholds()
-    assert alone.thresholds()["r"].keys() == {"case0", "case1"}
+    parts = []
+    for own in ((3, 1), (2, 0), ()):  # the last process has no image
+        gather_thresholds(rule, [(maps[i], cases[i]) for i in own], lambda pools: parts.append(pools) or parts)
+    assert len(parts) == 3
+    assert gather_thresholds(rule, [], lambda pools: parts) == alone
+    assert alone["r"].keys() == {"case0", "case1"}
+
+
+def test_the_first_pass_holds_one_map_at_a_time():
+    living = []
+
+    def maps():
+        for seed in range(3):
+            assert not any(reference() is not None for reference in living)
+            values = prob(3, seed=seed)
+            living.append(weakref.ref(values))
+            yield values, None
+            del values
+
+    assert gather_thresholds({"r": PooledRule("dataset", "dice", 0.1)}, maps())
+    assert len(living) == 3
 
 
 def test_scopes_pool_what_they_say():
     """A case's thresholds are those of its own slices; the data set's those of all."""
     maps = {"a": [prob(3, seed=1), prob(3, seed=2)], "b": [prob(3, seed=3, sharpness=0.5)]}
-    pools = Pools({"case": PooledRule("case", "iou", 0.1), "all": PooledRule("dataset", "iou", 0.1)})
-    for case, slices in maps.items():
-        for one in slices:
-            pools.add(one, case)
-    found = pools.thresholds()
+    rules = {"case": PooledRule("case", "iou", 0.1), "all": PooledRule("dataset", "iou", 0.1), "argmax": max}
+    found = gather_thresholds(rules, [(one, case) for case, slices in maps.items() for one in slices])
+    assert found.keys() == {"case", "all"}
     for case, slices in maps.items():
         pool = pool_of(torch.cat(slices, dim=2))
         assert found["case"][case] == solve(pool, "iou", 0.1)
@@ -170,7 +204,7 @@ def test_decisions_do_not_depend_on_the_pieces(monkeypatch):
     assert torch.equal(values, before)
     monkeypatch.setattr("exp.rules.pooled.DECIDED", 500)
     assert torch.equal(found.decide(values), whole)
-    gain = found.weights()[:, None, None] * (values[0].double() - torch.tensor(found.threshold)[:, None, None])
+    gain = found.gain_per_unit()[:, None, None] * (values[0].double() - torch.tensor(found.threshold)[:, None, None])
     assert (whole[0] == gain.argmax(0)).float().mean() > 0.999
 
 

@@ -14,13 +14,13 @@ from exp.config.experiment import load_experiment
 from exp.config.loss import LossConfig
 from exp.config.training import OptimConfig
 from exp.data.loader import Batch
+from exp.evaluation.inference import Inference, autocast
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import Meter, NullLogger
 from exp.training.loop import Intervals, train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_ema, build_optimizer, build_scheduler
-from exp.training.precision import Autocast, autocast
 from exp.training.step import TrainStep, build_step, seed_everything
 
 CPU = torch.device("cpu")
@@ -139,13 +139,13 @@ def test_a_step_goes_on_bit_for_bit_from_its_saved_state(amp: str):
     assert whole.scaler.state_dict() == cut.scaler.state_dict()
 
 
-def test_a_network_under_autocast_gives_logits_of_that_type():
+def test_inference_runs_the_network_alone_under_autocast():
     net = Net().eval()
     image = torch.rand(1, 3, 8, 8)
-    with torch.inference_mode():
-        low, full = Autocast(net, "bf16", CPU).eval()(image), net(image)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.05)
+    low, full = (Inference((8, 8), (8, 8), 1, amp=amp)(net, image) for amp in ("bf16", "off"))
+    assert net.seen == [torch.bfloat16, torch.float32]
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, full, rtol=0.05, atol=0.05)
     with autocast("off", CPU):
         assert not torch.is_autocast_enabled("cpu")
 

@@ -1,4 +1,4 @@
-"""scripts/summarize_folds.py on the results of generated folds."""
+"""scripts/report.py --folds on the results of generated folds."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def save_fold(folder: Path, fold: int, rules: tuple[str, ...] = ("argmax", "rma"
 
 def test_the_mean_over_folds(script, tmp_path: Path):
     runs = [save_fold(tmp_path / f"fold{k}", k) for k in range(3)]
-    status, printed, err = script("summarize_folds", *runs, "--output", tmp_path / "folds.json")
+    status, printed, err = script("report", "--folds", *runs, "--output", tmp_path / "folds.json")
     assert status == 0, err
     scores = [json.loads((run / "results" / "rma.json").read_text())["metrics"] for run in runs]
     content = json.loads((tmp_path / "folds.json").read_text())
@@ -55,14 +55,14 @@ def test_folds_that_cannot_be_averaged(script, tmp_path: Path):
         ((one, tmp_path / "nowhere"), "nowhere/results: got no results"),
         ((two, tmp_path / "broken"), "argmax.json: got a file that cannot be read"),
     ]:
-        status, _, err = script("summarize_folds", *args)
+        status, _, err = script("report", "--folds", *args)
         assert status == 2
         assert message in err
 
 
 def test_what_a_fold_fits_for_itself_may_differ(script, tmp_path: Path):
     runs = [save_fold(tmp_path / f"fold{k}", k, temperature=temperature) for k, temperature in enumerate((0.9, 1.3))]
-    status, _, err = script("summarize_folds", *runs)
+    status, _, err = script("report", "--folds", *runs)
     assert status == 2
     assert "got another test.temperature" in err, "a number that the user chose is the same in every fold"
     for run, temperature in zip(runs, (0.9, 1.3)):
@@ -71,6 +71,6 @@ def test_what_a_fold_fits_for_itself_may_differ(script, tmp_path: Path):
         content = json.loads(result.read_text())
         content["config"]["predict"]["thresholds"] = f"{run}/train.thresholds.json"
         result.write_text(json.dumps(content))
-    status, printed, err = script("summarize_folds", *runs)
+    status, printed, err = script("report", "--folds", *runs)
     assert status == 0, err
     assert "rma" in printed

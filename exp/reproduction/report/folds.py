@@ -1,0 +1,89 @@
+"""The folds of a cross-validation, a run each -> their mean scores, by rule.
+
+The runs must be evaluated alike: the same data set, test and predict settings, each on another fold. What a fold fits
+for itself may differ: a temperature (--fit_temperature) and the thresholds file of rankseg_rma_fixed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exp.evaluation.metrics import average_folds
+from exp.evaluation.results import finite_or_null, format_scores
+from exp.files.atomic import write_atomically
+from exp.files.text import read_json
+from exp.runtime.errors import InputError
+
+OWN = ("data.fold", "predict.thresholds")  # where folds may differ
+TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
+
+
+def report_folds(runs: Sequence[Path], output: Path | None) -> str:
+    """Run folders -> what is printed of their means; with `output` these and each fold's scores are written, JSON."""
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError("--folds: got a run more than once, expected each once")
+    summary = summarize(runs)
+    if output:
+        content = {rule: {**v, "mean": finite_or_null(v["mean"])} for rule, v in summary.items()}
+        write_atomically(output, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    means = [values["mean"] for values in summary.values()]
+    return f"mean over {len(runs)} folds\n{format_scores(list(summary), means, ('mIoU', 'mDice'))}"
+
+
+def load_run(run: Path) -> dict[str, dict[str, Any]]:
+    """A run's folder -> the content of results/<rule>.json by rule; InputError if there is none."""
+    paths = sorted((run / "results").glob("*.json"))
+    contents = [read_json(path, "results of an evaluation") for path in paths]
+    results = {content["rule"]: content for content in contents if "rule" in content}  # others compare the rules
+    if not results:
+        raise InputError(f"{run / 'results'}: got no results, expected the <rule>.json of an evaluation")
+    return results
+
+
+def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
+    """One rule's results by run; InputError if two of them were evaluated differently, or on the same fold."""
+    (first, base), *others = [(run, settings(run, content)) for run, content in contents.items()]
+    for run, other in others:
+        if other != base:
+            keys = [key for key in {**base, **other} if base.get(key) != other.get(key)]
+            raise InputError(f"{run}: got another {', '.join(keys)} than {first}, expected the folds alone to differ")
+    folds: dict[Any, Path] = {}
+    for run, content in contents.items():
+        fold = content["config"].get("data", {}).get("fold")
+        if fold is not None and fold in folds:
+            raise InputError(f"{run}: got fold {fold}, which is that of {folds[fold]} too, expected each once")
+        folds[fold] = run
+
+
+def settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's result -> how it was evaluated, without what is the fold's own, key by key."""
+    config = content.get("config", {})
+    found = {f"{group}.{key}": v for group in config for key, v in config[group].items()}
+    found = {key: value for key, value in found.items() if key not in OWN}
+    if TEMPERATURE in found and found[TEMPERATURE] == fitted_temperature(run):
+        found[TEMPERATURE] = "fitted"
+    return found
+
+
+def fitted_temperature(run: Path) -> float | None:
+    """The temperature that was fitted for the run's network; None if none was."""
+    path = run / "results" / "temperature.json"
+    return read_json(path, "a fitted temperature").get("temperature") if path.is_file() else None
+
+
+def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Run folders -> by rule that all of them have: its mean scores, and those of each fold."""
+    results = {run: load_run(run) for run in runs}
+    first, *others = results.values()
+    rules = [rule for rule in first if all(rule in other for other in others)]
+    if not rules:
+        found = "; ".join(f"{run}: {', '.join(content)}" for run, content in results.items())
+        raise InputError(f"--folds: got no rule that all runs have, expected one ({found})")
+    summary = {}
+    for rule in rules:
+        contents = {run: content[rule] for run, content in results.items()}
+        check_alike(contents)
+        folds = {str(run): content["metrics"] for run, content in contents.items()}
+        summary[rule] = {"mean": average_folds(list(folds.values())), "folds": folds}
+    return summary
