@@ -32,8 +32,10 @@ def main() -> None:
     from exp.evaluation.evaluator import build_evaluator
     from exp.run import Run
     from exp.runtime import distributed  # PyTorch and all that stands on it come in only now
+    from exp.training.precision import set_up_cuda
 
     with distributed.session(args.device) as dist, worker_deaths_named():
+        set_up_cuda(config.schedule.tf32, config.schedule.cudnn_benchmark, dist.device)
         evaluator = build_evaluator(config.with_window(config.data.crop_size), args.data_dir, dist)
         run = Run(config, args.output_dir / config.run_name, evaluator, dist, args.save_masks)
         with run.locked("evaluating" if args.test_only else "training"):
