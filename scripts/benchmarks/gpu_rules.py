@@ -178,13 +178,32 @@ def peak_on(device: torch.device, rule: Callable[[Tensor], object], prob: Tensor
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def measure(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dtype, aim: float | None) -> None:
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy on the device: what no rule can read its map faster than."""
+    if device.type != "cuda":
+        return 1e9
+    large = torch.randint(0, 2**31 - 1, (2**29,), dtype=torch.int32, device=device)
+    target = torch.empty_like(large)
+    return 2 * large.nbytes / (time_on(device, target.copy_, [large], 10) / 1000)
+
+
+def measure(
+    check: Check,
+    name: str,
+    prob: Tensor,
+    metric: str,
+    dtype: torch.dtype,
+    aim: float | None = None,
+    left_out: tuple[str, ...] = (),
+) -> None:
     """Time and memory of all rules on one map."""
     cast = prob.to(check.device).to(dtype)
     copies = min(16, max(1, -(-CACHE // cast.nbytes)))
     maps = [cast.clone() for _ in range(copies)]
     found = {}
     for rule_name, rule in rules_for(cast, metric).items():
+        if rule_name in left_out:
+            continue
         try:
             slow = rule_name in ("sort", "rankseg")
             found[rule_name] = time_on(check.device, rule, maps, 10 if slow else 50), peak_on(check.device, rule, cast)
@@ -224,6 +243,8 @@ def judge_aims(check: Check, name: str, metric: str, times: dict[str, float], ai
 
 def check_rules(check: Check) -> None:
     """Labels of every map first, then the times; the most important maps first, until the time is over."""
+    rate = copy_rate(check.device)
+    check.say(f"a copy on the device moves {rate / 1e12:.2f} TB/s, read and written")
     compare_options(check)
     scale = 8 if check.tiny else 1
     maps: dict[str, Tensor] = {}
@@ -236,6 +257,12 @@ def check_rules(check: Check) -> None:
         if check.left() < 5:
             check.say(f"no time was left after {name}")
             return
+    size = (40, 60) if check.tiny else (2000, 3000)
+    large = torch.randn(1, 150, *size, device=check.device).mul_(4).softmax(1)
+    measure(
+        check, "150 classes, 2000x3000", large, "dice", torch.float32, left_out=("sort", "rankseg", "rankseg, fused")
+    )
+    del large
     rest = [
         (n, m, d) for n in ORDER for m, d in (("iou", torch.float32), ("dice", torch.float16), ("dice", torch.bfloat16))
     ]

@@ -64,6 +64,7 @@ def test_a_step_goes_on_bit_for_bit_from_its_saved_state(gpu: torch.device, amp:
     assert whole.scaler.state_dict() == cut.scaler.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_no_step_of_the_loop_waits_for_the_device(gpu: torch.device, amp: str):
     """But for its logging steps, here the last one; PyTorch itself refuses every wait in between."""
