@@ -26,9 +26,11 @@ def main() -> None:
     from exp.data.loader import worker_deaths_named
     from exp.evaluation.outputs import save_outputs
     from exp.runtime import distributed
+    from exp.training.precision import set_up_cuda
 
     doing = "evaluating" if args.test_only else "training"
     with distributed.session(args.device) as dist, worker_deaths_named(), run.locked(folder, doing, dist):
+        set_up_cuda(config.schedule.tf32, config.schedule.cudnn_benchmark, dist.device)
         if args.test_only:
             trained = run.load_trained(config, folder, args.model_checkpoint, args.data_dir, dist)
             if args.fit_temperature:

@@ -125,7 +125,7 @@ def open_true(args: argparse.Namespace, data: DataConfig) -> tuple[Callable, Seq
         )
     if data.test_crop:
         raise InputError(f"data.test_crop: got {list(data.test_crop)}, expected null: whole images are evaluated")
-    from exp.data import build_dataset
+    from exp.data.registry import build_dataset
     from exp.evaluation.probability_maps import true_units
 
     dataset = build_dataset(data, None, "val")

@@ -4,13 +4,18 @@ import importlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from exp.runtime.errors import run_and_report
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as exp/main.py; before PyTorch is imported
 
@@ -35,6 +40,41 @@ TINY = [
     "schedule.save_iters=2",
 ]
 TINY_RUN = "unet_mobilenetv3_small_100.shapes.ce.quickstart.adamw_lr6e-4"
+
+
+@pytest.fixture
+def gpu() -> Iterator["torch.device"]:
+    """The CUDA device, without TF32, with cuDNN's deterministic algorithms. Skips where there is none.
+
+    RANKSEG_TEST_DEVICE=cpu runs the same tests on a CPU, to see that they run at all.
+    """
+    import torch
+
+    if os.environ.get("RANKSEG_TEST_DEVICE") == "cpu":
+        yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    before = {name: getattr(torch.backends.cudnn, name) for name in exact}
+    _set_cudnn(exact)
+    yield torch.device("cuda", 0)
+    _set_cudnn(before)
+
+
+def _set_cudnn(values: dict[str, bool]) -> None:
+    import torch
+
+    for name, value in values.items():
+        setattr(torch.backends.cudnn, name, value)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> "torch.device":
+    """The CPU, then the CUDA device, for what must hold on both."""
+    import torch
+
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("gpu")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
-from exp.config.experiment import FREE_KEYS, TRAINING_GROUPS
+from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS
 from exp.files.tensors import load_tensor_file
 from exp.runtime.errors import InputError
 
@@ -256,6 +256,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             rows += [f"{group} {old[group]} -> {values}"] if old[group] != values else []
             continue
         for key in sorted((values.keys() | old[group].keys()) - {"name", *FREE_KEYS.get(group, ())}):
-            before, after = old[group].get(key), values.get(key)
+            absent = LATER_KEYS.get(group, {}).get(key)
+            before, after = old[group].get(key, absent), values.get(key, absent)
             rows += [f"{group}.{key} {before} -> {after}"] if before != after else []
     return rows

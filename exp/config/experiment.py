@@ -32,9 +32,12 @@ FREE_KEYS = {
         "val_iters",
         "keep_checkpoints",
         "nonfinite_limit",
+        "cudnn_benchmark",
     ),
     "data": ("val_split", "val_samples", "damaged"),
 }
+# Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
+LATER_KEYS = {"schedule": {"tf32": "conv"}}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
@@ -99,12 +102,12 @@ def training_digest(config: Mapping[str, Any]) -> str:
     """A config's plain dict -> 64 hexadecimal digits (SHA-256) that tell which weights come out of it.
 
     YAML names and the keys of FREE_KEYS do not count; of model.pretrained only whether there are pretrained weights,
-    not where they were read from.
+    not where they were read from; and of LATER_KEYS only other values than theirs.
     """
-    kept = {
-        group: {k: v for k, v in config[group].items() if k not in ("name", *FREE_KEYS.get(group, ()))}
-        for group in TRAINING_GROUPS
-    }
+    kept = {}
+    for group in TRAINING_GROUPS:
+        left_out, later = ("name", *FREE_KEYS.get(group, ())), LATER_KEYS.get(group, {}).items()
+        kept[group] = {k: v for k, v in config[group].items() if k not in left_out and (k, v) not in later}
     kept["model"]["pretrained"] = bool(config["model"]["pretrained"])
     text = json.dumps({**kept, "seed": config["seed"]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -119,6 +119,11 @@ class Normalize:
     std: tuple[float, ...]
 
     def __call__(self, image: Tensor) -> Tensor:
-        scale = torch.tensor([1 / s for s in self.std], device=image.device)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)], device=image.device)
-        return image.float() * scale[:, None, None] + shift[:, None, None]
+        scale = _by_channel([1 / s for s in self.std], image.device)
+        shift = _by_channel([-m / s for m, s in zip(self.mean, self.std)], image.device)
+        return image.float() * scale + shift
+
+
+def _by_channel(values: list[float], device: torch.device) -> Tensor:
+    """Numbers -> (channels, 1, 1) float32, filled in on the device: a copy from the host would wait for it."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])

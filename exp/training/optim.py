@@ -68,21 +68,30 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
-        self.multi_avg_fn, self.decay = self._approach, decay
-
-    def update(self, model: nn.Module, counts: Tensor) -> None:
-        """Move towards the model's weights where `counts`, (), is 1; where it is 0, stay. No wait for the device."""
-        self._share = (1 - self.decay) * counts
-        self.update_parameters(model)
+        self.decay = decay
 
     @torch.no_grad()
-    def _approach(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:
-        if not averages[0].is_floating_point():  # counters
-            torch._foreach_copy_(averages, values)
-            return
-        steps = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(steps, self._share)
-        torch._foreach_add_(averages, steps)
+    def update(self, model: nn.Module, counts: Tensor) -> None:
+        """Move towards the model's weights where `counts`, (), is 1; where it is 0, stay. No wait for the device.
+
+        The base class's own update copies its counter to the device in every step, and waits for that.
+        """
+        pairs, started = list(zip(_tensors(self.module), _tensors(model), strict=True)), self.n_averaged > 0
+        moving = [pair for pair in pairs if started and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (started and pair[0].is_floating_point())]
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied)))
+        if moving:
+            averages, values = map(list, zip(*moving))
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, (1 - self.decay) * counts)
+            torch._foreach_add_(averages, steps)
+        self.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, then buffers."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def build_ema(config: OptimConfig, model: nn.Module) -> MovingAverage | None:

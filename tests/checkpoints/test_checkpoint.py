@@ -116,6 +116,10 @@ def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
         "model": {**CONFIG["model"], "pretrained": False},
     }
     check_resumable(loaded, free, IMAGES)
+    later = {**CONFIG["schedule"], "tf32": "conv", "cudnn_benchmark": False}  # keys that the checkpoint does not have
+    check_resumable(loaded, {**CONFIG, "schedule": later}, IMAGES)
+    with pytest.raises(InputError, match=r"schedule\.tf32 conv -> all"):
+        check_resumable(loaded, {**CONFIG, "schedule": {**later, "tf32": "all"}}, IMAGES)
     other = {**CONFIG, "optim": {"name": "o", "lr": 0.2}, "seed": 5}
     with pytest.raises(InputError, match=r"optim\.lr 0\.1 -> 0\.2; seed 0 -> 5"):
         check_resumable(loaded, other, IMAGES)

