@@ -9,9 +9,10 @@ The rule per class and image, with mu the sum of its probabilities p and a set S
 
 Both are ratios of sums over pixels, so the best set of all is a threshold set {p > t} at the fixed point
 t = s / (n + mu + k), k = 1 for Dice and 0 for IoU. Iterating t climbs to it in a few passes (Dinkelbach's method):
-nothing is sorted. Two strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
-what it can (large maps on a CPU); `_solve_batched` runs all classes at once without asking the device anything it
-could do without (accelerators, small maps).
+nothing is sorted. Three strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
+what it can (large maps on a CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
+is with PyTorch on Linux); `_solve_batched` runs all classes at once without asking the device anything it could do
+without (other accelerators, small maps).
 """
 
 from __future__ import annotations
@@ -820,7 +821,8 @@ class _Fused:
         prob, valid = self.prob, self.valid
         _survey[self.over_chunks(0)](
             prob, valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
-            SLACK=4 * torch.finfo(prob.dtype).eps, **self.tile("_survey"), **self.kinds,
+            SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
+            **self.tile("_survey"), **self.kinds,
         )  # fmt: skip
         limit = torch.full((), self.rule.pruning_prob, dtype=prob.dtype, device="cpu").double()  # as `_limit`
         step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
@@ -934,8 +936,8 @@ def _quotient(n, s, mu, OFFSET: tl.constexpr):
 @_kernel
 def _survey(
     prob, valid, masses, highs, bads, chunks, classes, size, sb, sc, s0, s1, s2, n1, n2, CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr, SLACK: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
-    VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+    UNROLL: tl.constexpr, SLACK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,
+    AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
     """Mass and maximum of a chunk inside `valid`, and whether it holds what is no probability."""
     chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
@@ -944,23 +946,32 @@ def _survey(
     here = c < classes
     base = prob + b.to(tl.int64) * sb + c.to(tl.int64)[:, None] * sc
     mass = tl.zeros([GROUP, PIXELS], tl.float64)
-    high = tl.zeros([GROUP, PIXELS], WORK)
-    bad = tl.zeros([GROUP, PIXELS], tl.int32)
+    high = tl.zeros([GROUP, PIXELS], BITS)
+    worst = tl.zeros([GROUP, PIXELS], BITS)
     for tile in tl.range(0, CHUNK // PIXELS, loop_unroll_factor=UNROLL):
         pixel = _pixels(chunk * (CHUNK // PIXELS) + tile, PIXELS, LONG)
         inside = pixel < size
         at = _distance(pixel, s0, s1, s2, n1, n2, AXES)
         p = tl.load(base + at[None, :], mask=here[:, None] & inside[None, :], other=0.0).to(WORK)
-        bad = tl.where((p >= 0.0) & (p - 1.0 <= SLACK), bad, 1)  # NaN is in neither; near 1, p - 1 is exact
+        # The bits of probabilities are ordered as they are; as unsigned numbers, those of negative values and of NaN
+        # are larger. One maximum of the bits therefore serves both ends; adding 0 makes -0 a 0.
+        bits = (p + 0.0).to(BITS, bitcast=True)
         if VALID:
-            seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0)
-            p = tl.where(seen[None, :] != 0, p, 0.0)
+            seen = (tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0) != 0)[None, :]
+            worst = tl.maximum(worst, bits)
+            high = tl.maximum(high, tl.where(seen, bits, tl.zeros([GROUP, PIXELS], BITS)))
+            p = tl.where(seen, p, 0.0)
+        else:
+            high = tl.maximum(high, bits)
         mass += p.to(tl.float64)
-        high = tl.maximum(high, p)
+    if not VALID:
+        worst = high
+    worst_p = tl.max(worst, 1).to(WORK, bitcast=True)
+    good = (worst_p >= 0.0) & (worst_p - 1.0 <= SLACK)  # near 1, the difference is exact
     row = (b * classes + c).to(tl.int64) * chunks + chunk
     tl.store(masses + row, tl.sum(mass, 1), mask=here)
-    tl.store(highs + row, tl.max(high, 1).to(tl.float64), mask=here)
-    tl.store(bads + row, tl.max(bad, 1).to(tl.float64), mask=here)
+    tl.store(highs + row, tl.max(high, 1).to(WORK, bitcast=True).to(tl.float64), mask=here)
+    tl.store(bads + row, tl.where(good, 0.0, 1.0).to(tl.float64), mask=here)
 
 
 @_kernel
