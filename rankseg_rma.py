@@ -9,13 +9,19 @@ The rule per class and image, with mu the sum of its probabilities p and a set S
 
 Both are ratios of sums over pixels, so the best set of all is a threshold set {p > t} at the fixed point
 t = s / (n + mu + k), k = 1 for Dice and 0 for IoU. Iterating t climbs to it in a few passes (Dinkelbach's method):
-nothing is sorted. Two strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
-what it can (large maps on a CPU); `_solve_batched` runs all classes at once without asking the device anything it
-could do without (accelerators, small maps).
+nothing is sorted. Three strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
+what it can (large maps on a CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
+is with PyTorch on Linux); `_solve_batched` runs all classes at once without asking the device anything it could do
+without (other accelerators, small maps).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +127,9 @@ def rankseg_rma(
         out, tau = _solve_streamed(prob, valid, rule, allow_overlap, binary, return_tau)
     elif _on_cpu(prob):
         out, tau = _solve_small(prob, valid, rule, allow_overlap, binary, return_tau)
+    elif _is_fused(prob):
+        with torch.cuda.device(prob.device):  # kernels are launched on the current device
+            out, tau = _solve_fused(prob, valid, rule, allow_overlap, binary, return_tau)
     else:
         out, tau = _solve_batched(prob, valid, rule, allow_overlap, binary)
     out = out.reshape(batch, classes, *spatial) if allow_overlap else out.reshape(batch, *spatial)
@@ -670,3 +679,602 @@ def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule:
     pieces = [slice(a, a + step) for a in range(0, len(index), step)]
     for piece, label in _assign(pieces, look_up, (n, s, mu), cuts.isfinite(), torch.tensor(list(sets)), rule):
         out[index[piece]] = label[0]
+
+
+# ------------------------------------------------------------------- fused kernels (Triton, on a CUDA device)
+#
+# What runs, with the maps that are read; `row` is a class of an image, b * C + c, and pruned rows cost nothing after
+# `_begin`:
+#
+#   _survey    every class                 mass, maximum and range check, in partial sums
+#   _begin     4096 pixels of a class      adds these up; prunes; first threshold, from a strided sample
+#   _tally     classes that have not       size and mass of {p > t}, and the smallest p in it, in partial sums
+#   _advance   settled, FUSED_PASSES times adds these up; next t; settled if no pixel lies between the two thresholds
+#   _claim     unpruned classes            labels of the pixels in one set; what the sets share
+#   _contend   the other pixels alone      their labels, by the scores of the classes
+#
+# or, instead of the last two, `_mask`. The host launches all of it and then waits once, for the outcome of the range
+# check and for whether every row has settled (if not, it launches more passes and the end again). Sums are in float64
+# over a fixed partition of the pixels, and what is added atomically are integers: the same bits in every run.
+#
+# Maps keep their strides: tiles are (group, pixels), of one class where pixels are adjacent in memory and of up to 32
+# where classes are (channels-last). The kernels are compiled when a CUDA map first needs them.
+
+FUSED = 0  # inputs of at least that many elements run on the fused kernels
+FUSED_PASSES = 4  # passes launched before the host looks whether all rows have settled: as a rule the third finds it
+FUSED_SAMPLE = 4096  # pixels of a class that the first threshold comes from
+FUSED_CLASSES = 32  # classes of a tile at most, where classes are adjacent: 128 bytes in float32
+FUSED_CHUNK = 8192  # elements that give one partial sum, and 512 pixels at least
+FUSED_TILES = {  # kernel: elements of a tile, warps
+    "_survey": (1024, 4),
+    "_tally": (1024, 4),
+    "_mask": (1024, 4),
+    "_claim": (1024, 4),
+    "_contend": (512, 4),
+}
+FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
+FUSED_PARTS = 256  # partial sums that are added up at a time
+
+# Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
+FUSED_PLAIN = ("chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes")
+
+tl = None  # triton.language, from the first CUDA map on
+_KERNELS: dict[str, Callable] = {}
+
+
+def _kernel(function: Callable) -> Callable:
+    """Marks a function that `_load_triton` compiles; until then it is not to be called."""
+    _KERNELS[function.__name__] = function
+    return function
+
+
+@functools.cache
+def _load_triton() -> bool:
+    """Turns the marked functions into kernels -> whether Triton is there, and the C compiler that it calls."""
+    global tl
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return False
+    compilers = (os.environ.get("CC"), "gcc", "cc", "clang")
+    if not any(name and shutil.which(name) for name in compilers) and not os.environ.get("TRITON_INTERPRET"):
+        return False
+    for name, function in _KERNELS.items():
+        plain = [arg for arg in FUSED_PLAIN if arg in inspect.signature(function).parameters]
+        globals()[name] = triton.jit(function, do_not_specialize=plain)
+    return True
+
+
+def _is_fused(prob: Tensor) -> bool:
+    """Whether the fused kernels solve this map: on an NVIDIA device from Ampere on, if Triton is installed."""
+    if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(prob.device) >= (8, 0) and _load_triton()
+
+
+def _collapse(prob: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """(B, C, *spatial) -> the map, and sizes and strides of at most three axes that walk over its pixels in order."""
+    axes: list[list[int]] = []
+    for size, stride in zip(prob.shape[2:], prob.stride()[2:]):
+        if axes and (size == 1 or axes[-1][1] == size * stride):
+            axes[-1] = [axes[-1][0] * size, stride if size > 1 else axes[-1][1]]
+        elif axes and axes[-1][0] == 1:
+            axes[-1] = [size, stride]
+        else:
+            axes.append([size, stride])
+    if len(axes) > 3:  # four axes of unrelated strides: the only maps that are copied
+        return _collapse(prob.contiguous())
+    sizes, strides = zip(*axes)
+    return prob, list(sizes), list(strides)
+
+
+class _Fused:
+    """One map on its way through the kernels: where its parts lie, and the numbers that they exchange."""
+
+    def __init__(self, prob: Tensor, valid: Tensor | None, rule: _Rule, first: int) -> None:
+        """`first`: classes below it get no set."""
+        prob, sizes, strides = _collapse(prob)
+        self.prob, self.rule, self.first = prob, rule, first
+        self.valid = prob if valid is None else valid.reshape(-1)
+        self.batch, self.classes = prob.shape[:2]
+        self.size = math.prod(sizes)
+        self.rows = self.batch * self.classes
+        self.last = self.classes > 1 and prob.stride(1) == 1 and min(strides) > 1
+        self.group = min(FUSED_CLASSES, _power(self.classes)) if self.last else 1
+        self.chunk = self._chunk()
+        self.chunks = -(-self.size // self.chunk)
+        even = self.rows + self.rows % 2  # keeps every part aligned to 16 bytes
+        numbers = torch.empty(13, even, dtype=torch.float64, device=prob.device)
+        self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut = numbers[:8].unbind()
+        self.shared_n, self.shared_s, self.names, self.held, self.lead = numbers[8:].view(torch.int64).unbind()
+        parts = self.rows * self.chunks
+        self.parts = torch.empty(3, parts + parts % 2, dtype=torch.float64, device=prob.device).unbind()
+        self.status = numbers[:2]
+        self.tau = torch.empty(self.batch, self.classes, dtype=torch.int64, device=prob.device)
+        shape = [1] * (3 - len(sizes)) + sizes
+        steps = [0] * (3 - len(strides)) + strides
+        # What every kernel that reads the map is told of it; the strides of axes that are not there are never used.
+        self.map = (self.classes, self.size, prob.stride(0), prob.stride(1), *steps, *shape[1:])
+        self.kinds = {
+            "AXES": len(sizes),
+            "VALID": valid is not None,
+            "LONG": self.size >= 2**31 - 2**20,
+            "WORK": tl.float64 if prob.dtype == torch.float64 else tl.float32,
+        }
+
+    def _chunk(self) -> int:
+        """Pixels of a partial sum: a whole number of tiles, and no more of them than a small map has."""
+        tile = max(self.tile(name)["PIXELS"] for name in ("_survey", "_tally", "_mask"))
+        return max(tile, min(_power(self.size), max(FUSED_CHUNK // self.group, 512)))
+
+    def tile(self, kernel: str) -> dict[str, int]:
+        """Shape of a kernel's tiles and its number of warps."""
+        elements, warps = FUSED_TILES[kernel]
+        return {"GROUP": self.group, "PIXELS": elements // self.group, "num_warps": warps}
+
+    def over_chunks(self, first: int) -> tuple[int]:
+        """One program for each chunk of the pixels and each group of classes from `first` on."""
+        return (self.batch * -(-(self.classes - first) // self.group) * self.chunks,)
+
+    def survey(self) -> None:
+        prob, valid = self.prob, self.valid
+        _survey[self.over_chunks(0)](
+            prob, valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
+            SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
+            **self.tile("_survey"), **self.kinds,
+        )  # fmt: skip
+        limit = torch.full((), self.rule.pruning_prob, dtype=prob.dtype, device="cpu").double()  # as `_limit`
+        step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
+        _begin[(self.rows,)](
+            prob, valid, *self.parts, self.chunks, self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s,
+            self.cut, self.first, limit.view(torch.int64).item(), step, *self.map, OFFSET=int(self.rule.offset),
+            SAMPLE=FUSED_SAMPLE, PARTS=FUSED_PARTS, num_warps=4, **self.kinds,
+        )  # fmt: skip
+
+    def refine(self) -> None:
+        """FUSED_PASSES passes, and what the last one makes known."""
+        for turn in range(FUSED_PASSES):
+            _tally[self.over_chunks(self.first)](
+                self.prob, self.valid, *self.parts, self.chunks, self.open, self.cut, self.first, *self.map,
+                CHUNK=self.chunk, UNROLL=FUSED_UNROLL, **self.tile("_tally"), **self.kinds,
+            )  # fmt: skip
+            _advance[(self.rows,)](
+                *self.parts, self.chunks, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut,
+                self.shared_n, self.shared_s, self.names, self.held, self.lead, self.tau, self.classes,
+                OFFSET=int(self.rule.offset), PARTS=FUSED_PARTS, FINAL=turn == FUSED_PASSES - 1,
+                WORK=self.kinds["WORK"], num_warps=2,
+            )  # fmt: skip
+
+    def mask(self, out: Tensor) -> None:
+        """Sets of the classes from `first` on -> `out`, contiguous."""
+        _mask[self.over_chunks(self.first)](
+            self.prob, self.valid, out.view(torch.uint8) if out.dtype == torch.bool else out, self.chunks, self.cut,
+            self.first, *self.map, CHUNK=self.chunk, **self.tile("_mask"), **self.kinds,
+        )  # fmt: skip
+
+    def label(self, out: Tensor) -> None:
+        """Labels -> `out`, contiguous; until the end, pixels without one hold a code that no label has."""
+        rule, given = self.rule, self.rule.unassigned
+        undecided = -1 if given != -1 else -2  # of a contested pixel; that of an unassigned one is 1 less
+        empty = undecided - 1 if given == "max_score" else given
+        tile = self.tile("_claim")
+        tiles = -(-self.size // tile["PIXELS"])
+        _claim[(self.batch * tiles,)](
+            self.prob, self.valid, out, tiles, self.cut, self.names, self.held, self.shared_n, self.shared_s,
+            undecided, empty, *self.map, LAST=self.last, SCORED=rule.method != "prob", **tile, **self.kinds,
+        )  # fmt: skip
+        tile = self.tile("_contend")
+        tiles = -(-self.size // tile["PIXELS"])
+        _contend[(self.batch * tiles,)](
+            self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
+            self.shared_n, self.shared_s, undecided, *self.map, LAST=self.last, METHOD=rule.method,
+            OFFSET=int(rule.offset), ALL=rule.contested == "all", EMPTY=given == "max_score", **tile, **self.kinds,
+        )  # fmt: skip
+
+
+def _power(x: int) -> int:
+    """The smallest power of two that is not below x."""
+    return 1 << (x - 1).bit_length()
+
+
+def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+    """(B, C, *spatial) on a CUDA device -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets."""
+    job = _Fused(prob, valid, rule, int(binary and not want_tau))
+    shape = (*prob.shape[:2], job.size) if masks else (prob.shape[0], job.size)
+    out = torch.empty(shape, dtype=torch.bool if masks else torch.int64, device=prob.device)
+    job.survey()
+    unsettled = None
+    while unsettled is None or unsettled:
+        job.refine()
+        if binary:
+            job.first = 1
+        job.mask(out) if masks or binary else job.label(out)
+        bad, unsettled = job.status[:, : job.rows].cpu().any(1).tolist()  # the only time the host waits
+        if bad:
+            _check_range(prob.amin().item(), prob.amax().item(), prob.dtype)
+        job.first = int(binary and not want_tau)
+    return out, job.tau
+
+
+@_kernel
+def _distance(pixel, s0, s1, s2, n1, n2, AXES: tl.constexpr):
+    """Numbers of pixels -> their distance from the first one in memory."""
+    if AXES == 1:
+        distance = pixel.to(tl.int64) * s2
+    elif AXES == 2:
+        distance = (pixel // n2).to(tl.int64) * s1 + (pixel % n2).to(tl.int64) * s2
+    else:
+        plane = pixel // n2
+        distance = (plane // n1).to(tl.int64) * s0 + (plane % n1).to(tl.int64) * s1 + (pixel % n2).to(tl.int64) * s2
+    return distance
+
+
+@_kernel
+def _pixels(tile, PIXELS: tl.constexpr, LONG: tl.constexpr):
+    """The numbers of the pixels of a tile; in 64 bits only where it takes them, for divisions are slow in those."""
+    start = tile.to(tl.int64) * PIXELS if LONG else tile * PIXELS
+    return start + tl.arange(0, PIXELS)
+
+
+@_kernel
+def _cut_at(t, WORK: tl.constexpr):
+    """As `_round_down`, but the result is in float64 again; t is not negative."""
+    low = t.to(WORK)
+    if low.dtype == tl.float32:
+        bits = low.to(tl.int32, bitcast=True)
+        low = tl.where(low.to(tl.float64) > t, bits - 1, bits).to(tl.float32, bitcast=True)
+    return low.to(tl.float64)
+
+
+@_kernel
+def _quotient(n, s, mu, OFFSET: tl.constexpr):
+    """As `_ratio`."""
+    return s / tl.maximum(n + mu + OFFSET, 1e-30)
+
+
+@_kernel
+def _survey(
+    prob, valid, masses, highs, bads, chunks, classes, size, sb, sc, s0, s1, s2, n1, n2, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, SLACK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,
+    AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Mass and maximum of a chunk inside `valid`, and whether it holds what is no probability."""
+    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    groups = tl.cdiv(classes, GROUP)
+    b, c = block // groups, block % groups * GROUP + tl.arange(0, GROUP)
+    here = c < classes
+    base = prob + b.to(tl.int64) * sb + c.to(tl.int64)[:, None] * sc
+    mass = tl.zeros([GROUP, PIXELS], tl.float64)
+    high = tl.zeros([GROUP, PIXELS], BITS)
+    worst = tl.zeros([GROUP, PIXELS], BITS)
+    for tile in tl.range(0, CHUNK // PIXELS, loop_unroll_factor=UNROLL):
+        pixel = _pixels(chunk * (CHUNK // PIXELS) + tile, PIXELS, LONG)
+        inside = pixel < size
+        at = _distance(pixel, s0, s1, s2, n1, n2, AXES)
+        p = tl.load(base + at[None, :], mask=here[:, None] & inside[None, :], other=0.0).to(WORK)
+        # The bits of probabilities are ordered as they are; as unsigned numbers, those of negative values and of NaN
+        # are larger. One maximum of the bits therefore serves both ends; adding 0 makes -0 a 0.
+        bits = (p + 0.0).to(BITS, bitcast=True)
+        if VALID:
+            seen = (tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0) != 0)[None, :]
+            worst = tl.maximum(worst, bits)
+            high = tl.maximum(high, tl.where(seen, bits, tl.zeros([GROUP, PIXELS], BITS)))
+            p = tl.where(seen, p, 0.0)
+        else:
+            high = tl.maximum(high, bits)
+        mass += p.to(tl.float64)
+    if not VALID:
+        worst = high
+    worst_p = tl.max(worst, 1).to(WORK, bitcast=True)
+    good = (worst_p >= 0.0) & (worst_p - 1.0 <= SLACK)  # near 1, the difference is exact
+    row = (b * classes + c).to(tl.int64) * chunks + chunk
+    tl.store(masses + row, tl.sum(mass, 1), mask=here)
+    tl.store(highs + row, tl.max(high, 1).to(WORK, bitcast=True).to(tl.float64), mask=here)
+    tl.store(bads + row, tl.where(good, 0.0, 1.0).to(tl.float64), mask=here)
+
+
+@_kernel
+def _begin(
+    prob, valid, masses, highs, bads, chunks, all_bad, all_open, all_kept, all_mu, all_t, all_n, all_s, all_cut, first,
+    limit, step, classes, size, sb, sc, s0, s1, s2, n1, n2, OFFSET: tl.constexpr, SAMPLE: tl.constexpr,
+    PARTS: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of a row -> mass, whether it is kept, and a first threshold; `limit` is the bits of a float64."""
+    row = tl.program_id(0)
+    b, c = row // classes, row % classes
+    mass = tl.zeros([PARTS], tl.float64)
+    high = tl.zeros([PARTS], tl.float64)
+    bad = tl.zeros([PARTS], tl.float64)
+    for start in range(0, chunks, PARTS):
+        part = start + tl.arange(0, PARTS)
+        at = row.to(tl.int64) * chunks + part
+        mass += tl.load(masses + at, mask=part < chunks, other=0.0)
+        high = tl.maximum(high, tl.load(highs + at, mask=part < chunks, other=0.0))
+        bad = tl.maximum(bad, tl.load(bads + at, mask=part < chunks, other=0.0))
+    top = tl.max(high, 0)
+    bound = tl.full([], limit, tl.int64).to(tl.float64, bitcast=True)
+    kept = (top > bound) & (c >= first)
+    t = 0.8 * top / (1.0 + top)  # no fixed point exceeds top / (1 + top)
+    cut = tl.full([], float("inf"), tl.float64)
+    if kept:
+        index = tl.arange(0, SAMPLE)
+        pixel = index.to(tl.int64) * step if LONG else index * step
+        inside = pixel < size
+        base = prob + b.to(tl.int64) * sb + c.to(tl.int64) * sc
+        p = tl.load(base + _distance(pixel, s0, s1, s2, n1, n2, AXES), mask=inside, other=0.0).to(tl.float64)
+        if VALID:
+            seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0)
+            p = tl.where(seen != 0, p, 0.0)
+        mu = tl.sum(p, 0)
+        ratio = OFFSET / tl.full([], step, tl.float64)
+        for _ in range(5):
+            own = p > t
+            n = tl.sum(own.to(tl.float64), 0)
+            s = tl.sum(tl.where(own, p, 0.0), 0)
+            better = s / tl.maximum(n + mu + ratio, 1e-30)
+            t = tl.where(better > 0.0, better, t)
+        cut = _cut_at(t, WORK)
+    tl.store(all_bad + row, tl.max(bad, 0))
+    tl.store(all_open + row, kept.to(tl.float64))
+    tl.store(all_kept + row, kept.to(tl.float64))
+    tl.store(all_mu + row, tl.sum(mass, 0))
+    tl.store(all_t + row, -1.0)  # of a set that has been measured, and there is none yet
+    tl.store(all_n + row, 0.0)
+    tl.store(all_s + row, 0.0)
+    tl.store(all_cut + row, cut)
+
+
+@_kernel
+def _tally(
+    prob, valid, sizes, masses, nexts, chunks, all_open, all_cut, first, classes, size, sb, sc, s0, s1, s2, n1, n2,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
+    VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Size, mass and smallest member of the part of {p > cut} in a chunk, for rows that have not settled."""
+    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    groups = tl.cdiv(classes - first, GROUP)
+    b, c = block // groups, first + block % groups * GROUP + tl.arange(0, GROUP)
+    row = b * classes + c
+    active = tl.load(all_open + row, mask=c < classes, other=0.0) > 0.0
+    if tl.max(active.to(tl.int32), 0) > 0:
+        cut = tl.load(all_cut + row, mask=active, other=float("inf")).to(WORK)[:, None]
+        base = prob + b.to(tl.int64) * sb + c.to(tl.int64)[:, None] * sc
+        number = tl.zeros([GROUP, PIXELS], tl.int32)
+        mass = tl.zeros([GROUP, PIXELS], tl.float64)
+        nearest = tl.full([GROUP, PIXELS], float("inf"), WORK)
+        for tile in tl.range(0, CHUNK // PIXELS, loop_unroll_factor=UNROLL):
+            pixel = _pixels(chunk * (CHUNK // PIXELS) + tile, PIXELS, LONG)
+            inside = pixel < size
+            at = _distance(pixel, s0, s1, s2, n1, n2, AXES)
+            p = tl.load(base + at[None, :], mask=active[:, None] & inside[None, :], other=0.0).to(WORK)
+            own = p > cut
+            if VALID:
+                seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0)
+                own = own & (seen[None, :] != 0)
+            number += own.to(tl.int32)
+            mass += tl.where(own, p, 0.0).to(tl.float64)
+            nearest = tl.minimum(nearest, tl.where(own, p, float("inf")))
+        part = row.to(tl.int64) * chunks + chunk
+        tl.store(sizes + part, tl.sum(number, 1).to(tl.float64), mask=active)
+        tl.store(masses + part, tl.sum(mass, 1), mask=active)
+        tl.store(nexts + part, tl.min(nearest, 1).to(tl.float64), mask=active)
+
+
+@_kernel
+def _advance(
+    sizes, masses, nexts, chunks, all_open, all_kept, all_mu, all_t, all_n, all_s, all_cut, shared_n, shared_s, names,
+    held, lead, tau, classes, OFFSET: tl.constexpr, PARTS: tl.constexpr, FINAL: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of a row -> its next threshold, and whether that gives the same set.
+
+    In the last pass also the list of the unpruned classes of every image, which is `held` classes long, and `lead`,
+    its first pruned class.
+    """
+    row = tl.program_id(0)
+    n = tl.load(all_n + row)
+    if tl.load(all_open + row) > 0.0:
+        number = tl.zeros([PARTS], tl.float64)
+        mass = tl.zeros([PARTS], tl.float64)
+        nearest = tl.full([PARTS], float("inf"), tl.float64)
+        for start in range(0, chunks, PARTS):
+            part = start + tl.arange(0, PARTS)
+            at = row.to(tl.int64) * chunks + part
+            number += tl.load(sizes + at, mask=part < chunks, other=0.0)
+            mass += tl.load(masses + at, mask=part < chunks, other=0.0)
+            nearest = tl.minimum(nearest, tl.load(nexts + at, mask=part < chunks, other=float("inf")))
+        n = tl.sum(number, 0)
+        s = tl.sum(mass, 0)
+        old = tl.load(all_cut + row)
+        t = tl.maximum(tl.load(all_t + row), _quotient(n, s, tl.load(all_mu + row), OFFSET))  # climbs, but for rounding
+        cut = _cut_at(t, WORK)
+        settled = (cut >= old) & (cut < tl.min(nearest, 0))
+        tl.store(all_open + row, tl.where(settled, 0.0, 1.0))
+        tl.store(all_t + row, t)
+        tl.store(all_n + row, n)
+        tl.store(all_s + row, s)
+        tl.store(all_cut + row, cut)
+    if FINAL:
+        b, c = row // classes, row % classes
+        before = tl.full([], 0, tl.int32)
+        total = tl.full([], 0, tl.int32)
+        pruned = classes + tl.full([], 0, tl.int32)
+        for start in range(0, classes, PARTS):
+            other = start + tl.arange(0, PARTS)
+            kept = tl.load(all_kept + b * classes + other, mask=other < classes, other=0.0) > 0.0
+            before += tl.sum((kept & (other < c)).to(tl.int32), 0)
+            total += tl.sum(kept.to(tl.int32), 0)
+            pruned = tl.minimum(pruned, tl.min(tl.where(kept, classes, other), 0))
+        if total == 0:  # an image whose classes are all pruned still gets its labels: all compete
+            tl.store(names + row, c.to(tl.int64))
+        elif tl.load(all_kept + row) > 0.0:
+            tl.store(names + b * classes + before, c.to(tl.int64))
+        if c == 0:
+            tl.store(held + b, total.to(tl.int64))
+            tl.store(lead + b, pruned.to(tl.int64))
+        tl.store(tau + row, n.to(tl.int64))
+        tl.store(shared_n + row, tl.full([], 0, tl.int64))
+        tl.store(shared_s + row, tl.full([], 0, tl.int64))
+
+
+@_kernel
+def _mask(
+    prob, valid, out, chunks, all_cut, first, classes, size, sb, sc, s0, s1, s2, n1, n2, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr,
+    WORK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of {p > cut}, of the classes from `first` on; a pruned class is not read."""
+    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    groups = tl.cdiv(classes - first, GROUP)
+    b, c = block // groups, first + block % groups * GROUP + tl.arange(0, GROUP)
+    here = c < classes
+    cut = tl.load(all_cut + b * classes + c, mask=here, other=float("inf"))[:, None]
+    base = prob + b.to(tl.int64) * sb + c.to(tl.int64)[:, None] * sc
+    target = out + (b * (classes - first) + c - first).to(tl.int64)[:, None] * size
+    for tile in range(0, CHUNK // PIXELS):
+        pixel = _pixels(chunk * (CHUNK // PIXELS) + tile, PIXELS, LONG)
+        inside = pixel < size
+        at = _distance(pixel, s0, s1, s2, n1, n2, AXES)
+        p = tl.load(base + at[None, :], mask=(cut < float("inf")) & inside[None, :], other=0.0).to(WORK)
+        own = p > cut.to(WORK)
+        if VALID:
+            seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0)
+            own = own & (seen[None, :] != 0)
+        tl.store(target + pixel[None, :], own.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
+
+
+@_kernel
+def _class_group(names, b, start, total, classes, GROUP: tl.constexpr, LAST: tl.constexpr):
+    """A group of the classes that compete in an image -> their numbers and which of them exist.
+
+    Adjacent classes where they are adjacent in memory, pruned ones included; from the list `names` where not.
+    """
+    index = start + tl.arange(0, GROUP)
+    if LAST:
+        c = index
+        here = index < classes
+    else:
+        here = index < total
+        c = tl.load(names + b * classes + index, mask=here, other=0).to(tl.int32)
+    return c, here
+
+
+@_kernel
+def _claim(
+    prob, valid, out, tiles, all_cut, names, held, shared_n, shared_s, undecided, empty, classes, size, sb, sc, s0, s1,
+    s2, n1, n2, LAST: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,
+    AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """Labels of the pixels in exactly one set, `undecided` for those in several, `empty` for those in none.
+
+    What the sets share is added to `shared_n` and, in multiples of 2^-32, to `shared_s`: integers, in any order.
+    """
+    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pixel = _pixels(tile, PIXELS, LONG)
+    inside = pixel < size
+    seen = inside
+    if VALID:
+        seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=inside, other=0) != 0
+    at = prob + b.to(tl.int64) * sb + _distance(pixel, s0, s1, s2, n1, n2, AXES)[None, :]
+    total = tl.load(held + b).to(tl.int32)
+    count = tl.zeros([PIXELS], tl.int32)
+    holder = tl.zeros([PIXELS], tl.int32)
+    stop = total
+    if LAST:
+        stop = tl.where(total > 0, classes, 0)
+    for start in range(0, stop, GROUP):
+        c, here = _class_group(names, b, start, total, classes, GROUP, LAST)
+        cut = tl.load(all_cut + b * classes + c, mask=here, other=float("inf"))[:, None]
+        readable = (cut < float("inf")) & seen[None, :]
+        p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=readable, other=0.0).to(WORK)
+        own = p > cut.to(WORK)
+        count += tl.sum(own.to(tl.int32), 0)
+        holder += tl.sum(tl.where(own, c[:, None], 0), 0)
+    label = tl.where(count == 1, holder.to(tl.int64), tl.where(count == 0, empty, undecided).to(tl.int64))
+    tl.store(out + b.to(tl.int64) * size + pixel, label, mask=inside)
+    shared = count > 1
+    if SCORED:  # noqa: SIM102 (known when it is compiled, unlike the other)
+        if tl.max(shared.to(tl.int32), 0) > 0:
+            for start in range(0, stop, GROUP):
+                c, here = _class_group(names, b, start, total, classes, GROUP, LAST)
+                row = b * classes + c
+                cut = tl.load(all_cut + row, mask=here, other=float("inf"))[:, None]
+                readable = (cut < float("inf")) & shared[None, :]
+                p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=readable, other=0.0).to(WORK)
+                own = p > cut.to(WORK)
+                number = tl.sum(own.to(tl.int32), 1)
+                mass = tl.where(own, p, 0.0).to(tl.float64) * 4294967296.0 + 0.5
+                tl.atomic_add(shared_n + row, number.to(tl.int64), mask=number > 0, sem="relaxed")
+                tl.atomic_add(shared_s + row, tl.sum(mass.to(tl.int64), 1), mask=number > 0, sem="relaxed")
+
+
+@_kernel
+def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):
+    """As `_gain`: (group, pixels) probabilities and (group, 1) statistics -> scores."""
+    if METHOD == "prob":
+        score = p
+    elif METHOD == "weight_prob":
+        score = p / (1.0 + n)
+    elif OFFSET == 1:
+        size = n + mu + 1.0
+        score = (p - s / size) * (2.0 / (size + 1.0))
+    else:
+        size = n + mu - s
+        ratio = tl.where(size > 0.0, s / size, 0.0)
+        score = (p - ratio * (1.0 - p)) / tl.maximum(size + (1.0 - p), 1e-30)
+    return score
+
+
+@_kernel
+def _contend(
+    prob, out, tiles, all_cut, all_kept, all_mu, all_n, all_s, names, held, lead, shared_n, shared_s, undecided,
+    classes, size, sb, sc, s0, s1, s2, n1, n2, LAST: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
+    ALL: tl.constexpr, EMPTY: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
+    VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """The class of the largest score for the pixels that hold a code; of equal ones the first."""
+    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pixel = _pixels(tile, PIXELS, LONG)
+    inside = pixel < size
+    label = tl.load(out + b.to(tl.int64) * size + pixel, mask=inside, other=0)
+    shared = (label == undecided) & inside
+    waiting = shared
+    if EMPTY:
+        waiting = shared | ((label == undecided - 1) & inside)
+    if tl.max(waiting.to(tl.int32), 0) > 0:
+        at = prob + b.to(tl.int64) * sb + _distance(pixel, s0, s1, s2, n1, n2, AXES)[None, :]
+        total = tl.load(held + b).to(tl.int32)
+        best = tl.full([PIXELS], float("-inf"), tl.float64)
+        pick = tl.zeros([PIXELS], tl.int32)
+        if ALL:  # the pruned classes score 0 for a contested pixel: the first of them stands for all
+            pruned = tl.load(lead + b).to(tl.int32)
+            best = tl.where(shared & (pruned < classes), 0.0, best)
+            pick = tl.where(shared & (pruned < classes), pruned, pick)
+        stop = tl.where(total > 0, total, classes)
+        if LAST:
+            stop = classes
+        for start in range(0, stop, GROUP):
+            c, here = _class_group(names, b, start, stop, classes, GROUP, LAST)
+            row = b * classes + c
+            if LAST:
+                here = here & ((tl.load(all_kept + row, mask=here, other=0.0) > 0.0) | (total == 0))
+            cut = tl.load(all_cut + row, mask=here, other=float("inf"))[:, None]
+            mu = tl.load(all_mu + row, mask=here, other=0.0)
+            n = tl.load(all_n + row, mask=here, other=0.0)
+            s = tl.load(all_s + row, mask=here, other=0.0)
+            if METHOD != "prob":
+                n -= tl.load(shared_n + row, mask=here, other=0).to(tl.float64)
+                mass = tl.load(shared_s + row, mask=here, other=0).to(tl.float64) / 4294967296.0
+                s = tl.where(n > 0.0, tl.maximum(s - mass, 0.0), 0.0)
+            p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=here[:, None] & waiting[None, :], other=0.0).to(WORK)
+            score = _growth(p.to(tl.float64), n[:, None], s[:, None], mu[:, None], METHOD, OFFSET)
+            eligible = here[:, None] & waiting[None, :]
+            if not ALL:
+                eligible = eligible & ((p > cut.to(WORK)) | (shared[None, :] == 0))
+            score = tl.where(eligible, score, float("-inf"))
+            top = tl.max(score, 0)
+            leader = tl.min(tl.where(score == top[None, :], c[:, None], classes), 0)
+            better = (top > best) | ((top == best) & (leader < pick))
+            best = tl.where(better, top, best)
+            pick = tl.where(better, leader, pick)
+        tl.store(out + b.to(tl.int64) * size + pixel, pick.to(tl.int64), mask=waiting)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exp.data import build_normalize
 from exp.data.loader import Batch
+from exp.data.registry import build_normalize
+from exp.evaluation.inference import autocast
 from exp.models import build_model
 from exp.runtime.distributed import Dist
-from exp.training.precision import Autocast, set_up_cuda
+from exp.training.precision import set_up_cuda
 from exp.training.step import TrainStep, build_step, seed_everything
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def compose(model: str, data: str, settings: Iterable[str], tiny: bool) -> Exper
 
 def data_facts(config: ExperimentConfig) -> tuple[int, int]:
     """Classes and channels of the config's data set, which need not be there."""
-    from exp.data import DATASETS
+    from exp.data.registry import DATASETS
 
     dataset = DATASETS[config.data.dataset]
     return len(dataset.classes), getattr(dataset, "channels", 3)
@@ -157,12 +158,11 @@ def measure_training(step: TrainStep, batch: Batch, device: torch.device) -> dic
 @torch.inference_mode()
 def measure_evaluation(step: TrainStep, config: ExperimentConfig, batch: Batch, windows: int) -> dict[str, float]:
     device, model = step.dist.device, step.raw_model.eval()
-    if config.test.amp != "off":
-        model = Autocast(model, config.test.amp, device)
     image = step.normalize(batch.image)
     crops = image.repeat(-(-windows // len(image)), 1, 1, 1)[:windows]
     peak_gib(device)
-    seconds = seconds_of(device, lambda: model(crops), STEPS, 2)
+    with autocast(config.test.amp, device):
+        seconds = seconds_of(device, lambda: model(crops), STEPS, 2)
     step.raw_model.train()
     return {"evaluation, windows/s": windows / seconds, "evaluation, peak GiB": peak_gib(device)}
 

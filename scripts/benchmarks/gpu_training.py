@@ -268,8 +268,8 @@ def three_steps(dist: Dist, alone: bool) -> tuple[list[float], nn.Module]:
     """Losses of three steps of SGD on a batch of 8, of which each process has its share, and the network after them."""
     import torch
 
-    from exp.data import build_normalize
     from exp.data.loader import Batch
+    from exp.data.registry import build_normalize
     from exp.models import build_model
     from exp.training.step import build_step, seed_everything
     from scripts.benchmarks.gpu_networks import compose

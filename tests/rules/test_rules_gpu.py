@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from exp.config.experiment import CONFIG_DIR
+from exp.config.families import RULE_TABLE
 from exp.rules.pooled import PooledRule
-from exp.rules.registry import TWO_CLASSES_ONLY, build_rule
+from exp.rules.registry import build_rule
 from rankseg_rma import rankseg_rma
 from tests.config.test_config import compose
 
@@ -35,12 +36,12 @@ def differing(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("classes", [2, 7])
 def test_every_shipped_rule(gpu: torch.device, name: str, classes: int):
     config = compose(predict=[name]).predict[0]
-    if config.rule in TWO_CLASSES_ONLY and classes != 2:
+    if RULE_TABLE[config.rule].two_classes and classes != 2:
         pytest.skip("a rule of two classes")
     rule = build_rule(config, classes)
     if isinstance(rule, PooledRule):
         pytest.skip("tests/evaluation/test_evaluate_gpu.py has the pooled rules")
-    size = (24, 32) if config.rule in TWO_CLASSES_ONLY else (96, 128)
+    size = (24, 32) if RULE_TABLE[config.rule].two_classes else (96, 128)
     for seed in range(2):
         prob = soft_map(classes, size, seed)
         labels = rule(prob.to(gpu))

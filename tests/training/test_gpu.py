@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from exp.config.training import ScheduleConfig
-from exp.data import build_normalize
 from exp.data.loader import Batch, build_train_loader
+from exp.data.registry import build_normalize
 from exp.data.sets.camvid import CamVid
 from exp.data.transforms import Normalize, RandomCrop
 from exp.models import build_model

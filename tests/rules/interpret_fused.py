@@ -1,0 +1,189 @@
+"""The fused kernels of `rankseg_rma` in Triton's interpreter, on CPU tensors, against the CPU's own results.
+
+    python tests/rules/interpret_fused.py [--all]
+
+A program of its own, because Triton decides when it is imported whether it interprets. It ends with the number of
+comparisons, or with an AssertionError.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from triton.runtime import interpreter
+
+import rankseg_rma as module
+from rankseg_rma import rankseg_rma
+
+_call = interpreter.InterpretedFunction.__call__
+
+
+def call_helper(self, *args, **options):
+    """Our helpers are called inside a kernel, for which the interpreter has prepared the language: that saves time."""
+    return self.rewrite()(*args, **options) if self.fn.__module__ == module.__name__ else _call(self, *args, **options)
+
+
+interpreter.InterpretedFunction.__call__ = call_helper
+
+METHODS, UNASSIGNED = ("rma_score", "weight_prob", "prob"), ("max_score", "first", -1)
+compared = 0
+
+
+def random_map(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).softmax(1)
+
+
+def random_valid(prob: torch.Tensor) -> torch.Tensor:
+    return torch.rand(prob.shape[0], *prob.shape[2:], generator=torch.Generator().manual_seed(1)) > 0.2
+
+
+def fused(prob: torch.Tensor, **options):
+    """As `rankseg_rma`, but by the kernels: a CPU tensor passes for one on a device."""
+    patched = {"_on_cpu": lambda _: False, "_is_fused": lambda _: module._load_triton()}
+    before = {name: getattr(module, name) for name in patched}
+    device = torch.cuda.device
+    try:
+        vars(module).update(patched)
+        torch.cuda.device = lambda _: contextlib.nullcontext()
+        return rankseg_rma(prob, return_tau=True, **options)
+    finally:
+        vars(module).update(before)
+        torch.cuda.device = device
+
+
+def same(got, expected, what: object) -> None:
+    global compared
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype, what
+        assert ours.shape == theirs.shape, what
+        assert torch.equal(ours, theirs), f"{what}: {int((ours != theirs).sum())} of {ours.numel()} differ"
+    compared += 1
+
+
+def compare(prob: torch.Tensor, **options) -> None:
+    what = (tuple(prob.shape), prob.stride(), prob.dtype, {k: v for k, v in options.items() if k != "valid"})
+    same(fused(prob, **options), rankseg_rma(prob, return_tau=True, **options), what)
+
+
+def compare_labels(prob: torch.Tensor, metric: str, valid: torch.Tensor | None, pruning_prob: float = 0.1) -> None:
+    """Every choice of how sets become labels; the sets are found once for all of them."""
+    assert module._load_triton()
+    rule = module._check_options(metric, "prob", "first", "holders", pruning_prob)
+    job = module._Fused(prob, valid, rule, 0)
+    job.survey()
+    job.refine()
+    assert not job.status[:, : job.rows].any()
+    out = torch.empty(prob.shape[0], job.size, dtype=torch.int64)
+    for method, unassigned, contested in itertools.product(METHODS, UNASSIGNED, ("holders", "all")):
+        label = 0 if unassigned == "first" else unassigned
+        job.rule = dataclasses.replace(rule, method=method, unassigned=label, contested=contested)
+        job.shared_n.zero_()
+        job.shared_s.zero_()
+        job.label(out.fill_(-99))
+        options = {"to_nonoverlap_method": method, "unassigned": unassigned, "contested": contested}
+        expected = rankseg_rma(
+            prob, metric, valid=valid, pruning_prob=pruning_prob, binary_threshold=False, return_tau=True, **options
+        )
+        same((out.view_as(expected[0]), job.tau), expected, (tuple(prob.shape), metric, options))
+
+
+def strided(prob: torch.Tensor) -> list[torch.Tensor]:
+    """The same (B, C, H, W) map channels-last, as a crop, with classes outermost, and every second column."""
+    *outer, height, width = prob.shape
+    wide = torch.full((*outer, height + 3, 2 * width + 5), 7.0, dtype=prob.dtype)
+    wide[..., 1 : height + 1, 2 : width + 2] = prob
+    apart = torch.full((*outer, height, 2 * width), 7.0, dtype=prob.dtype)
+    apart[..., ::2] = prob
+    return [
+        prob.contiguous(memory_format=torch.channels_last),
+        wide[..., 1 : height + 1, 2 : width + 2],
+        prob.transpose(0, 1).contiguous().transpose(0, 1),
+        apart[..., ::2],
+    ]
+
+
+def check_every_day() -> None:
+    prob = random_map(1, 5, 13, 73)
+    for metric in ("dice", "iou"):
+        compare_labels(prob, metric, random_valid(prob) if metric == "iou" else None)
+    for layout in strided(prob)[:2]:
+        compare(layout)
+    compare(prob, allow_overlap=True, valid=random_valid(prob))
+    compare(random_map(2, 2, 11, 13))
+    compare(random_map(1, 150, 7, 9), pruning_prob=1.0)
+    compare(prob.half().contiguous(memory_format=torch.channels_last), opt_metric="iou")
+    compare(random_map(1, 3, 4, 5, 6).double())
+    check_range(random_map(1, 3, 1100), 1, float("nan"))
+    check_many_passes(random_map(1, 3, 40, 55))
+
+
+def check_range(prob: torch.Tensor, c: int, value: float) -> None:
+    """The kernels refuse what the CPU refuses, with the same words."""
+    global compared
+    prob[-1, c].view(-1)[-1] = value
+    said = []
+    for solve in (fused, rankseg_rma):
+        try:
+            solve(prob)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) == 2, (value, prob.dtype, said)
+    assert said[0] == said[1], said
+    compared += 1
+
+
+def check_many_passes(prob: torch.Tensor) -> None:
+    """A bad start and one pass at a time end at the same sets: the host goes on until all have settled."""
+    before = module.FUSED_PASSES, module.FUSED_SAMPLE
+    module.FUSED_PASSES, module.FUSED_SAMPLE = 1, 1
+    try:
+        compare(prob)
+    finally:
+        module.FUSED_PASSES, module.FUSED_SAMPLE = before
+
+
+def check_all() -> None:
+    for shape in ((2, 21, 20, 27), (1, 3, 90, 117), (2, 5, 33), (1, 150, 9, 8), (3, 2, 41, 7), (1, 3, 4, 5, 6)):
+        for scale, metric in itertools.product((0.2, 3.0, 9.0), ("dice", "iou")):
+            prob = random_map(*shape, scale=scale)
+            compare_labels(prob, metric, random_valid(prob) if scale == 3.0 else None)
+    for dtype, metric in itertools.product(module.DTYPES, ("dice", "iou")):
+        for classes in (2, 5, 33):
+            prob = random_map(2, classes, 30, 31).to(dtype)
+            for layout in [prob, *strided(prob)]:
+                compare(layout, opt_metric=metric)
+                compare(layout, opt_metric=metric, allow_overlap=True, valid=random_valid(prob))
+        for value in (float("nan"), -float("nan"), float("inf"), -float("inf"), -0.25, 1.25):
+            check_range(random_map(2, 3, 50, 30).to(dtype), 2, value)
+            check_range(random_map(2, 2, 50, 30).to(dtype), 0, value)
+        edge = torch.full((1, 3, 2), 0.1, dtype=dtype)
+        compare(edge)
+        edge[0, 1, 0] = 1 + 2 * torch.finfo(dtype).eps
+        edge[0, 2, 0] = -0.0
+        compare(edge)
+    for classes, size, value in itertools.product((1, 2, 3), (1, 2, 100), (0.0, 1.0)):
+        compare(torch.full((1, classes, size), value), allow_overlap=True, pruning_prob=0.0)
+        if classes > 1:
+            compare(torch.full((1, classes, size), value), opt_metric="iou")
+    for shape in ((1, 2, 1), (1, 3, 1), (4, 7, 1, 1), (1, 1100, 3)):
+        compare(random_map(*shape), binary_threshold=False, contested="all")
+    prob = random_map(1, 4, 130, 200)
+    compare(prob)
+    compare(prob, valid=torch.zeros(1, 130, 200, dtype=torch.bool))
+    compare(torch.cat([random_map(1, 4, 60), torch.full((1, 4, 60), 0.05)]), contested="all")
+    check_many_passes(random_map(2, 21, 50, 60))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    check_every_day()
+    if "--all" in sys.argv:
+        check_all()
+    print(f"{compared} comparisons")

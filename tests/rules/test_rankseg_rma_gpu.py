@@ -1,0 +1,266 @@
+"""`rankseg_rma` on a CUDA device, against the labels of the CPU; its fused kernels in an interpreter elsewhere."""
+
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankseg_rma as module
+from rankseg_rma import rankseg_rma
+
+ROOT = Path(__file__).resolve().parents[2]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SHAPES = ((2, 21, 120, 130), (1, 150, 63, 71), (3, 2, 200, 190), (1, 5, 40, 50, 60), (1, 4, 700, 900), (2, 3, 7))
+
+
+def run_script(name: str, *flags: str, **environment: str) -> str:
+    """Output of a program of this folder, or its traceback as a failure."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "rules" / name, *flags]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_kernels_give_the_labels_of_the_cpu_in_an_interpreter():
+    assert int(run_script("interpret_fused.py").split()[0]) >= 25
+
+
+@pytest.mark.slow
+def test_the_kernels_give_the_labels_of_the_cpu_for_every_keyword_and_layout_in_an_interpreter():
+    assert int(run_script("interpret_fused.py", "--all").split()[0]) >= 400
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    output = run_script("compile_fused.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert int(output.split()[-2]) >= 40
+    assert all(int(line.split("STACK:")[1].split()[0]) <= 64 for line in output.splitlines() if "STACK:" in line)
+
+
+def random_map(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).softmax(1)
+
+
+def random_valid(prob: torch.Tensor) -> torch.Tensor:
+    return torch.rand(prob.shape[0], *prob.shape[2:], generator=torch.Generator().manual_seed(1)) > 0.2
+
+
+def objective(prob: torch.Tensor, sets: torch.Tensor, metric: str, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, C, *spatial) map and sets -> (B, C) RMA of the expected metric, in float64."""
+    p = prob.double() if valid is None else prob.double() * valid.unsqueeze(1)
+    p, own = p.flatten(2), sets.flatten(2)
+    n, s, mu = own.sum(-1), (p * own).sum(-1), p.sum(-1)
+    return 2 * s / (n + mu + 1) if metric == "dice" else s / (n + mu - s).clamp_min(1e-300)
+
+
+def compare(prob: torch.Tensor, on_device: torch.Tensor | None = None, **options) -> None:
+    """The device's labels are the CPU's, but for pixels at a threshold; its sets are as good, where they differ."""
+    device_map = prob.cuda() if on_device is None else on_device
+    valid = options.get("valid")
+    moved = {**options, "valid": None if valid is None else valid.cuda()}
+    labels, tau = rankseg_rma(device_map, return_tau=True, **moved)
+    expected, expected_tau = rankseg_rma(prob, return_tau=True, **options)
+    assert labels.device.type == tau.device.type == "cuda"
+    assert labels.shape == expected.shape
+    assert labels.dtype == expected.dtype
+    labels, tau = labels.cpu(), tau.cpu()
+    different = (labels != expected).nonzero()
+    assert len(different) <= 4 + expected.numel() // 10000, (options, len(different), different[:5].tolist())
+    if len(different):
+        print(f"{tuple(prob.shape)} {options}: {len(different)} pixels differ: {different[:10].tolist()}")
+        keys = ("opt_metric", "valid", "pruning_prob")
+        kept = {key: options[key] for key in keys if key in options}
+        ours = rankseg_rma(device_map, allow_overlap=True, **{**kept, "valid": moved["valid"]}).cpu()
+        theirs = rankseg_rma(prob, allow_overlap=True, **kept)
+        metric = options.get("opt_metric", "dice")
+        values = [objective(prob, sets, metric, valid) for sets in (ours, theirs)]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-6)
+        assert (tau - expected_tau).abs().max() <= len(different)
+    else:
+        assert torch.equal(tau, expected_tau)
+
+
+class TestDevice:
+    pytestmark = gpu
+
+    def test_the_fused_kernels_run(self):
+        prob = random_map(1, 3, 40, 50).cuda()
+        assert module._is_fused(prob), "Triton or a C compiler is missing, or the device is too old"
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("metric", ["dice", "iou"])
+    @pytest.mark.parametrize("method", ["rma_score", "weight_prob", "prob"])
+    def test_every_keyword(self, shape, metric, method):
+        for scale in (0.2, 3.0, 9.0):
+            prob = random_map(*shape, scale=scale)
+            for unassigned, contested, valid in itertools.product(
+                ("max_score", "first", -1, 1), ("holders", "all"), (None, random_valid(prob))
+            ):
+                compare(
+                    prob,
+                    opt_metric=metric,
+                    to_nonoverlap_method=method,
+                    unassigned=unassigned,
+                    contested=contested,
+                    valid=valid,
+                    binary_threshold=False,
+                )
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("dtype", module.DTYPES)
+    @pytest.mark.parametrize("metric", ["dice", "iou"])
+    def test_every_dtype(self, shape, dtype, metric):
+        prob = random_map(*shape).to(dtype)
+        for options in (
+            {},
+            {"allow_overlap": True},
+            {"allow_overlap": True, "valid": random_valid(prob)},
+            {"pruning_prob": 0.5},
+            {"pruning_prob": 1.0},
+            {"pruning_prob": 0},
+        ):
+            compare(prob, opt_metric=metric, **options)
+
+    @pytest.mark.parametrize(
+        ("classes", "dtype"),
+        [(c, torch.float32) for c in (1, 2, 5, 33, 150)] + [(21, torch.float16), (3, torch.float64)],
+    )
+    def test_every_layout(self, classes, dtype):
+        prob = random_map(2, classes, 61, 83).to(dtype) if classes > 1 else torch.rand(2, 1, 61, 83).to(dtype)
+        for options in ({}, {"opt_metric": "iou", "contested": "all"}, {"allow_overlap": True}):
+            if classes == 1 and "allow_overlap" not in options:
+                continue
+            for layout in layouts(prob.cuda()):
+                before = layout.clone()
+                compare(prob, layout, **options)
+                assert torch.equal(layout, before)
+
+    def test_volumes_of_any_strides(self):
+        prob = random_map(2, 4, 9, 11, 13, 3)
+        for order in itertools.permutations(range(6)):
+            inverse = [order.index(k) for k in range(6)]
+            compare(prob, prob.cuda().permute(order).contiguous().permute(inverse))
+
+    def test_without_batch(self):
+        prob = random_map(1, 6, 30, 40)[0]
+        assert torch.equal(rankseg_rma(prob.cuda(), in_batch=False).cpu(), rankseg_rma(prob, in_batch=False))
+
+    @pytest.mark.parametrize("dtype", module.DTYPES)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.25, 1.25])
+    def test_values_that_are_no_probabilities(self, dtype, value):
+        for classes, c in ((2, 0), (2, 1), (4, 3)):
+            prob = random_map(2, classes, 50, 100).to(dtype).cuda()
+            prob[1, c, 49, 98] = value
+            with pytest.raises(ValueError, match=r"finite probabilities in \[0, 1\], got values from"):
+                rankseg_rma(prob)
+
+    def test_edges(self):
+        for dtype in module.DTYPES:
+            edge = torch.full((1, 3, 2), 0.1, dtype=dtype)
+            compare(edge)
+            edge[0, 1, 0], edge[0, 2, 0] = 1 + 2 * torch.finfo(dtype).eps, -0.0
+            compare(edge)
+        for classes, size, value in itertools.product((2, 3), (1, 2, 5000), (0.0, 1.0)):
+            compare(torch.full((1, classes, size), value), allow_overlap=True, pruning_prob=0.0)
+            compare(torch.full((1, classes, size), value))
+        prob = random_map(1, 4, 130, 200)
+        compare(prob, valid=torch.zeros(1, 130, 200, dtype=torch.bool))
+
+    def test_many_passes(self, monkeypatch):
+        monkeypatch.setattr(module, "FUSED_PASSES", 1)
+        monkeypatch.setattr(module, "FUSED_SAMPLE", 1)
+        compare(random_map(1, 7, 300, 400))
+
+    def test_same_bits_in_every_run_and_layout(self):
+        prob = random_map(1, 19, 512, 1024, scale=2.0).cuda()
+        first = rankseg_rma(prob, return_tau=True)
+        for again in [*([prob] * 5), prob.contiguous(memory_format=torch.channels_last)]:
+            assert all(torch.equal(a, b) for a, b in zip(first, rankseg_rma(again, return_tau=True)))
+
+    def test_the_host_waits_once(self):
+        prob = random_map(1, 6, 300, 400).cuda()
+        for options in ({}, {"allow_overlap": True}, {"opt_metric": "iou", "unassigned": 3, "return_tau": True}):
+            rankseg_rma(prob, **options)
+            torch.cuda.synchronize()
+            with warnings.catch_warnings():  # it warns that it is a prototype
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with pytest.warns(UserWarning, match="called a synchronizing") as found:
+                    rankseg_rma(prob, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len([w for w in found if "called a synchronizing" in str(w.message)]) == 1
+
+    @pytest.mark.parametrize("shape", [(1, 21, 512, 512), (1, 150, 512, 683), (2, 19, 512, 1024)])
+    @pytest.mark.parametrize("last", [False, True])
+    def test_memory_stays_below_an_eighth_of_the_input(self, shape, last):
+        prob = random_map(*shape).cuda()
+        prob = prob.contiguous(memory_format=torch.channels_last) if last else prob
+        output = 8 * prob[:, 0].numel()
+        rankseg_rma(prob)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        labels = rankseg_rma(prob)
+        extra = torch.cuda.max_memory_allocated() - before - output
+        assert extra < prob.numel() * prob.element_size() / 8
+        del labels
+
+    @pytest.mark.slow
+    def test_more_than_two_billion_elements(self):
+        if torch.cuda.get_device_properties(0).total_memory < 2**35:
+            pytest.skip("needs 32 GiB of device memory")
+        prob = torch.empty(1, 3, 2**30 + 5, dtype=torch.float16, device="cuda").uniform_(0, 0.3)
+        prob[0, 2, -1] = 0.9
+        labels, tau = rankseg_rma(prob, return_tau=True)
+        own = rankseg_rma(prob, allow_overlap=True)
+        assert torch.equal(own.sum(-1), tau)
+        assert labels[0, -1] == 2
+        alone = own[0].sum(0, dtype=torch.uint8) == 1
+        for c in range(3):
+            assert (labels[0][alone & own[0, c]] == c).all()
+
+    @pytest.mark.slow
+    def test_an_image_of_more_than_two_billion_pixels(self):
+        if torch.cuda.get_device_properties(0).total_memory < 2**36:
+            pytest.skip("needs 64 GiB of device memory")
+        prob = torch.empty(1, 2, 2**31 + 5, dtype=torch.float16, device="cuda").uniform_(0, 0.3)
+        prob[0, 1, -1] = 0.9
+        labels, tau = rankseg_rma(prob, return_tau=True)
+        assert labels[0, -1] == 1
+        assert labels.sum() == tau[0, 1]
+
+    def test_the_plain_path_gives_the_same_labels(self, monkeypatch):
+        prob = random_map(2, 21, 120, 130)
+        monkeypatch.setattr(module, "FUSED", 2**62)
+        assert not module._is_fused(prob.cuda())
+        compare(prob)
+        compare(prob, allow_overlap=True, valid=random_valid(prob))
+
+
+def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
+    """The same (B, C, H, W) map channels-last, as crops, transposed, classes outermost, and every second column."""
+    *outer, height, width = prob.shape
+    wide = prob.new_full((*outer, height + 3, 2 * width + 5), 7.0)
+    wide[..., 1 : height + 1, 3 : width + 3] = prob
+    apart = prob.new_full((*outer, height, 2 * width), 7.0)
+    apart[..., ::2] = prob
+    last = prob.new_full((outer[0], height, width + 2, outer[1] + 3), 7.0)
+    last[:, :, 1 : width + 1, 2 : outer[1] + 2] = prob.permute(0, 2, 3, 1)
+    return [
+        prob,
+        prob.contiguous(memory_format=torch.channels_last),
+        wide[..., 1 : height + 1, 3 : width + 3],
+        prob.transpose(2, 3).contiguous().transpose(2, 3),
+        prob.transpose(0, 1).contiguous().transpose(0, 1),
+        apart[..., ::2],
+        last[:, :, 1 : width + 1, 2 : outer[1] + 2].permute(0, 3, 1, 2),
+    ]
