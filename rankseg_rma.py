@@ -728,6 +728,12 @@ def _kernel(function: Callable) -> Callable:
     return function
 
 
+@functools.lru_cache(64)
+def _limit_bits(pruning_prob: float, dtype: torch.dtype) -> int:
+    """The bits of `_limit`, for kernels take floats in single precision only."""
+    return torch.full((), pruning_prob, dtype=dtype, device="cpu").double().view(torch.int64).item()
+
+
 @functools.cache
 def _load_triton() -> bool:
     """Turns the marked functions into kernels -> whether Triton is there, and the C compiler that it calls."""
@@ -824,12 +830,11 @@ class _Fused:
             SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
             **self.tile("_survey"), **self.kinds,
         )  # fmt: skip
-        limit = torch.full((), self.rule.pruning_prob, dtype=prob.dtype, device="cpu").double()  # as `_limit`
         step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
         _begin[(self.rows,)](
             prob, valid, *self.parts, self.chunks, self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s,
-            self.cut, self.first, limit.view(torch.int64).item(), step, *self.map, OFFSET=int(self.rule.offset),
-            SAMPLE=FUSED_SAMPLE, PARTS=FUSED_PARTS, num_warps=4, **self.kinds,
+            self.cut, self.first, _limit_bits(self.rule.pruning_prob, prob.dtype), step, *self.map,
+            OFFSET=int(self.rule.offset), SAMPLE=FUSED_SAMPLE, PARTS=FUSED_PARTS, num_warps=4, **self.kinds,
         )  # fmt: skip
 
     def refine(self) -> None:

@@ -32,7 +32,7 @@ def test_the_kernels_give_the_labels_of_the_cpu_in_an_interpreter():
     assert int(run_script("interpret_fused.py").split()[0]) >= 25
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_give_the_labels_of_the_cpu_for_every_keyword_and_layout_in_an_interpreter():
     assert int(run_script("interpret_fused.py", "--all").split()[0]) >= 400
 
