@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_during_the_run(program, small_disk: Path):
     error = err.splitlines()[-1]
     assert "not written" in error
     assert "bytes" in error
-    assert "are free; the checkpoints before it are whole: make room and start the same command again" in error
+    assert "are free; what was written before is whole: make room and start the same command again" in error
     checkpoints = list_checkpoints(small_disk / TINY_RUN / "checkpoints")
     assert len(checkpoints) > 2
     assert find_checkpoint(small_disk / TINY_RUN / "checkpoints") == checkpoints[-1]

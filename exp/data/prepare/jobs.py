@@ -78,12 +78,13 @@ def _results(pool: Executor, function: Callable[[Any], Any], jobs: Sequence[Any]
     """As map(), in the jobs' order. The workers that it starts inherit that Ctrl-C is held back; here one that comes
     meanwhile is heard afterwards."""
     resource_tracker.ensure_running()  # which would end the holding back, were it started with the first worker
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    previous, futures = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), []
     try:
-        futures = [pool.submit(function, job) for job in jobs]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    try:
+        try:
+            for job in jobs:
+                futures.append(pool.submit(function, job))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         for future in futures:
             yield future.result()
     except BrokenProcessPool:
