@@ -47,7 +47,7 @@ def check_tests(check: Check) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--durations=15"]
     if find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-        command += ["-n", "4"]
+        command += ["-n", str(min(12, os.cpu_count()))]
     command += ["tests/training/test_gpu.py", "-k", "saved_state"] if check.tiny else ["tests"]
     environment = {**os.environ, **({"RANKSEG_TEST_DEVICE": "cpu"} if check.tiny else {})}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
