@@ -49,15 +49,13 @@ class Part:
 
 
 PARTS = {  # in the order of their importance
-    "tests": Part("gpu_training", 2.0, "the tests marked gpu"),
-    "rules": Part("gpu_rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
-    "networks": Part(
-        "gpu_networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"
-    ),
-    "training": Part("gpu_training", 2.0, "a training, interrupted and resumed; its evaluation against the CPU's"),
-    "nccl": Part("gpu_training", 0.6, "SyncBN and DDP in a process group against one process without a group"),
-    "loader": Part("gpu_loader", 0.8, "how many workers keep one device busy at 512x512"),
-    "compile": Part("gpu_networks", 0.8, "the same training steps under torch.compile"),
+    "tests": Part("training", 2.0, "the tests marked gpu"),
+    "rules": Part("rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
+    "networks": Part("networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
+    "training": Part("training", 2.0, "a training, interrupted and resumed; its evaluation against the CPU's"),
+    "nccl": Part("training", 0.6, "SyncBN and DDP in a process group against one process without a group"),
+    "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
+    "compile": Part("networks", 0.8, "the same training steps under torch.compile"),
 }
 
 
@@ -166,7 +164,7 @@ def run_part(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        module = importlib.import_module(f"scripts.benchmarks.{PARTS[args.run_part].module}")
+        module = importlib.import_module(f"scripts.benchmarks.gpu.{PARTS[args.run_part].module}")
         getattr(module, f"check_{args.run_part}")(check)
     except Exception as error:
         traceback.print_exc()
