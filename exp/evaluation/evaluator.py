@@ -202,7 +202,7 @@ class Evaluator:
     def _forward(self, model: nn.Module, image: Tensor, clock: Clock) -> Tensor:
         clock.timing.num_forwards += 1
         with clock(clock.timing.steps, "forward"):
-            prob = self.inference.unchecked(model, self.normalize(self._to_device(image)))
+            (prob,) = self.inference.unchecked(model, [self.normalize(self._to_device(image))])
         if prob.device.type != "cuda":  # elsewhere _fetch looks at the sum
             require_finite(prob.sum().item())
         return prob
