@@ -40,8 +40,8 @@ SMALL = 2**20  # inputs of up to that many elements are solved in one piece
 TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
 PIECES = 32  # temporaries hold about a 32nd of the input's elements each
-# On a CUDA device without Triton the launches of many small pieces would take longer than all else. A temporary of the
-# passes holds up to 2^24 elements there and one of the labels 2^22: in all 200 MB, or what a larger input itself takes.
+# On a CUDA device without Triton the launches for many small pieces would take longer than all else. A temporary of the
+# passes holds 2^24 elements there and one of the labels 2^22, or a 32nd of a larger input: some 200 MB, or half of it.
 CUDA_PASSES, CUDA_LABELS = 2**24, 2**22
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -242,10 +242,10 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pieces(prob: Tensor, cuda: int) -> int:
-    """Pieces that a map is worked on in; on a CUDA device of `cuda` elements, if that makes fewer."""
+    """Number of pieces that a map is worked on in; on a CUDA device they have `cuda` elements at least."""
     if prob.numel() <= SMALL:
         return 1
-    return min(PIECES, -(-prob.numel() // cuda)) if prob.device.type == "cuda" else PIECES
+    return max(1, min(PIECES, prob.numel() // cuda)) if prob.device.type == "cuda" else PIECES
 
 
 def _limit(rule: _Rule, prob: Tensor) -> Tensor:

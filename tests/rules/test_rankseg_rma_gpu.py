@@ -373,6 +373,7 @@ class TestDevice:
         assert not module._is_fused(prob.cuda())
         compare(prob)
         compare(prob, allow_overlap=True, valid=random_valid(prob))
+        compare(random_map(1, 9, 1100, 1200), opt_metric="iou")  # in several pieces
 
 
 def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
