@@ -41,7 +41,7 @@ TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in floa
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
 PIECES = 32  # temporaries hold about a 32nd of the input's elements each
 # On a CUDA device without Triton the launches for many small pieces would take longer than all else. A temporary of the
-# passes holds 2^24 elements there and one of the labels 2^22, or a 32nd of a larger input: some 200 MB, or half of it.
+# passes holds 2^24 elements there and one of the labels 2^22, or a 32nd of a larger input: a few 100 MB, or half of it.
 CUDA_PASSES, CUDA_LABELS = 2**24, 2**22
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -707,9 +707,9 @@ def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule:
 # check and for whether every row has settled (if not, it launches more passes and the end again). Sums are in float64
 # over a fixed partition of the pixels, and what is added atomically are integers: the same bits in every run.
 #
-# Triton looks at every argument of every launch, which takes the host longer than the kernels run. The first map of a
-# kind is therefore launched by way of Triton, and the launches are kept in `_PLANS`; for other maps of that kind they
-# are repeated at once, with the addresses of the new tensors.
+# Triton looks at every argument of every launch, which takes the host longer than the kernels run. What it compiles is
+# therefore kept in `_COMPILED`, to be launched without it. All launches for a map are kept in `_PLANS` besides; for
+# other maps of its kind they are repeated at once, with the addresses of the new tensors.
 #
 # Maps keep their strides: tiles are (group, pixels), of one class where pixels are adjacent in memory and of up to 32
 # where classes are (channels-last). The kernels are compiled when a CUDA map first needs them.
@@ -728,14 +728,15 @@ FUSED_TILES = {  # kernel: elements of a tile, warps
 }
 FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
 FUSED_PARTS = 256  # partial sums that are added up at a time
-FUSED_PLANS = 4096  # kinds of maps whose launches are kept at most
-FUSED_DIRECT = True  # whether they are repeated without Triton; False once that has failed
+FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
+FUSED_DIRECT = True  # whether kernels are launched without Triton; False once that has failed
 
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
 FUSED_PLAIN = ("chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes")
 
 tl = None  # triton.language, from the first CUDA map on
 _KERNELS: dict[str, Callable] = {}
+_COMPILED: dict[tuple, object] = {}
 _PLANS: dict[tuple, _Plan] = {}
 
 
@@ -783,6 +784,25 @@ def _is_direct() -> bool:
     if not FUSED_DIRECT or (runtime := _runtime()) is None:
         return False
     return not any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+def _give_up() -> None:
+    """No launch without Triton from here on."""
+    global FUSED_DIRECT
+    FUSED_DIRECT = False
+
+
+def _remember(table: dict, key: tuple, value: object) -> None:
+    if len(table) >= FUSED_PLANS:
+        table.clear()
+    table[key] = value
+
+
+def _variant(x) -> tuple:
+    """All of an argument that Triton may compile for: no two values that it tells apart have the same."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 
 @functools.cache
@@ -839,6 +859,7 @@ class _Fused:
         self.tau = tau[: self.rows].view(self.batch, self.classes)
         self.parts = self.space[14 * even :].view(3, parts).unbind()
         self.launches: list[tuple] = []
+        self.direct = _is_direct()
         shape = [1] * (3 - len(sizes)) + sizes
         steps = [0] * (3 - len(strides)) + strides
         # What every kernel that reads the map is told of it; the strides of axes that are not there are never used.
@@ -865,8 +886,26 @@ class _Fused:
         return (self.batch * -(-(self.classes - first) // self.group) * self.chunks,)
 
     def launch(self, kernel, grid: tuple[int], *args, **options) -> None:
-        """By way of Triton; the compiled kernel that it gives, if it does, is noted with its arguments."""
-        self.launches.append((kernel, kernel[grid](*args, **options), grid[0], args))
+        """Without Triton if it has compiled the kernel for such arguments; what was launched is noted."""
+        key = compiled = None
+        if self.direct:
+            key = (id(kernel), self.prob.device, *options.items(), *map(_variant, args))
+            compiled = _COMPILED.get(key)
+        if compiled is not None:
+            given = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
+            given += [0] * (len(kernel.arg_names) - len(args))
+            metadata = compiled.packed_metadata
+            try:
+                stream = _stream(self.prob.device)
+                compiled.run(grid[0], 1, 1, stream, compiled.function, metadata, None, None, None, *given)
+            except Exception:  # as in `_Plan.solve`
+                _give_up()
+                self.direct, key, compiled = False, None, None
+        if compiled is None:
+            compiled = kernel[grid](*args, **options)
+            if key is not None and hasattr(compiled, "packed_metadata"):
+                _remember(_COMPILED, key, compiled)
+        self.launches.append((kernel, compiled, grid[0], args))
 
     def survey(self) -> None:
         prob, valid = self.prob, self.valid
@@ -958,7 +997,7 @@ class _Plan:
                 else:
                     slot = (3, x.data_ptr() - space)
                 at.append(slots.setdefault(slot, len(slots)))
-            # Triton's launcher skips what was known at compile time, but something must stand in its place.
+            # Triton's launchers skip what was known at compile time, but something must stand in its place.
             at += [slots.setdefault((4, 0), len(slots))] * (len(kernel.arg_names) - len(args))
             pick = operator.itemgetter(*at)
             self.launches.append((compiled.run, grid, compiled.function, compiled.packed_metadata, pick, compiled))
@@ -966,7 +1005,6 @@ class _Plan:
 
     def solve(self, prob: Tensor, valid: Tensor | None, want_tau: bool):
         """As `_solve_fused`; None if a launch has failed."""
-        global FUSED_DIRECT
         prob = prob.contiguous() if self.copied else prob
         space = torch.empty(self.words, dtype=torch.float64, device=prob.device)
         out = torch.empty(self.shape, dtype=self.dtype, device=prob.device)
@@ -982,7 +1020,7 @@ class _Plan:
                 for run, grid, function, metadata, pick, _ in launches:
                     run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(values))
             except Exception:  # a version of Triton that launches in another way; its own way finds all other reasons
-                FUSED_DIRECT = False
+                _give_up()
                 return None
             if _is_settled(space, prob):
                 return out, _sizes(space, self.batch, self.classes) if want_tau else None
@@ -1040,9 +1078,7 @@ def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, b
         job.first = int(binary and not want_tau)
         settled = _is_settled(job.space, job.prob)
     if kind is not None and all(hasattr(compiled, "packed_metadata") for _, compiled, *_ in job.launches):
-        if len(_PLANS) >= FUSED_PLANS:
-            _PLANS.clear()
-        _PLANS[kind] = _Plan(job, out, job.prob is not prob, once)
+        _remember(_PLANS, kind, _Plan(job, out, job.prob is not prob, once))
     return out, job.tau.clone() if want_tau else None
 
 

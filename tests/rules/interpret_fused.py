@@ -160,17 +160,17 @@ class Repeated:
         self.kernel, self.grid, self.args, self.options = kernel, grid, args, options
 
     def run(self, x, y, z, stream, function, metadata, described, enter, leave, *args) -> None:
-        assert (x, y, z, stream, function, metadata) == (*self.grid, 1, 1, 7, self.function, self.packed_metadata)
+        assert (y, z, stream, function, metadata) == (1, 1, 7, self.function, self.packed_metadata)
         assert described is enter is leave is None
         assert len(args) == len(self.kernel.arg_names)
         launched = [self.at(old, new) for old, new in zip(self.args, args)]
-        self.kernel[self.grid](*launched, **self.options)
+        self.kernel.kernel[(x,)](*launched, **self.options)
         Repeated.count += 1
 
     def at(self, old, new: int):
         """A tensor at the address `new`, of as many bytes as `old` reaches over, or the number that it is."""
         if not isinstance(old, torch.Tensor):
-            assert new == old
+            assert module._variant(new) == module._variant(old)
             return new
         elements = 1 + sum((size - 1) * stride for size, stride in zip(old.shape, old.stride()))
         found = torch.frombuffer((ctypes.c_byte * (elements * old.element_size())).from_address(new), dtype=torch.uint8)
@@ -216,14 +216,16 @@ def check_repeated() -> None:
                         prob = prob.permute(0, 1, 5, 4, 3, 2).contiguous().permute(0, 1, 5, 4, 3, 2)
                     count = Repeated.count
                     compare(prob, valid=random_valid(prob) if prob.dim() == 3 else None, **options)
-                    assert (Repeated.count > count) == (seed > 0), (shape, seed)
+                    assert Repeated.count > count or seed == 0, (shape, seed)
+        compare(random_map(1, 5, 12, 60))  # of another size, but the same variants of the kernels
         assert module.FUSED_DIRECT
-        assert len(module._PLANS) == 2 * len(cases)
+        assert len(module._PLANS) == 2 * len(cases) + 1
     finally:
         vars(module).update(kernels)
         module._stream = before
         module.FUSED_PASSES, module.FUSED_SAMPLE = 4, 4096
         module._PLANS.clear()
+        module._COMPILED.clear()
 
 
 def check_all() -> None:

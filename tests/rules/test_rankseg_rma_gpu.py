@@ -137,6 +137,7 @@ class TestRepeatedLaunches:
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, lambda *_, value=value: value)
         monkeypatch.setattr(module, "_PLANS", {})
+        monkeypatch.setattr(module, "_COMPILED", {})
         monkeypatch.setattr(module, "FUSED_DIRECT", True)
         monkeypatch.setattr(torch, "empty", torch.zeros)  # zero flags: all is well
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -150,38 +151,54 @@ class TestRepeatedLaunches:
         return sum(kernel.count for kernel in self.kernels) - before[0], len(self.compiled.launches) - before[1]
 
     def test_another_map_of_a_kind(self, compiled):
-        assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0)
+        assert self.solve(torch.zeros(1, 3, 8, 8)) == (6 + 1, 5)  # in the last pass, `_advance` is another kernel
         prob = torch.zeros(1, 3, 8, 8)
+        del compiled.launches[:]
         assert self.solve(prob) == (0, 12)
         assert compiled.launches[0][3:9] == (7, 11, (4, 1, 0), None, None, None)
         assert compiled.launches[0][9] == prob.data_ptr()
+        assert all(
+            len(launch) - 9 in [len(kernel.arg_names) for kernel in self.kernels] for launch in compiled.launches
+        )
 
     @pytest.mark.parametrize(
-        "other",
+        ("other", "compiles"),
         [
-            {"shape": (1, 3, 8, 16)},
-            {"dtype": torch.float16},
-            {"valid": torch.ones(1, 8, 8, dtype=torch.bool)},
-            {"opt_metric": "iou"},
-            {"pruning_prob": 0.2},
-            {"unassigned": 1},
-            {"return_tau": True},
+            ({"shape": (2, 3, 4, 16)}, 0),
+            (
+                {"shape": (1, 3, 8, 9)},
+                5,
+            ),  # 16 does not divide the size of a class
+            ({"dtype": torch.float16}, 5),
+            ({"valid": torch.ones(1, 8, 8, dtype=torch.bool)}, 5),
+            ({"opt_metric": "iou"}, 4),
+            ({"pruning_prob": 0.2}, 0),
+            ({"unassigned": 2}, 1),
+            ({"return_tau": True}, 0),
         ],
     )
-    def test_another_kind(self, compiled, other):
+    def test_another_kind(self, compiled, other, compiles):
         options = {key: value for key, value in other.items() if key not in ("shape", "dtype")}
         self.solve(torch.zeros(1, 3, 8, 8))
         prob = torch.zeros(other.get("shape", (1, 3, 8, 8)), dtype=other.get("dtype", torch.float32))
-        assert self.solve(prob, **options) == (12, 0)
+        assert self.solve(prob, **options) == (compiles, 12 - compiles)
+        assert len(module._PLANS) == 2
         assert self.solve(prob, **options) == (0, 12)
 
     def test_another_alignment_or_layout_or_setting(self, compiled, monkeypatch):
         buffer = torch.zeros(1 + 3 * 64)
         self.solve(buffer[:-1].view(1, 3, 8, 8))
-        assert self.solve(buffer[1:].view(1, 3, 8, 8)) == (12, 0)
-        assert self.solve(buffer[:-1].view(1, 8, 8, 3).movedim(3, 1)) == (12, 0)
+        assert self.solve(buffer[1:].view(1, 3, 8, 8)) == (5, 7)
+        assert self.solve(buffer[:-1].view(1, 8, 8, 3).movedim(3, 1))[0] == 5
+        assert len(module._PLANS) == 3
         monkeypatch.setattr(module, "FUSED_PASSES", 1)
-        assert self.solve(buffer[:-1].view(1, 3, 8, 8)) == (6, 0)
+        assert self.solve(buffer[:-1].view(1, 3, 8, 8)) == (0, 6)
+        assert len(module._PLANS) == 4
+
+    def test_numbers_that_triton_tells_apart(self):
+        variants = {module._variant(x) for x in (1, 2, 16, 2**31, 2**31 + 1, 0)}
+        assert len(variants) == 5  # 0 and 16 are the same to it
+        assert module._variant(-(2**31)) == module._variant(32)
 
     def test_a_launch_that_fails(self, compiled):
         self.solve(torch.zeros(1, 3, 8, 8))
@@ -189,6 +206,12 @@ class TestRepeatedLaunches:
         assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0)
         compiled.error = None
         assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0), "it is tried once"
+
+    def test_a_launch_that_fails_for_another_map(self, compiled):
+        self.solve(torch.zeros(1, 3, 8, 8))
+        compiled.error = TypeError("function takes exactly 40 arguments")
+        assert self.solve(torch.zeros(1, 3, 8, 16)) == (12, 0)
+        assert not module.FUSED_DIRECT
 
     def test_who_asks_triton_is_told_of_every_launch(self, compiled):
         self.solve(torch.zeros(1, 3, 8, 8))
