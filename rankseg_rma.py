@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import os
 import shutil
 import sys
@@ -39,6 +40,9 @@ SMALL = 2**20  # inputs of up to that many elements are solved in one piece
 TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
 PIECES = 32  # temporaries hold about a 32nd of the input's elements each
+# On a CUDA device without Triton the launches for many small pieces would take longer than all else. A temporary of the
+# passes holds 2^24 elements there and one of the labels 2^22, or a 32nd of a larger input: a few 100 MB, or half of it.
+CUDA_PASSES, CUDA_LABELS = 2**24, 2**22
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -237,6 +241,13 @@ def _working(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+def _pieces(prob: Tensor, cuda: int) -> int:
+    """Number of pieces that a map is worked on in; on a CUDA device they have `cuda` elements at least."""
+    if prob.numel() <= SMALL:
+        return 1
+    return max(1, min(PIECES, prob.numel() // cuda)) if prob.device.type == "cuda" else PIECES
+
+
 def _limit(rule: _Rule, prob: Tensor) -> Tensor:
     """pruning_prob in the precision of the map: a class whose maximum equals it there is pruned."""
     return torch.full((), rule.pruning_prob, dtype=prob.dtype, device=prob.device).to(_wide(prob.device))
@@ -380,17 +391,16 @@ def _solve_batched(
     """(B, C, *spatial), (C,) labels -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets."""
     flat = prob.reshape(*prob.shape[:2], -1)
     valid = None if valid is None else valid.reshape(prob.shape[0], 1, -1)
-    pieces = 1 if prob.numel() <= SMALL else PIECES
     if _on_cpu(prob) and prob.numel() <= TINY and flat.shape[-1] <= ROW:
         mu, high, t, n, s = _sorted_thresholds(flat, valid, rule)
     else:
-        mu, high, t, n, s = _thresholds(flat, valid, rule, pieces)
+        mu, high, t, n, s = _thresholds(flat, valid, rule, _pieces(prob, CUDA_PASSES))
     kept = high > _limit(rule, prob)
     cut = _round_down(t, _working(prob.dtype)).masked_fill(~kept, torch.inf).unsqueeze(-1)
     n, s = n.masked_fill(~kept, 0.0), s.masked_fill(~kept, 0.0)
     shape, dtype = (flat.shape, torch.bool) if masks else (flat[:, 0].shape, torch.int64)
     out = torch.empty(shape, dtype=dtype, device=prob.device)
-    step = -(-flat.shape[-1] // pieces)
+    step = -(-flat.shape[-1] // _pieces(prob, CUDA_LABELS))
     spans = [slice(a, a + step) for a in range(0, flat.shape[-1], step)]
 
     def look_up(span: slice) -> tuple[Tensor, Tensor]:
@@ -697,6 +707,10 @@ def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule:
 # check and for whether every row has settled (if not, it launches more passes and the end again). Sums are in float64
 # over a fixed partition of the pixels, and what is added atomically are integers: the same bits in every run.
 #
+# Triton looks at every argument of every launch, which takes the host longer than the kernels run. What it compiles is
+# therefore kept in `_COMPILED`, to be launched without it. All launches for a map are kept in `_PLANS` besides; for
+# other maps of its kind they are repeated at once, with the addresses of the new tensors.
+#
 # Maps keep their strides: tiles are (group, pixels), of one class where pixels are adjacent in memory and of up to 32
 # where classes are (channels-last). The kernels are compiled when a CUDA map first needs them.
 
@@ -714,12 +728,16 @@ FUSED_TILES = {  # kernel: elements of a tile, warps
 }
 FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
 FUSED_PARTS = 256  # partial sums that are added up at a time
+FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
+FUSED_DIRECT = True  # whether kernels are launched without Triton; False once that has failed
 
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
 FUSED_PLAIN = ("chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes")
 
 tl = None  # triton.language, from the first CUDA map on
 _KERNELS: dict[str, Callable] = {}
+_COMPILED: dict[tuple, object] = {}
+_PLANS: dict[tuple, _Plan] = {}
 
 
 def _kernel(function: Callable) -> Callable:
@@ -752,11 +770,51 @@ def _load_triton() -> bool:
     return True
 
 
+@functools.cache
+def _runtime() -> object | None:
+    """Triton's settings for launches, where this version of it launches as `_Plan` does."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return triton.knobs.runtime if version >= (3, 6) else None
+
+
+def _is_direct() -> bool:
+    """Whether launches may be repeated without Triton: not if something asked it to be told of every launch."""
+    if not FUSED_DIRECT or (runtime := _runtime()) is None:
+        return False
+    return not any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+def _give_up() -> None:
+    """No launch without Triton from here on."""
+    global FUSED_DIRECT
+    FUSED_DIRECT = False
+
+
+def _remember(table: dict, key: tuple, value: object) -> None:
+    if len(table) >= FUSED_PLANS:
+        table.clear()
+    table[key] = value
+
+
+def _variant(x) -> tuple:
+    """All of an argument that Triton may compile for: no two values that it tells apart have the same."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+
+
+@functools.cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _is_fused(prob: Tensor) -> bool:
     """Whether the fused kernels solve this map: on an NVIDIA device from Ampere on, if Triton is installed."""
     if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(prob.device) >= (8, 0) and _load_triton()
+    return _is_recent(prob.device) and _load_triton()
 
 
 def _collapse(prob: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -791,13 +849,17 @@ class _Fused:
         self.chunk = self._chunk()
         self.chunks = -(-self.size // self.chunk)
         even = self.rows + self.rows % 2  # keeps every part aligned to 16 bytes
-        numbers = torch.empty(13, even, dtype=torch.float64, device=prob.device)
-        self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut = numbers[:8].unbind()
-        self.shared_n, self.shared_s, self.names, self.held, self.lead = numbers[8:].view(torch.int64).unbind()
         parts = self.rows * self.chunks
-        self.parts = torch.empty(3, parts + parts % 2, dtype=torch.float64, device=prob.device).unbind()
-        self.status = numbers[:2]
-        self.tau = torch.empty(self.batch, self.classes, dtype=torch.int64, device=prob.device)
+        parts += parts % 2
+        self.space = torch.empty(14 * even + 3 * parts, dtype=torch.float64, device=prob.device)
+        numbers = self.space[: 14 * even].view(14, even)
+        self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut = numbers[:8].unbind()
+        *counts, tau = numbers[8:].view(torch.int64).unbind()
+        self.shared_n, self.shared_s, self.names, self.held, self.lead = counts
+        self.tau = tau[: self.rows].view(self.batch, self.classes)
+        self.parts = self.space[14 * even :].view(3, parts).unbind()
+        self.launches: list[tuple] = []
+        self.direct = _is_direct()
         shape = [1] * (3 - len(sizes)) + sizes
         steps = [0] * (3 - len(strides)) + strides
         # What every kernel that reads the map is told of it; the strides of axes that are not there are never used.
@@ -823,15 +885,39 @@ class _Fused:
         """One program for each chunk of the pixels and each group of classes from `first` on."""
         return (self.batch * -(-(self.classes - first) // self.group) * self.chunks,)
 
+    def launch(self, kernel, grid: tuple[int], *args, **options) -> None:
+        """Without Triton if it has compiled the kernel for such arguments; what was launched is noted."""
+        key = compiled = None
+        if self.direct:
+            key = (id(kernel), self.prob.device, *options.items(), *map(_variant, args))
+            compiled = _COMPILED.get(key)
+        if compiled is not None:
+            given = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
+            given += [0] * (len(kernel.arg_names) - len(args))
+            metadata = compiled.packed_metadata
+            try:
+                stream = _stream(self.prob.device)
+                compiled.run(grid[0], 1, 1, stream, compiled.function, metadata, None, None, None, *given)
+            except Exception:  # as in `_Plan.solve`
+                _give_up()
+                self.direct, key, compiled = False, None, None
+        if compiled is None:
+            compiled = kernel[grid](*args, **options)
+            if key is not None and hasattr(compiled, "packed_metadata"):
+                _remember(_COMPILED, key, compiled)
+        self.launches.append((kernel, compiled, grid[0], args))
+
     def survey(self) -> None:
         prob, valid = self.prob, self.valid
-        _survey[self.over_chunks(0)](
+        self.launch(
+            _survey, self.over_chunks(0),
             prob, valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
             SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
             **self.tile("_survey"), **self.kinds,
         )  # fmt: skip
         step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
-        _begin[(self.rows,)](
+        self.launch(
+            _begin, (self.rows,),
             prob, valid, *self.parts, self.chunks, self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s,
             self.cut, self.first, _limit_bits(self.rule.pruning_prob, prob.dtype), step, *self.map,
             OFFSET=int(self.rule.offset), SAMPLE=FUSED_SAMPLE, PARTS=FUSED_PARTS, num_warps=4, **self.kinds,
@@ -840,11 +926,13 @@ class _Fused:
     def refine(self) -> None:
         """FUSED_PASSES passes, and what the last one makes known."""
         for turn in range(FUSED_PASSES):
-            _tally[self.over_chunks(self.first)](
+            self.launch(
+                _tally, self.over_chunks(self.first),
                 self.prob, self.valid, *self.parts, self.chunks, self.open, self.cut, self.first, *self.map,
                 CHUNK=self.chunk, UNROLL=FUSED_UNROLL, **self.tile("_tally"), **self.kinds,
             )  # fmt: skip
-            _advance[(self.rows,)](
+            self.launch(
+                _advance, (self.rows,),
                 *self.parts, self.chunks, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut,
                 self.shared_n, self.shared_s, self.names, self.held, self.lead, self.tau, self.classes,
                 OFFSET=int(self.rule.offset), PARTS=FUSED_PARTS, FINAL=turn == FUSED_PASSES - 1,
@@ -853,7 +941,8 @@ class _Fused:
 
     def mask(self, out: Tensor) -> None:
         """Sets of the classes from `first` on -> `out`, contiguous."""
-        _mask[self.over_chunks(self.first)](
+        self.launch(
+            _mask, self.over_chunks(self.first),
             self.prob, self.valid, out.view(torch.uint8) if out.dtype == torch.bool else out, self.chunks, self.cut,
             self.first, *self.map, CHUNK=self.chunk, **self.tile("_mask"), **self.kinds,
         )  # fmt: skip
@@ -865,13 +954,15 @@ class _Fused:
         empty = undecided - 1 if given == "max_score" else given
         tile = self.tile("_claim")
         tiles = -(-self.size // tile["PIXELS"])
-        _claim[(self.batch * tiles,)](
+        self.launch(
+            _claim, (self.batch * tiles,),
             self.prob, self.valid, out, tiles, self.cut, self.names, self.held, self.shared_n, self.shared_s,
             undecided, empty, *self.map, LAST=self.last, SCORED=rule.method != "prob", **tile, **self.kinds,
         )  # fmt: skip
         tile = self.tile("_contend")
         tiles = -(-self.size // tile["PIXELS"])
-        _contend[(self.batch * tiles,)](
+        self.launch(
+            _contend, (self.batch * tiles,),
             self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
             self.shared_n, self.shared_s, undecided, *self.map, LAST=self.last, METHOD=rule.method,
             OFFSET=int(rule.offset), ALL=rule.contested == "all", EMPTY=given == "max_score", **tile, **self.kinds,
@@ -883,23 +974,112 @@ def _power(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+class _Plan:
+    """The launches that solved one map, to be repeated for others of the same kind."""
+
+    def __init__(self, job: _Fused, out: Tensor, copied: bool, once: int) -> None:
+        """`copied`: the map was made contiguous first; `once`: launches that come before those that may be repeated."""
+        self.copied, self.once = copied, once
+        self.shape, self.dtype, self.words = tuple(out.shape), out.dtype, len(job.space)
+        self.batch, self.classes = job.batch, job.classes
+        given = [x.data_ptr() for x in (job.prob, job.valid, out)]
+        space = job.space.data_ptr()
+        # Every argument is the sum of an address that is known when the map is (none is 0) and a number.
+        slots: dict[tuple[int, int], int] = {}
+        self.launches = []
+        for kernel, compiled, grid, args in job.launches:
+            at = []
+            for x in args:
+                if not isinstance(x, Tensor):
+                    slot = (4, x)
+                elif x.data_ptr() in given:
+                    slot = (given.index(x.data_ptr()), 0)
+                else:
+                    slot = (3, x.data_ptr() - space)
+                at.append(slots.setdefault(slot, len(slots)))
+            # Triton's launchers skip what was known at compile time, but something must stand in its place.
+            at += [slots.setdefault((4, 0), len(slots))] * (len(kernel.arg_names) - len(args))
+            pick = operator.itemgetter(*at)
+            self.launches.append((compiled.run, grid, compiled.function, compiled.packed_metadata, pick, compiled))
+        self.slots = list(slots)
+
+    def solve(self, prob: Tensor, valid: Tensor | None, want_tau: bool):
+        """As `_solve_fused`; None if a launch has failed."""
+        prob = prob.contiguous() if self.copied else prob
+        space = torch.empty(self.words, dtype=torch.float64, device=prob.device)
+        out = torch.empty(self.shape, dtype=self.dtype, device=prob.device)
+        address = prob.data_ptr()
+        bases = (address, address if valid is None else valid.data_ptr(), out.data_ptr(), space.data_ptr(), 0)
+        if (bases[2] | bases[3] | (address if self.copied else 0)) % 16:
+            return None  # PyTorch aligns more than that, but its allocator can be replaced
+        values = [bases[base] + number for base, number in self.slots]
+        launches = self.launches
+        while True:
+            try:
+                stream = _stream(prob.device)
+                for run, grid, function, metadata, pick, _ in launches:
+                    run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(values))
+            except Exception:  # a version of Triton that launches in another way; its own way finds all other reasons
+                _give_up()
+                return None
+            if _is_settled(space, prob):
+                return out, _sizes(space, self.batch, self.classes) if want_tau else None
+            launches = self.launches[self.once :]
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _is_settled(space: Tensor, prob: Tensor) -> bool:
+    """Whether all sets have been found, or an error if the map holds what is no probability: the host waits here."""
+    rows = prob.shape[0] * prob.shape[1]
+    even = rows + rows % 2
+    flags = space[: 2 * even].tolist()
+    if any(flags[:rows]):
+        _check_range(prob.amin().item(), prob.amax().item(), prob.dtype)
+    return not any(flags[even : even + rows])
+
+
+def _sizes(space: Tensor, batch: int, classes: int) -> Tensor:
+    """The sizes of the sets out of the numbers that the kernels exchange."""
+    rows = batch * classes
+    first = 13 * (rows + rows % 2)
+    return space[first : first + rows].view(torch.int64).view(batch, classes).clone()
+
+
+def _kind(prob: Tensor, valid: Tensor | None, *options) -> tuple:
+    """All that the launches for a map depend on, but for the addresses of tensors."""
+    return (
+        *options, prob.shape, prob.stride(), prob.dtype, prob.device, prob.data_ptr() % 16,
+        None if valid is None else valid.data_ptr() % 16, FUSED_PASSES, FUSED_SAMPLE, FUSED_CLASSES, FUSED_CHUNK,
+        FUSED_UNROLL, FUSED_PARTS, *FUSED_TILES.values(),
+    )  # fmt: skip
+
+
 def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
     """(B, C, *spatial) on a CUDA device -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets."""
+    valid = None if valid is None else valid.reshape(-1)
+    kind = _kind(prob, valid, rule, masks, binary, want_tau) if _is_direct() else None
+    plan = _PLANS.get(kind) if kind is not None else None
+    if plan is not None and (found := plan.solve(prob, valid, want_tau)) is not None:
+        return found
     job = _Fused(prob, valid, rule, int(binary and not want_tau))
     shape = (*prob.shape[:2], job.size) if masks else (prob.shape[0], job.size)
     out = torch.empty(shape, dtype=torch.bool if masks else torch.int64, device=prob.device)
     job.survey()
-    unsettled = None
-    while unsettled is None or unsettled:
+    once, settled = len(job.launches), False
+    while not settled:
+        del job.launches[once:]
         job.refine()
         if binary:
             job.first = 1
         job.mask(out) if masks or binary else job.label(out)
-        bad, unsettled = job.status[:, : job.rows].cpu().any(1).tolist()  # the only time the host waits
-        if bad:
-            _check_range(prob.amin().item(), prob.amax().item(), prob.dtype)
         job.first = int(binary and not want_tau)
-    return out, job.tau
+        settled = _is_settled(job.space, job.prob)
+    if kind is not None and all(hasattr(compiled, "packed_metadata") for _, compiled, *_ in job.launches):
+        _remember(_PLANS, kind, _Plan(job, out, job.prob is not prob, once))
+    return out, job.tau.clone() if want_tau else None
 
 
 @_kernel

@@ -7,6 +7,7 @@ comparisons, or with an AssertionError.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -33,6 +34,7 @@ def call_helper(self, *args, **options):
 interpreter.InterpretedFunction.__call__ = call_helper
 
 METHODS, UNASSIGNED = ("rma_score", "weight_prob", "prob"), ("max_score", "first", -1)
+LAUNCHED = ("_survey", "_begin", "_tally", "_advance", "_mask", "_claim", "_contend")
 compared = 0
 
 
@@ -79,7 +81,7 @@ def compare_labels(prob: torch.Tensor, metric: str, valid: torch.Tensor | None, 
     job = module._Fused(prob, valid, rule, 0)
     job.survey()
     job.refine()
-    assert not job.status[:, : job.rows].any()
+    assert module._is_settled(job.space, prob)
     out = torch.empty(prob.shape[0], job.size, dtype=torch.int64)
     for method, unassigned, contested in itertools.product(METHODS, UNASSIGNED, ("holders", "all")):
         label = 0 if unassigned == "first" else unassigned
@@ -149,6 +151,83 @@ def check_many_passes(prob: torch.Tensor) -> None:
         module.FUSED_PASSES, module.FUSED_SAMPLE = before
 
 
+class Repeated:
+    """What Triton gives for a launch on a device: it can be launched again, with addresses instead of tensors."""
+
+    function, packed_metadata, count = 11, (4, 1, 0), 0
+
+    def __init__(self, kernel, grid: tuple[int], args: tuple, options: dict) -> None:
+        self.kernel, self.grid, self.args, self.options = kernel, grid, args, options
+
+    def run(self, x, y, z, stream, function, metadata, described, enter, leave, *args) -> None:
+        assert (y, z, stream, function, metadata) == (1, 1, 7, self.function, self.packed_metadata)
+        assert described is enter is leave is None
+        assert len(args) == len(self.kernel.arg_names)
+        launched = [self.at(old, new) for old, new in zip(self.args, args)]
+        self.kernel.kernel[(x,)](*launched, **self.options)
+        Repeated.count += 1
+
+    def at(self, old, new: int):
+        """A tensor at the address `new`, of as many bytes as `old` reaches over, or the number that it is."""
+        if not isinstance(old, torch.Tensor):
+            assert module._variant(new) == module._variant(old)
+            return new
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(old.shape, old.stride()))
+        found = torch.frombuffer((ctypes.c_byte * (elements * old.element_size())).from_address(new), dtype=torch.uint8)
+        return found.view(old.dtype)
+
+
+class Launched:
+    """A kernel whose launches give what can be repeated."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.kernel[grid](*args, **options)
+            return Repeated(self, grid, args, options)
+
+        return launch
+
+
+def check_repeated() -> None:
+    """Launches that are repeated for other maps of a kind give what those of the first one gave, without Triton."""
+    assert module._load_triton()
+    entries = [name for name in module._KERNELS if name in LAUNCHED]
+    kernels = {name: getattr(module, name) for name in entries}
+    before = module._stream
+    try:
+        for name, kernel in kernels.items():
+            setattr(module, name, Launched(kernel))
+        module._stream = lambda device: 7
+        cases = (
+            ((1, 5, 9, 40), {}),
+            ((2, 2, 7, 9), {"opt_metric": "iou"}),
+            ((1, 3, 40), {"allow_overlap": True}),
+            ((1, 3, 4, 2, 5, 3), {"contested": "all", "unassigned": -1}),
+        )
+        for shape, options in cases:
+            for settings in ((4, 4096), (1, 1)):  # in the second, passes are launched until all rows have settled
+                module.FUSED_PASSES, module.FUSED_SAMPLE = settings
+                for seed in range(3):
+                    prob = random_map(*shape, seed=seed)
+                    if prob.dim() == 6:  # strides for which the map is copied
+                        prob = prob.permute(0, 1, 5, 4, 3, 2).contiguous().permute(0, 1, 5, 4, 3, 2)
+                    count = Repeated.count
+                    compare(prob, valid=random_valid(prob) if prob.dim() == 3 else None, **options)
+                    assert Repeated.count > count or seed == 0, (shape, seed)
+        compare(random_map(1, 5, 12, 60))  # of another size, but the same variants of the kernels
+        assert module.FUSED_DIRECT
+        assert len(module._PLANS) == 2 * len(cases) + 1
+    finally:
+        vars(module).update(kernels)
+        module._stream = before
+        module.FUSED_PASSES, module.FUSED_SAMPLE = 4, 4096
+        module._PLANS.clear()
+        module._COMPILED.clear()
+
+
 def check_all() -> None:
     for shape in ((2, 21, 20, 27), (1, 3, 90, 117), (2, 5, 33), (1, 150, 9, 8), (3, 2, 41, 7), (1, 3, 4, 5, 6)):
         for scale, metric in itertools.product((0.2, 3.0, 9.0), ("dice", "iou")):
@@ -183,6 +262,7 @@ def check_all() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    check_repeated()
     check_every_day()
     if "--all" in sys.argv:
         check_all()

@@ -1,11 +1,14 @@
 """`rankseg_rma` on a CUDA device, against the labels of the CPU; its fused kernels in an interpreter elsewhere."""
 
+import contextlib
+import inspect
 import itertools
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +90,141 @@ def compare(prob: torch.Tensor, on_device: torch.Tensor | None = None, **options
         assert torch.equal(tau, expected_tau)
 
 
+class Compiled:
+    """Stands in for a compiled kernel: counts its launches, and fails if it is told to."""
+
+    function, packed_metadata = 11, (4, 1, 0)
+
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+        self.error: Exception | None = None
+
+    def run(self, *args) -> None:
+        if self.error:
+            raise self.error
+        self.launches.append(args)
+
+
+class Kernel:
+    """Stands in for one of Triton's kernels, whose launches it counts."""
+
+    def __init__(self, names: list[str], compiled: Compiled) -> None:
+        self.arg_names, self.compiled, self.count = names, compiled, 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.count += 1
+            return self.compiled
+
+        return launch
+
+
+class TestRepeatedLaunches:
+    """What is launched without Triton, with stand-ins for its kernels: no device takes part."""
+
+    @pytest.fixture
+    def compiled(self, monkeypatch) -> Compiled:
+        pytest.importorskip("triton")
+        if not module._load_triton():
+            pytest.skip("no C compiler")
+        compiled = Compiled()
+        self.kernels = []
+        for name in module._KERNELS:
+            self.kernels.append(Kernel(list(inspect.signature(module._KERNELS[name]).parameters), compiled))
+            monkeypatch.setattr(module, name, self.kernels[-1])
+        runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
+        replaced = {"_on_cpu": False, "_is_fused": True, "_stream": 7, "_runtime": runtime}
+        for name, value in replaced.items():
+            monkeypatch.setattr(module, name, lambda *_, value=value: value)
+        monkeypatch.setattr(module, "_PLANS", {})
+        monkeypatch.setattr(module, "_COMPILED", {})
+        monkeypatch.setattr(module, "FUSED_DIRECT", True)
+        monkeypatch.setattr(torch, "empty", torch.zeros)  # zero flags: all is well
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        self.compiled = compiled
+        return compiled
+
+    def solve(self, prob: torch.Tensor, **options) -> tuple[int, int]:
+        """Launches by way of Triton and without it."""
+        before = sum(kernel.count for kernel in self.kernels), len(self.compiled.launches)
+        rankseg_rma(prob, **options)
+        return sum(kernel.count for kernel in self.kernels) - before[0], len(self.compiled.launches) - before[1]
+
+    def test_another_map_of_a_kind(self, compiled):
+        assert self.solve(torch.zeros(1, 3, 8, 8)) == (6 + 1, 5)  # in the last pass, `_advance` is another kernel
+        prob = torch.zeros(1, 3, 8, 8)
+        del compiled.launches[:]
+        assert self.solve(prob) == (0, 12)
+        assert compiled.launches[0][3:9] == (7, 11, (4, 1, 0), None, None, None)
+        assert compiled.launches[0][9] == prob.data_ptr()
+        assert all(
+            len(launch) - 9 in [len(kernel.arg_names) for kernel in self.kernels] for launch in compiled.launches
+        )
+
+    @pytest.mark.parametrize(
+        ("other", "compiles"),
+        [
+            ({"shape": (2, 3, 4, 16)}, 0),
+            (
+                {"shape": (1, 3, 8, 9)},
+                5,
+            ),  # 16 does not divide the size of a class
+            ({"dtype": torch.float16}, 5),
+            ({"valid": torch.ones(1, 8, 8, dtype=torch.bool)}, 5),
+            ({"opt_metric": "iou"}, 4),
+            ({"pruning_prob": 0.2}, 0),
+            ({"unassigned": 2}, 1),
+            ({"return_tau": True}, 0),
+        ],
+    )
+    def test_another_kind(self, compiled, other, compiles):
+        options = {key: value for key, value in other.items() if key not in ("shape", "dtype")}
+        self.solve(torch.zeros(1, 3, 8, 8))
+        prob = torch.zeros(other.get("shape", (1, 3, 8, 8)), dtype=other.get("dtype", torch.float32))
+        assert self.solve(prob, **options) == (compiles, 12 - compiles)
+        assert len(module._PLANS) == 2
+        assert self.solve(prob, **options) == (0, 12)
+
+    def test_another_alignment_or_layout_or_setting(self, compiled, monkeypatch):
+        buffer = torch.zeros(1 + 3 * 64)
+        self.solve(buffer[:-1].view(1, 3, 8, 8))
+        assert self.solve(buffer[1:].view(1, 3, 8, 8)) == (5, 7)
+        assert self.solve(buffer[:-1].view(1, 8, 8, 3).movedim(3, 1))[0] == 5
+        assert len(module._PLANS) == 3
+        monkeypatch.setattr(module, "FUSED_PASSES", 1)
+        assert self.solve(buffer[:-1].view(1, 3, 8, 8)) == (0, 6)
+        assert len(module._PLANS) == 4
+
+    def test_numbers_that_triton_tells_apart(self):
+        variants = {module._variant(x) for x in (1, 2, 16, 2**31, 2**31 + 1, 0)}
+        assert len(variants) == 5  # 0 and 16 are the same to it
+        assert module._variant(-(2**31)) == module._variant(32)
+
+    def test_a_launch_that_fails(self, compiled):
+        self.solve(torch.zeros(1, 3, 8, 8))
+        compiled.error = TypeError("function takes exactly 40 arguments")
+        assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0)
+        compiled.error = None
+        assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0), "it is tried once"
+
+    def test_a_launch_that_fails_for_another_map(self, compiled):
+        self.solve(torch.zeros(1, 3, 8, 8))
+        compiled.error = TypeError("function takes exactly 40 arguments")
+        assert self.solve(torch.zeros(1, 3, 8, 16)) == (12, 0)
+        assert not module.FUSED_DIRECT
+
+    def test_who_asks_triton_is_told_of_every_launch(self, compiled):
+        self.solve(torch.zeros(1, 3, 8, 8))
+        module._runtime().launch_exit_hook.calls.append(print)
+        assert self.solve(torch.zeros(1, 3, 8, 8)) == (12, 0)
+
+    def test_the_number_of_kinds_is_bounded(self, compiled, monkeypatch):
+        monkeypatch.setattr(module, "FUSED_PLANS", 3)
+        for size in range(1, 9):
+            self.solve(torch.zeros(1, 3, size))
+            assert len(module._PLANS) <= 3
+
+
 class TestDevice:
     pytestmark = gpu
 
@@ -96,37 +234,31 @@ class TestDevice:
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("metric", ["dice", "iou"])
-    @pytest.mark.parametrize("method", ["rma_score", "weight_prob", "prob"])
-    def test_every_keyword(self, shape, metric, method):
-        for scale in (0.2, 3.0, 9.0):
-            prob = random_map(*shape, scale=scale)
-            for unassigned, contested, valid in itertools.product(
-                ("max_score", "first", -1, 1), ("holders", "all"), (None, random_valid(prob))
-            ):
-                compare(
-                    prob,
-                    opt_metric=metric,
-                    to_nonoverlap_method=method,
-                    unassigned=unassigned,
-                    contested=contested,
-                    valid=valid,
-                    binary_threshold=False,
-                )
+    def test_every_keyword(self, shape, metric):
+        """Every method with every choice for unassigned pixels; the other keywords change from one to the next."""
+        turn = SHAPES.index(shape) + (metric == "iou")
+        choices = itertools.product(("rma_score", "weight_prob", "prob"), ("max_score", "first", -1, 1))
+        for k, (method, unassigned) in enumerate(choices, turn):
+            prob = random_map(*shape, scale=(0.2, 3.0, 9.0)[k % 3])
+            compare(
+                prob,
+                opt_metric=metric,
+                to_nonoverlap_method=method,
+                unassigned=unassigned,
+                contested=("holders", "all")[(k + k // 4) % 2],
+                valid=random_valid(prob) if k % 4 in (1, 2) else None,
+                binary_threshold=False,
+            )
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("dtype", module.DTYPES)
-    @pytest.mark.parametrize("metric", ["dice", "iou"])
-    def test_every_dtype(self, shape, dtype, metric):
+    def test_every_dtype(self, shape, dtype):
         prob = random_map(*shape).to(dtype)
-        for options in (
-            {},
-            {"allow_overlap": True},
-            {"allow_overlap": True, "valid": random_valid(prob)},
-            {"pruning_prob": 0.5},
-            {"pruning_prob": 1.0},
-            {"pruning_prob": 0},
-        ):
-            compare(prob, opt_metric=metric, **options)
+        turn = SHAPES.index(shape) + module.DTYPES.index(dtype)
+        metrics = ("dice", "iou") if turn % 2 else ("iou", "dice")
+        compare(prob, opt_metric=metrics[0])
+        compare(prob, opt_metric=metrics[1], pruning_prob=(0, 0.5, 1.0)[turn % 3])
+        compare(prob, opt_metric=metrics[0], allow_overlap=True, valid=random_valid(prob) if turn % 4 < 2 else None)
 
     @pytest.mark.parametrize(
         ("classes", "dtype"),
@@ -134,19 +266,39 @@ class TestDevice:
     )
     def test_every_layout(self, classes, dtype):
         prob = random_map(2, classes, 61, 83).to(dtype) if classes > 1 else torch.rand(2, 1, 61, 83).to(dtype)
-        for options in ({}, {"opt_metric": "iou", "contested": "all"}, {"allow_overlap": True}):
-            if classes == 1 and "allow_overlap" not in options:
-                continue
-            for layout in layouts(prob.cuda()):
-                before = layout.clone()
-                compare(prob, layout, **options)
-                assert torch.equal(layout, before)
+        choices = ({}, {"opt_metric": "iou", "contested": "all"}, {"allow_overlap": True})
+        for k, layout in enumerate(layouts(prob.cuda()), classes):
+            before = layout.clone()
+            compare(prob, layout, **choices[2 if classes == 1 else k % 3])
+            assert torch.equal(layout, before)
 
     def test_volumes_of_any_strides(self):
         prob = random_map(2, 4, 9, 11, 13, 3)
-        for order in itertools.permutations(range(6)):
+        for order in itertools.islice(itertools.permutations(range(6)), 0, None, 17):
             inverse = [order.index(k) for k in range(6)]
             compare(prob, prob.cuda().permute(order).contiguous().permute(inverse))
+
+    def test_maps_of_one_kind(self):
+        """The second map of a kind is solved without Triton, under the addresses of its own tensors."""
+        for shape, options in (((2, 21, 60, 70), {}), ((3, 2, 50, 40), {}), ((1, 5, 30, 40), {"allow_overlap": True})):
+            for seed in range(4):
+                prob = random_map(*shape, seed=seed)
+                compare(prob, valid=random_valid(prob) if shape[1] == 21 else None, **options)
+                assert module.FUSED_DIRECT, "Triton launches in another way than expected"
+        assert module._PLANS
+        buffer = torch.zeros(3 * 40 * 50 + 3).cuda()
+        for first in (0, 1, 2, 0, 3):
+            prob = random_map(1, 3, 40, 50, seed=first)
+            moved = buffer[first : first + prob.numel()].view(prob.shape).copy_(prob)
+            compare(prob, moved)
+
+    def test_maps_of_one_kind_on_another_stream(self):
+        prob = random_map(1, 5, 200, 300)
+        expected = rankseg_rma(prob)
+        for _ in range(3):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                labels = rankseg_rma(prob.cuda())
+                assert (labels.cpu() != expected).sum() <= 10
 
     def test_without_batch(self):
         prob = random_map(1, 6, 30, 40)[0]
@@ -244,6 +396,7 @@ class TestDevice:
         assert not module._is_fused(prob.cuda())
         compare(prob)
         compare(prob, allow_overlap=True, valid=random_valid(prob))
+        compare(random_map(1, 9, 1100, 1200), opt_metric="iou")  # in several pieces
 
 
 def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
