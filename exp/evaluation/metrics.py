@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from exp.config.data import IGNORE_INDEX
 from exp.config.evaluation import METRIC_NAMES
-from exp.rules.pooled import count_on_device
+from exp.rules.pooled import histogram
 
 SCORES = ("Acc", "IoU", "Dice")
 COUNTS = ("tp", "fp", "fn")
@@ -93,12 +93,6 @@ def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     table = histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
     tp = table.diagonal()
     return torch.stack([tp, table.sum(0) - tp, table.sum(1) - tp])
-
-
-def histogram(values: Tensor, size: int) -> Tensor:
-    """Whole numbers in 0..size-1 of any shape -> (size,) int64, how often each is there; a GPU is not waited for."""
-    values = values.flatten()
-    return torch.bincount(values, minlength=size) if values.device.type == "cpu" else count_on_device(values, size)
 
 
 def boundary_iou(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:

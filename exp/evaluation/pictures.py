@@ -10,6 +10,7 @@ from torch import nn
 from exp.data.base import IGNORE_INDEX
 from exp.evaluation.evaluator import EvalResult, Evaluator
 from exp.evaluation.metrics import count, image_scores
+from exp.rules.pooled import RuleThresholds
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -175,14 +176,16 @@ def choose_pictures(results: Sequence[EvalResult], metric: str, num_images: int,
     return chosen
 
 
-def predict_panel(evaluator: Evaluator, model: nn.Module, index: int, metric: str | None = None) -> np.ndarray:
+def predict_panel(
+    evaluator: Evaluator, model: nn.Module, thresholds: RuleThresholds, index: int, metric: str | None = None
+) -> np.ndarray:
     """One image of the data set under every rule -> its panel. The model is in eval mode.
 
     metric: the per-image score that the rules' captions tell.
     """
     dataset, item = evaluator.dataset, evaluator.dataset[index]
     case = dataset.samples[index].case
-    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], case).items()}
+    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], thresholds, case).items()}
     captions = {}
     if metric is not None:
         counts = np.stack([count(pred, item.label, len(dataset.classes)).numpy() for pred in preds.values()])

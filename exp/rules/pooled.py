@@ -72,49 +72,36 @@ def empty_pool(num_classes: int, device: torch.device | str = "cpu") -> Pool:
 
 
 def pool_of(prob: Tensor) -> Pool:
-    """(1, C, H, W) float32 probabilities -> their Pool, on the same device."""
+    """(1, C, H, W) float32 probabilities -> their Pool, on the same device; a GPU is not waited for."""
     pool = empty_pool(prob.shape[1], prob.device)
-    if prob.device.type == "cpu":
-        _count_on_cpu(prob, pool)
-    else:
-        _count_on_device(prob, pool)
+    for c, plane in enumerate(prob[0]):
+        for piece in plane.reshape(-1).split(PIECE):
+            whole = piece.mul(2.0**UNIT_BITS).round_().long()
+            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax())
+            if prob.device.type == "cpu" and pool.highest[c] < 2 ** (
+                UNIT_BITS - BITS
+            ):  # all in the lowest bin: quicker
+                pool.pixels[c, 0] += len(whole)
+                pool.masses[c, 0] += whole.sum()
+                continue
+            bins = (whole >> (UNIT_BITS - BITS)).clamp_(0, BINS - 1)  # NaN becomes any number; inference tells it
+            pool.pixels[c] += histogram(bins, BINS)
+            pool.masses[c] += histogram(bins, BINS, whole)
     return pool
 
 
-def _count_on_device(prob: Tensor, pool: Pool) -> None:
-    """The pixels put into an empty pool: the device is given its work and not waited for."""
-    for c, plane in enumerate(prob[0]):
-        whole = plane.reshape(-1).mul(2.0**UNIT_BITS).round_().long()
-        bins = (whole >> (UNIT_BITS - BITS)).clamp_(min=0, max=BINS - 1)  # NaN becomes any number; inference tells it
-        pool.highest[c], pool.pixels[c] = whole.amax(), count_on_device(bins, BINS)
-        pool.masses[c] = count_on_device(bins, BINS, whole)
+def histogram(values: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """Whole numbers in 0..size-1 -> (size,) int64: how many there are of each, or the exact sum of their weights.
 
-
-def count_on_device(values: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
-    """(P,) whole numbers in 0..size-1 -> (size,) int64: how many there are of each, or the sum of their weights.
-
-    As torch.bincount, which would wait for the device to learn the largest value; exact in whole numbers.
+    A GPU is not waited for, as torch.bincount would to learn the largest value.
     """
-    values = values.long()
+    values = values.flatten()
+    if values.device.type == "cpu":
+        return torch.bincount(values, None if weights is None else weights.double(), minlength=size).long()
     place = torch.arange(len(values), device=values.device).remainder_(COPIES).mul_(size).add_(values)
     found = torch.zeros(COPIES * size, dtype=torch.int64, device=values.device)
-    found.scatter_add_(0, place, torch.ones_like(values) if weights is None else weights)
+    found.scatter_add_(0, place, torch.ones_like(place) if weights is None else weights)
     return found.view(COPIES, size).sum(0)
-
-
-def _count_on_cpu(prob: Tensor, pool: Pool) -> None:
-    """The same, quicker there: bincount, and a shortcut for classes that are nowhere likely."""
-    for c, plane in enumerate(prob[0]):
-        for piece in plane.reshape(-1).split(PIECE):
-            whole = piece.mul(2.0**UNIT_BITS).round_().to(torch.int32)
-            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax().to(torch.int64))
-            if pool.highest[c] < 2 ** (UNIT_BITS - BITS):  # nowhere above the lowest bin
-                pool.pixels[c, 0] += len(whole)
-                pool.masses[c, 0] += whole.sum(dtype=torch.int64)
-                continue
-            bins = (whole >> (UNIT_BITS - BITS)).clamp_(max=BINS - 1)
-            pool.pixels[c] += bins.bincount(minlength=BINS)
-            pool.masses[c] += bins.bincount(whole.to(torch.float64), minlength=BINS).to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -249,8 +236,6 @@ COLUMNS = ("threshold", "size", "mass", "total", "kept", "resolution")
 def load_thresholds(path: Path, num_classes: int) -> Thresholds:
     """A thresholds file -> Thresholds; InputError if it is another file, or one of another number of classes."""
     expected = "a thresholds file (results/<rule>.<split>.thresholds.json of a rule of scope: dataset)"
-    if not path.is_file():
-        raise InputError(f"predict.thresholds: {path}: no such file, expected {expected}")
     try:
         content = read_json(path, expected, MAX_OBJECT)
         rows = list(content["classes"].values())
