@@ -170,7 +170,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path)
             _predict_volume(predictor, source, pixels, thresholds, folder)
             continue
         for rule, label in predictor.decide(pixels, source, thresholds).items():
-            predictor.format.save_png(predictor.format.encode(label), mask_path(folder, rule, source))
+            predictor.format.save_png(predictor.format.values[label], mask_path(folder, rule, source))
             picture = blend_labels(predictor.show(pixels), label, predictor.palette)
             _save_picture(picture, overlay_path(folder, rule, source))
 
@@ -188,7 +188,7 @@ def _predict_volume(
     found = found or list(range(volume.num_slices))
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), MONTAGE**2)).round().astype(int)]
     for rule, slices in labels.items():
-        values = {i: predictor.format.encode(label) for i, label in enumerate(slices)}
+        values = {i: predictor.format.values[label] for i, label in enumerate(slices)}
         save_volume(values, volume, mask_path(folder, rule, source))
         tiles = [blend_labels(predictor.show(shown[i][..., None]), slices[i], predictor.palette) for i in chosen]
         _save_picture(montage(tiles), overlay_path(folder, rule, source))

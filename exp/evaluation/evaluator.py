@@ -268,12 +268,11 @@ def add_timings(timings: list[Timing]) -> Timing:
 def format_timing(timing: Timing) -> str:
     """Timing -> the lines that a run prints."""
     values = timing.to_dict()
-    steps, decisions = values["milliseconds_per_image"], values["decision_milliseconds_per_image"]
-    pooling = {"gathering thresholds": steps["pool"]} if "pool" in steps else {}
-    rows = {"forward pass": steps["forward"], **pooling, **decisions}
+    names = {"forward": "forward pass", "pool": "gathering thresholds"}
+    rows = {name: values["milliseconds_per_image"][step] for step, name in names.items() if step in timing.steps}
+    rows |= values["decision_milliseconds_per_image"]
     width = max(map(len, rows))
-    lines = ["milliseconds per image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
-    return "\n".join(lines)
+    return "\n".join(["milliseconds per image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())])
 
 
 def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) -> Evaluator:

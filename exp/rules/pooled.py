@@ -56,24 +56,18 @@ class Pool:
     masses: Tensor
     highest: Tensor
 
-    def add(self, other: "Pool") -> None:
-        """Take in the pixels of another pool."""
-        self.pixels += other.pixels
-        self.masses += other.masses
-        self.highest = torch.maximum(self.highest, other.highest)
+    def __add__(self, other: "Pool") -> "Pool":
+        highest = torch.maximum(self.highest, other.highest)
+        return Pool(self.pixels + other.pixels, self.masses + other.masses, highest)
 
     def cpu(self) -> "Pool":
         return Pool(self.pixels.cpu(), self.masses.cpu(), self.highest.cpu())
 
 
-def empty_pool(num_classes: int, device: torch.device | str = "cpu") -> Pool:
-    shapes = ((num_classes, BINS), (num_classes, BINS), (num_classes,))
-    return Pool(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
-
-
 def pool_of(prob: Tensor) -> Pool:
     """(1, C, H, W) float32 probabilities -> their Pool, on the same device; a GPU is not waited for."""
-    pool = empty_pool(prob.shape[1], prob.device)
+    shape = (prob.shape[1], BINS)
+    pool = Pool(*(torch.zeros(s, dtype=torch.int64, device=prob.device) for s in (shape, shape, shape[:1])))
     for c, plane in enumerate(prob[0]):
         for piece in plane.reshape(-1).split(PIECE):
             whole = piece.mul(2.0**UNIT_BITS).round_().long()
@@ -201,9 +195,11 @@ def gather_thresholds(
     for prob, case in maps:
         pool = pool_of(prob)
         del prob  # before the next image's is computed: of large images there is room for one
-        add_pools(own, {rule.key(case): pool for rule in pooled.values()})
+        for key in {rule.key(case) for rule in pooled.values()}:
+            own[key] = own[key] + pool if key in own else pool
     for pools in gather({key: pool.cpu() for key, pool in own.items()}):
-        add_pools(total, pools)
+        for key, pool in pools.items():
+            total[key] = total[key] + pool if key in total else pool
     return {
         name: {
             case: solve(pool, rule.opt_metric, rule.pruning_prob)
@@ -212,14 +208,6 @@ def gather_thresholds(
         }
         for name, rule in pooled.items()
     }
-
-
-def add_pools(total: Pools, further: Pools) -> None:
-    """Add the pixels of `further` to the pools of the same name."""
-    for key, pool in further.items():
-        if key not in total:
-            total[key] = empty_pool(len(pool.highest), pool.highest.device)
-        total[key].add(pool)
 
 
 def thresholds_json(thresholds: Thresholds, classes: tuple[str, ...], context: Mapping[str, Any]) -> str:

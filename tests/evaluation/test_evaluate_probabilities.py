@@ -375,14 +375,12 @@ def test_no_network_is_needed():
 
 
 def test_pooled_rules_pool_all_maps_or_a_case(script, tmp_path: Path, volumes: dict):
-    from exp.rules.pooled import empty_pool, pool_of, solve
+    from exp.rules.pooled import pool_of, solve
 
     rules = ["rankseg_rma_case", "rankseg_rma_dataset"]
     assert evaluate(script, tmp_path, "--predict_yaml", *rules)[0] == 0
     pools = {name: pool_of(torch.from_numpy(prob).flatten(1)[None, :, None]) for name, (prob, _) in volumes.items()}
-    everything = empty_pool(3)
-    for pool in pools.values():
-        everything.add(pool)
+    everything = pools["case_0"] + pools["case_1"]
     for rule in rules:
         for row in read_rows(tmp_path / "out" / "results" / f"{rule}.csv"):
             prob, label = volumes[row["case"]]

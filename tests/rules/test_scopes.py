@@ -10,7 +10,6 @@ import torch
 from exp.rules.pooled import (
     PooledRule,
     Thresholds,
-    empty_pool,
     gather_thresholds,
     load_thresholds,
     pool_of,
@@ -48,9 +47,7 @@ def objective(member: torch.Tensor, values: torch.Tensor, metric: str) -> torch.
 @pytest.mark.parametrize("sharpness", [0.3, 2.0, 6.0])
 def test_thresholds_of_a_histogram_are_those_of_a_sort(metric: str, sharpness: float):
     maps = [prob(4, seed=seed, sharpness=sharpness) for seed in range(3)]
-    pool = empty_pool(4)
-    for one in maps:
-        pool.add(pool_of(one))
+    pool = pool_of(maps[0]) + pool_of(maps[1]) + pool_of(maps[2])
     found = solve(pool, metric, 0.1)
     for c in range(4):
         values = torch.cat([one[0, c].flatten() for one in maps])
