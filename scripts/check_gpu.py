@@ -41,7 +41,7 @@ GRACE = 15  # seconds that a part may take beyond its share before it is ended
 
 @dataclass(frozen=True)
 class Part:
-    """module: has a function `check_<name>(check)`. minutes: of twelve, which the budget is shared out by."""
+    """module: has a function `check_<name>(check)`. minutes: of ten, which the budget is shared out by."""
 
     module: str
     minutes: float
@@ -49,15 +49,13 @@ class Part:
 
 
 PARTS = {  # in the order of their importance
-    "tests": Part("gpu_training", 2.0, "the tests marked gpu"),
-    "rules": Part("gpu_rules", 2.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
-    "networks": Part(
-        "gpu_networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"
-    ),
-    "training": Part("gpu_training", 2.2, "a training, interrupted and resumed; its evaluation against the CPU's"),
-    "nccl": Part("gpu_training", 0.6, "SyncBN and DDP in a process group against one process without a group"),
-    "loader": Part("gpu_loader", 0.8, "how many workers keep one device busy at 512x512"),
-    "compile": Part("gpu_networks", 1.4, "the same training steps under torch.compile"),
+    "tests": Part("training", 2.0, "the tests marked gpu"),
+    "rules": Part("rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
+    "networks": Part("networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
+    "training": Part("training", 2.0, "a training, interrupted and resumed; its evaluation against the CPU's"),
+    "nccl": Part("training", 0.6, "SyncBN and DDP in a process group against one process without a group"),
+    "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
+    "compile": Part("networks", 0.8, "the same training steps under torch.compile"),
 }
 
 
@@ -166,7 +164,7 @@ def run_part(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        module = importlib.import_module(f"scripts.benchmarks.{PARTS[args.run_part].module}")
+        module = importlib.import_module(f"scripts.benchmarks.gpu.{PARTS[args.run_part].module}")
         getattr(module, f"check_{args.run_part}")(check)
     except Exception as error:
         traceback.print_exc()
@@ -230,8 +228,20 @@ def format_page(rows: list[dict[str, Any]]) -> str:
         notes = [row["note"] for row in own if "note" in row]
         lines += ["", *(f"- {text}" for text in notes)] if notes else []
         for table in dict.fromkeys(row["table"] for row in own if "table" in row):
-            lines += ["", f"### {table}", "", *format_table([r["values"] for r in own if r.get("table") == table])]
+            values = [row["values"] for row in own if row.get("table") == table]
+            lines += ["", f"### {table}", "", *format_table(count_tests(values) if table == "Tests" else values)]
     return "\n".join(lines) + "\n"
+
+
+def count_tests(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per test -> a row per file with how many came out how; those that did not pass keep a row of their own."""
+    counts: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        file = row["test"].split("::")[0]
+        of_file = counts.setdefault(file, {"test": file})
+        of_file[row["outcome"]] = of_file.get(row["outcome"], 0) + 1
+    others = [{"test": row["test"], row["outcome"]: 1} for row in rows if row["outcome"] in ("failed", "error")]
+    return [*counts.values(), *others]
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -36,7 +36,7 @@ class ScheduleConfig:
     channels_last: bool = True  # memory format; on a CPU a step of DeepLabV3+ takes 0.6 of the time
     compile: bool = False  # torch.compile
     tf32: Literal["off", "conv", "all"] = "conv"  # on CUDA: float32 products in TF32; conv: PyTorch's and the paper's
-    cudnn_benchmark: bool = True  # on CUDA: cuDNN times its algorithms for every new shape and keeps the fastest
+    cudnn_benchmark: bool = False  # on CUDA: cuDNN times its algorithms for every new shape, and keeps the fastest
     nonfinite_limit: int = 10  # stop after so many steps in a row whose loss or gradient is non-finite
 
     def __post_init__(self) -> None:

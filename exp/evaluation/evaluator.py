@@ -189,9 +189,11 @@ class Evaluator:
 
     def _forward(self, model: nn.Module, image: Tensor, clock: Clock) -> Tensor:
         clock.timing.num_forwards += 1
-        infer = self.inference.unchecked if self.dist.device.type == "cuda" else self.inference  # _fetch looks then
         with clock(clock.timing.steps, "forward"):
-            return infer(model, self.normalize(self._to_device(image)))
+            (prob,) = self.inference.unchecked(model, [self.normalize(self._to_device(image))])
+        if prob.device.type != "cuda":  # elsewhere _fetch looks at the sum
+            require_finite(prob.sum().item())
+        return prob
 
     def _timed_decisions(self, prob: Tensor, index: int, thresholds: RuleThresholds, clock: Clock) -> dict[str, Tensor]:
         """Probabilities of an image -> (H, W) int64 labels by rule."""

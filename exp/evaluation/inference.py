@@ -1,7 +1,7 @@
 """Image -> probabilities: a sliding window over the whole image, at several scales and flips, with a temperature."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -40,19 +40,23 @@ class Inference:
     amp: str = "off"
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
-        prob = self.unchecked(model, image)
+        (prob,) = self.unchecked(model, [image])
         require_finite(prob.sum().item())
         return prob
 
     @torch.inference_mode()
-    def unchecked(self, model: nn.Module, image: Tensor) -> Tensor:
-        """The same, for callers that look at the sum later (require_finite): a GPU is not waited for."""
+    def unchecked(self, model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images, of one size or several, whose windows share forward passes -> the same for each of them.
+
+        For callers that look at the sums later (require_finite): a GPU is not waited for.
+        """
         assert self.temperature is not None
-        total = None
-        for logits in self.logits(model, image):
-            prob = softmax_(logits, self.temperature)
-            total = prob if total is None else total.add_(prob)
-        return total.div_(self.num_views) if self.num_views > 1 else total
+        totals: list[Tensor] = []
+        for views in self._views(model, images):
+            probs = [softmax_(logits, self.temperature) for logits in views]
+            totals = [total.add_(prob) for total, prob in zip(totals, probs)] or probs
+            del views, probs  # of a large image there is room for one map
+        return [total.div_(self.num_views) for total in totals] if self.num_views > 1 else totals
 
     @property
     def num_views(self) -> int:
@@ -61,37 +65,41 @@ class Inference:
     @torch.inference_mode()
     def logits(self, model: nn.Module, image: Tensor) -> Iterator[Tensor]:
         """(1, channels, H, W) -> the views' (1, C, H, W) float32 logits before the temperature, one after the other."""
-        height, width = image.shape[-2:]
-        for scale in self.scales:
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-            resized = image if size == (height, width) else resize(image, size)
-            for flipped in (False, True) if self.flip else (False,):
-                view = self._slide(model, resized.flip(-1) if flipped else resized)
-                if size != (height, width):
-                    view = resize(view, (height, width))
-                if flipped:
-                    view = view.flip(-1)
-                yield view
+        for (view,) in self._views(model, [image]):
+            yield view
 
-    def _slide(self, model: nn.Module, image: Tensor) -> Tensor:
-        """(1, channels, H, W) -> (1, C, H, W) logits, the mean over the windows that hold the pixel."""
-        height, width = image.shape[-2:]
+    def _views(self, model: nn.Module, images: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """View by view, the (1, C, H, W) float32 logits of every image."""
+        sizes = [image.shape[-2:] for image in images]
+        for scale in self.scales:
+            resized = [image if scale == 1 else resize(image, scaled(image, scale)) for image in images]
+            for flipped in (False, True) if self.flip else (False,):
+                views = self._slide(model, [image.flip(-1) for image in resized] if flipped else resized)
+                views = [v if v.shape[-2:] == size else resize(v, size) for v, size in zip(views, sizes)]
+                yield [view.flip(-1) for view in views] if flipped else views
+
+    def _slide(self, model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
+        """(1, channels, H, W) images -> (1, C, H, W) logits each, the mean over the windows that hold the pixel."""
         crop_h, crop_w = self.crop_size
-        image = F.pad(image, (0, max(0, crop_w - width), 0, max(0, crop_h - height)))
-        places = list(self.windows(*image.shape[-2:]))
-        total, visits = None, torch.zeros((height, width), device=image.device)
+        sizes = [image.shape[-2:] for image in images]
+        images = [F.pad(image, (0, max(0, crop_w - w), 0, max(0, crop_h - h))) for image, (h, w) in zip(images, sizes)]
+        places = [(i, *place) for i, image in enumerate(images) for place in self.windows(*image.shape[-2:])]
+        totals: dict[int, Tensor] = {}
+        visits = [torch.zeros(size, device=image.device) for image, size in zip(images, sizes)]
         for first in range(0, len(places), self.window_batch):
             group = places[first : first + self.window_batch]
-            crops = torch.cat([image[..., top : top + crop_h, left : left + crop_w] for top, left in group])
-            with autocast(self.amp, image.device):
+            crops = torch.cat([images[i][..., top : top + crop_h, left : left + crop_w] for i, top, left in group])
+            with autocast(self.amp, crops.device):
                 logits = model(crops)
-            for (top, left), window in zip(group, logits):
-                if total is None:
-                    total = window.new_zeros((1, len(window), height, width), dtype=torch.float32)
+            for (i, top, left), window in zip(group, logits):
+                height, width = sizes[i]
+                if i not in totals:
+                    totals[i] = window.new_zeros((1, len(window), height, width), dtype=torch.float32)
                 inside = (slice(top, top + crop_h), slice(left, left + crop_w))
-                total[(0, slice(None), *inside)] += window[:, : height - top, : width - left]
-                visits[inside] += 1
-        return total.div_(visits) if len(places) > 1 else total
+                totals[i][(0, slice(None), *inside)] += window[:, : height - top, : width - left]
+                visits[i][inside] += 1
+        several = [sum(place[0] == i for place in places) > 1 for i in range(len(images))]
+        return [totals[i].div_(visits[i]) if several[i] else totals[i] for i in range(len(images))]
 
     def windows(self, height: int, width: int) -> Iterator[tuple[int, int]]:
         """Image size (at least the window's) -> (top, left) of every window."""
@@ -122,6 +130,11 @@ def softmax_(logits: Tensor, temperature: float) -> Tensor:
             piece = piece.div_(temperature)
         piece.copy_(piece.softmax(dim=1))
     return logits
+
+
+def scaled(image: Tensor, scale: float) -> tuple[int, int]:
+    """The height and width of an image at a scale."""
+    return tuple(max(1, round(side * scale)) for side in image.shape[-2:])
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -29,7 +29,6 @@ MOST_ENTRIES = {"exp": 14}  # of a folder of the program; 12 where nothing is sa
 MODULES = {
     ".".join(path.relative_to(ROOT / "exp").with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "exp").rglob("*.py")
-    if path != ROOT / "exp" / "__init__.py"
 }
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from scripts import check_gpu
-from scripts.benchmarks import gpu_loader, gpu_networks, gpu_rules, gpu_training
+from scripts.benchmarks.gpu import loader as gpu_loader
+from scripts.benchmarks.gpu import networks as gpu_networks
+from scripts.benchmarks.gpu import rules as gpu_rules
+from scripts.benchmarks.gpu import training as gpu_training
 from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, shares
 
 CPU = torch.device("cpu")

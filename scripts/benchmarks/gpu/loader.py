@@ -16,7 +16,7 @@ from exp.data.loader import Batch, build_train_loader
 from exp.data.transforms import RandomCrop
 from exp.runtime.distributed import Dist
 from scripts.benchmarks.benchmark_loader import CASES, MEAN, SCALES, open_folder, write_files
-from scripts.benchmarks.gpu_networks import BATCH, compose, make_batch, make_step
+from scripts.benchmarks.gpu.networks import BATCH, compose, make_batch, make_step
 
 if TYPE_CHECKING:
     from exp.training.step import TrainStep

@@ -59,7 +59,7 @@ VARIANTS = {  # besides the defaults, which are measured for all networks
     "fp16": ("schedule.amp=fp16", "test.amp=fp16"),
     "contiguous": ("schedule.channels_last=false",),
     "bf16, contiguous": ("schedule.amp=bf16", "test.amp=bf16", "schedule.channels_last=false"),
-    "no cuDNN benchmark": ("schedule.cudnn_benchmark=false",),
+    "cuDNN benchmark": ("schedule.cudnn_benchmark=true",),
 }
 COMPILED = {
     "bf16, compile": (*VARIANTS["bf16"], "schedule.compile=true"),
@@ -238,7 +238,7 @@ def check_networks(check: Check) -> None:
     order += [(model, data, "defaults") for model, data in NETWORKS if (model, data) not in FIRST]
     order += [(DEEPLAB, NATURAL, variant) for variant in ("bf16", "TF32", "float32", "bf16, contiguous")]
     order += [(UPERNET, NATURAL, "windows")]
-    order += [(UPERNET, NATURAL, v) for v in ("contiguous", "bf16, contiguous", "fp16", "no cuDNN benchmark")]
+    order += [(UPERNET, NATURAL, v) for v in ("contiguous", "bf16, contiguous", "fp16", "cuDNN benchmark")]
     order += [(SEGFORMER, NATURAL, variant) for variant in VARIANTS]
     if check.tiny:
         order = [(UPERNET, NATURAL, what) for what in ("defaults", "contiguous", "windows")]

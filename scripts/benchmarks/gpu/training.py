@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from exp.runtime.distributed import Dist
     from scripts.check_gpu import Check
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OUTCOME = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (tests/.+::.+?) *$|^(tests/\S+::.+?) ([A-Z]+) +\[ *\d+%\]")
 RULES = (
     "argmax",
@@ -47,7 +47,7 @@ def check_tests(check: Check) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--durations=15"]
     if find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-        command += ["-n", "4"]
+        command += ["-n", str(min(12, os.cpu_count()))]
     command += ["tests/training/test_gpu.py", "-k", "saved_state"] if check.tiny else ["tests"]
     environment = {**os.environ, **({"RANKSEG_TEST_DEVICE": "cpu"} if check.tiny else {})}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -195,7 +195,7 @@ def check_nccl(check: Check) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "result.json"
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-            command += ["-m", "scripts.benchmarks.gpu_training", str(path), check.device.type]
+            command += ["-m", "scripts.benchmarks.gpu.training", str(path), check.device.type]
             limit = max(10.0, check.left() - 2)
             try:
                 status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
@@ -272,7 +272,7 @@ def three_steps(dist: Dist, alone: bool) -> tuple[list[float], nn.Module]:
     from exp.data.registry import build_normalize
     from exp.models import build_model
     from exp.training.step import build_step, seed_everything
-    from scripts.benchmarks.gpu_networks import compose
+    from scripts.benchmarks.gpu.networks import compose
 
     config = compose("unet_resnet18d", "camvid", ("model.dropout=0.0", "data.crop_size=[64,96]"), tiny=False)
     seed_everything(0, 0, 0)
