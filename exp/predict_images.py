@@ -118,8 +118,6 @@ def list_sources(path: Path, output: Path) -> list[Source]:
     """A file, or a folder with all below it but `output` -> images and volumes by name; InputError for none."""
     if path.is_file():
         return [Source(strip_suffix(path.name), path)]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder")
     suffixes = (*FORMATS, *VOLUME_SUFFIXES)
     found: dict[str, Source] = {}
     for file in sorted(path.rglob("*")):

@@ -228,10 +228,8 @@ class Evaluator:
 
     def read_all(self) -> None:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
-        loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        for _ in tqdm(loader, desc="reading the validation set", disable=self.dist.hides_bars, leave=False):
-            if self.dist.asked_to_stop:
-                break
+        for _ in self._batches("reading the validation set", Clock(self.dist.device)):
+            pass
         self.dist.stop_if_asked("nothing was trained yet")
 
     def decide(

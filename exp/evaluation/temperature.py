@@ -29,10 +29,6 @@ class Pixels:
     logits: Tensor
     label: Tensor
 
-    def probabilities(self, temperature: float) -> Tensor:
-        """(M, C): what inference would give."""
-        return (self.logits / temperature).softmax(-1).mean(1)
-
 
 def draw_pixels(
     model: nn.Module,
@@ -95,7 +91,7 @@ def fit(pixels: Pixels) -> float:
 
 def scores(pixels: Pixels, temperature: float) -> dict[str, float]:
     """NLL (nats) and the calibration errors ECED and SCED (percent) of the pixels at a temperature."""
-    prob = pixels.probabilities(temperature).t()[None, :, :, None]
+    prob = (pixels.logits / temperature).softmax(-1).mean(1).t()[None, :, :, None]  # as inference averages views
     errors = calibration_scores(count_calibration(prob, pixels.label[:, None]).numpy()[None])
     nll = negative_log_likelihood(pixels, temperature).item()
     return {"NLL": nll, "ECED": errors["ECED"], "SCED": errors["SCED"]}

@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
     (tmp_path / "fake.pt").write_bytes(b"no checkpoint")
     good = checkpoint(trained)
     for path, source, message in (
-        (good, tmp_path / "nowhere", "nowhere: no such file or folder"),
+        (good, tmp_path / "nowhere", "nowhere: got no file of .png"),
         (good, tmp_path / "empty", "empty: got no file of .png"),
         (good, tmp_path / "broken", "b.jpg: got a file that cannot be read"),
         (good, tmp_path / "twice", "a.png: got two files of the name 'a'"),
