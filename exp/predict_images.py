@@ -18,7 +18,7 @@ from exp.checkpoints.checkpoint import Checkpoint, load_checkpoint, load_weights
 from exp.config.data import DataConfig
 from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.model import ModelConfig
-from exp.config.strict_yaml import build_dataclass, show
+from exp.config.strict_yaml import build_dataclass
 from exp.config.training import ScheduleConfig
 from exp.data.base import show_values
 from exp.data.decode import read_image
@@ -224,16 +224,17 @@ def build_predictor(
     cls = DATASETS[data.dataset]
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data)
-    if list(facts["classes"]) != checkpoint.classes:
-        raise InputError(
-            f"{path}: got the classes {show(checkpoint.classes)}, expected those of {data.dataset}: "
-            f"{show(list(facts['classes']))}"
-        )
-    num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
+    classes, volumes = list(facts["classes"]), getattr(cls, "volumes", None)
     for config in predict:
         if config.scope == "case" and volumes is None:
             raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
-    model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
+    with decoding(path, "a checkpoint of a network that can be built"):  # its config may say anything
+        model = build_model(
+            _config_of(checkpoint, "model", ModelConfig), len(classes), facts["channels"], pretrained=False
+        )
+    load_weights(model, checkpoint, checkpoint.config["model"], classes, test.weights)
+    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
+    model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format).eval()
     if test.temperature == "fitted":
         fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
         test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
@@ -241,24 +242,15 @@ def build_predictor(
         model=model,
         inference=build_inference(test),
         normalize=build_normalize(data),
-        rules={c.name: build_rule(c, num_classes) for c in predict},
+        rules={c.name: build_rule(c, len(classes)) for c in predict},
         device=device,
         classes=facts["classes"],
         palette=facts["palette"],
-        format=mask_format(num_classes, facts["palette"], facts["label_map"]),
+        format=mask_format(len(classes), facts["palette"], facts["label_map"]),
         channels=facts["channels"],
         window=facts["window"],
         volumes=volumes,
     )
-
-
-def _load_model(checkpoint: Checkpoint, channels: int, weights: str) -> nn.Module:
-    config = _config_of(checkpoint, "model", ModelConfig)
-    with decoding(checkpoint.path, "a checkpoint of a network that can be built"):  # its config may say anything
-        model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
-    load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes, weights)
-    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
-    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _config_of(checkpoint: Checkpoint, group: str, cls: type) -> Any:

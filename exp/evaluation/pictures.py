@@ -9,7 +9,7 @@ from torch import nn
 
 from exp.data.base import IGNORE_INDEX
 from exp.evaluation.evaluator import EvalResult, Evaluator
-from exp.evaluation.metrics import count, image_scores
+from exp.evaluation.metrics import count_rules, image_scores
 from exp.rules.pooled import RuleThresholds
 
 Palette = Sequence[tuple[int, int, int]]
@@ -79,7 +79,7 @@ def draw_panel(
         columns.append(tiles)
     size = tile_size(*image.shape[:2])
     panel = _paste_columns(columns, size, title)
-    present = np.unique(np.concatenate([label.ravel(), *(pred.ravel() for pred in preds.values())]))
+    present = np.unique(np.stack([label, *preds.values()]))
     entries = [(palette[c], classes[c]) for c in present if c != IGNORE_INDEX]
     entries += [(IGNORE_COLOUR, "ignored")] if IGNORE_INDEX in present else []
     if len(preds) > 1:
@@ -143,8 +143,7 @@ def choose_pictures(results: Sequence[EvalResult], metric: str, num_images: int,
     empty for one rule. random: by the seed, and none of the others while there are enough images.
     """
     num_all = len(results[0].names)
-    gain = image_scores(results[-1].counts)[metric] - image_scores(results[0].counts)[metric]
-    gain = np.nan_to_num(gain, nan=0.0)
+    gain = np.nan_to_num(image_scores(results[-1].counts)[metric] - image_scores(results[0].counts)[metric])
     order = np.argsort(-gain, kind="stable")
     chosen = {
         "gain": [int(i) for i in order if gain[i] > 0][:num_images],
@@ -168,8 +167,7 @@ def predict_panel(
     preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], thresholds, case).items()}
     captions = {}
     if metric is not None:
-        counts = np.stack([count(pred, item.label, len(dataset.classes)).numpy() for pred in preds.values()])
-        scores = image_scores(counts)[metric]
+        scores = image_scores(count_rules(list(preds.values()), item.label, len(dataset.classes)).numpy())[metric]
         captions = {name: f"{name}: {metric} {score:.1f}" for name, score in zip(preds, scores)}
     return draw_panel(
         dataset.display(item.image.numpy()),

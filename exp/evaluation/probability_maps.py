@@ -90,9 +90,7 @@ class MapReader:
         low, high = float(prob.min()), float(prob.max())  # NaN in either if there is one
         if not (low >= 0 and high <= 1 + 4 * float(np.finfo(prob.dtype).eps)):
             raise InputError(f"{path}: got values in {low:.6g}..{high:.6g}, expected probabilities in 0..1")
-        total = prob.sum(0, dtype=np.float32)
-        total -= 1
-        error = float(np.abs(total, out=total).max())
+        error = float(np.abs(prob.sum(0, dtype=np.float32) - 1).max())
         if error > self.tolerance:
             raise InputError(
                 f"{path}: got probabilities whose sum over the classes (the first axis) is off from 1 by {error:.3g}, "

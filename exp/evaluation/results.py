@@ -117,12 +117,10 @@ def describe_calibration(counts: np.ndarray, result: EvalResult) -> dict[str, An
 
 def _bin_rows(counts: np.ndarray) -> dict[str, list]:
     """(3, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
-    pixels = counts[PIXELS].tolist()
-    mean = {
-        name: [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
-        for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS))
-    }
-    return {"pixels": [int(num) for num in pixels], **mean}
+    pixels, rows = counts[PIXELS].tolist(), {"pixels": counts[PIXELS].astype(int).tolist()}
+    for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
+        rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
+    return rows
 
 
 def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

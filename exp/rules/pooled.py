@@ -148,15 +148,9 @@ def solve(pool: Pool, opt_metric: str, pruning_prob: float) -> Thresholds:
     n, s = (v.gather(1, best[:, None])[:, 0] for v in (n, s))
     mu = mu[:, 0]
     crowd = pool.pixels.gather(1, own[:, None])[:, 0]
-    return Thresholds(
-        opt_metric,
-        tuple(t.tolist()),
-        tuple(n.tolist()),
-        tuple(s.tolist()),
-        tuple(mu.tolist()),
-        tuple((pool.highest.double() / 2**UNIT_BITS > pruning_prob).tolist()),
-        tuple((crowd / (n + mu + offset).clamp_min(1e-30) / BINS).tolist()),
-    )
+    kept = pool.highest.double() / 2**UNIT_BITS > pruning_prob
+    resolution = crowd / (n + mu + offset).clamp_min(1e-30) / BINS
+    return Thresholds(opt_metric, *(tuple(column.tolist()) for column in (t, n, s, mu, kept, resolution)))
 
 
 @dataclass(frozen=True)
@@ -166,9 +160,6 @@ class PooledRule:
     scope: str
     opt_metric: str
     pruning_prob: float
-
-    def __call__(self, prob: Tensor) -> Tensor:
-        raise InputError(f"predict.scope: got {self.scope}, expected a rule that decides from one image alone")
 
     def key(self, case: str | None) -> tuple[str, str | None]:
         """An image's case -> the name of its pool."""
