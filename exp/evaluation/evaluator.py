@@ -140,7 +140,10 @@ class Evaluator:
             index = batch.indices[0]
             prob = cache.pop(index, None)
             prob = self._forward(model, batch.image, clock) if prob is None else self._to_device(prob)
-            preds = self._timed_decisions(prob, index, thresholds, clock)
+            preds = {}
+            for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
+                with clock(clock.timing.decisions, name):
+                    preds[name] = rule(prob)[0]
             counted.append((index, self._count(preds, prob, batch.label[0], clock)))
             del prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
@@ -173,16 +176,11 @@ class Evaluator:
             with clock(clock.timing.steps, "pool"):
                 yield prob, self.dataset.samples[index].case
             if prob.nbytes <= room:
-                cache[index] = self._to_host(prob)
+                host = torch.empty(prob.shape, dtype=prob.dtype, pin_memory=prob.device.type == "cuda")
+                cache[index] = host.copy_(prob, non_blocking=True)
                 room -= prob.nbytes
             del prob
         self.dist.stop_if_asked(UNFINISHED)
-
-    def _to_host(self, prob: Tensor) -> Tensor:
-        """Probabilities -> the same in host memory; a GPU is not waited for."""
-        if prob.device.type == "cpu":
-            return prob
-        return torch.empty(prob.shape, dtype=prob.dtype, pin_memory=True).copy_(prob, non_blocking=True)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dist.device, non_blocking=True)
@@ -194,14 +192,6 @@ class Evaluator:
         if prob.device.type != "cuda":  # elsewhere _fetch looks at the sum
             require_finite(prob.sum().item())
         return prob
-
-    def _timed_decisions(self, prob: Tensor, index: int, thresholds: RuleThresholds, clock: Clock) -> dict[str, Tensor]:
-        """Probabilities of an image -> (H, W) int64 labels by rule."""
-        preds = {}
-        for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
-            with clock(clock.timing.decisions, name):
-                preds[name] = rule(prob)[0]
-        return preds
 
     def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
         """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its
