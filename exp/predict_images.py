@@ -1,9 +1,9 @@
 """Images of the user's own -> masks and overlays, from a checkpoint alone: it knows its config and its classes."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from exp.checkpoints.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
 from exp.config.data import DataConfig
 from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.model import ModelConfig
-from exp.config.strict_yaml import build_dataclass, show
+from exp.config.strict_yaml import build_dataclass
 from exp.config.training import ScheduleConfig
 from exp.data.base import show_values
 from exp.data.decode import read_image
@@ -35,10 +35,10 @@ from exp.files.nifti import read_image as read_slices
 from exp.models import build_model
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, decoding
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
-SPARE_PARAMETERS = 2**26  # encoders are built with a classifier that is taken off again
+CLASSES = "classes.json"
 MONTAGE = 3  # rows and columns of slices in the overlay of a volume
 
 
@@ -59,7 +59,7 @@ class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
     channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
-    slices it was trained on were made; None: it was trained on images. thresholds: of the pooled rules.
+    slices it was trained on were made; None: it was trained on images.
     """
 
     model: nn.Module
@@ -73,26 +73,22 @@ class Predictor:
     channels: int
     window: tuple[float, float] | None
     volumes: VolumeFacts | None
-    thresholds: RuleThresholds = field(default_factory=dict)
 
     def probabilities(self, image: np.ndarray) -> Tensor:
         """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32."""
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
         return self.inference(self.model, self.normalize(pixels.to(self.device)))
 
-    def decide(self, image: np.ndarray, source: Source) -> dict[str, np.ndarray]:
-        """(H, W, channels) pixels of a source -> (H, W) labels by rule."""
-        prob, rules = self.probabilities(image), bind_rules(self.rules, self.thresholds, source.name)
+    def decide(self, image: np.ndarray, source: Source, thresholds: RuleThresholds) -> dict[str, np.ndarray]:
+        """(H, W, channels) pixels of a source -> (H, W) labels by rule, the pooled ones under their thresholds."""
+        prob, rules = self.probabilities(image), bind_rules(self.rules, thresholds, source.name)
         return {name: rule(prob)[0].cpu().numpy() for name, rule in rules.items()}
 
     def read(self, source: Source) -> np.ndarray | Volume:
         """A source -> its pixels, or the grid of its volume; InputError for what this network cannot take."""
-        if source.is_volume and self.volumes is None:
-            raise InputError(f"{source.path}: got a volume, expected an image: the network was trained on images")
-        if not source.is_volume and self.volumes is not None:
-            raise InputError(
-                f"{source.path}: got an image, expected a NIfTI volume: the network was trained on slices of volumes"
-            )
+        if source.is_volume != (self.volumes is not None):
+            got, expected = ("a volume", "an image") if source.is_volume else ("an image", "a NIfTI volume")
+            raise InputError(f"{source.path}: got {got}, expected {expected}, as the network was trained on")
         return open_volume(source.path) if source.is_volume else read_image(source.path, self.channels)
 
     def show(self, image: np.ndarray) -> np.ndarray:
@@ -109,41 +105,28 @@ class Predictor:
         """(H, W) values of a slice -> (H', W', 1), as the network sees it."""
         return resize_image(values, self.volumes.size or values.shape)[..., None]
 
-    def images(self, source: Source) -> Iterator[np.ndarray]:
-        """What the network sees of a source, (H, W, channels) each."""
-        pixels = self.read(source)
-        if isinstance(pixels, Volume):
-            yield from (self.resize(values) for values in self.slices(pixels))
-        else:
-            yield pixels
-
-    def with_thresholds(self, sources: Sequence[Source]) -> "Predictor":
-        """With the thresholds of the pooled rules: of each volume, or of all sources together."""
-
-        def maps() -> Iterator[tuple[Tensor, str]]:
-            for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
-                for image in self.images(source):
-                    yield self.probabilities(image), source.name
-
-        return replace(self, thresholds=gather_thresholds(self.rules, maps()))
+    def maps(self, sources: Sequence[Source]) -> Iterator[tuple[Tensor, str]]:
+        """The probabilities of every image and slice, and its source's name: what pooled rules want to see first."""
+        for source in tqdm(sources, desc="gathering thresholds", unit="file", leave=False, disable=None):
+            pixels = self.read(source)
+            images = map(self.resize, self.slices(pixels)) if isinstance(pixels, Volume) else [pixels]
+            for image in images:
+                yield self.probabilities(image), source.name
 
 
 def list_sources(path: Path, output: Path) -> list[Source]:
     """A file, or a folder with all below it but `output` -> images and volumes by name; InputError for none."""
     if path.is_file():
         return [Source(strip_suffix(path.name), path)]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder")
     suffixes = (*FORMATS, *VOLUME_SUFFIXES)
     found: dict[str, Source] = {}
     for file in sorted(path.rglob("*")):
         own = output.resolve() in file.resolve().parents
         if own or file.name.startswith(".") or not file.name.lower().endswith(suffixes):
             continue
-        name = strip_suffix(file.relative_to(path).as_posix())
-        if name in found:
-            raise InputError(f"{file}: got two files of the name '{name}', expected one ({found[name].path} is there)")
-        found[name] = Source(name, file)
+        source = Source(strip_suffix(file.relative_to(path).as_posix()), file)
+        if (other := found.setdefault(source.name, source)) != source:
+            raise InputError(f"{file}: got two files of the name '{source.name}', expected one ({other.path} is there)")
     if not found:
         raise InputError(f"{path}: got no file of {', '.join(suffixes)}, expected images or NIfTI volumes")
     return list(found.values())
@@ -151,82 +134,70 @@ def list_sources(path: Path, output: Path) -> list[Source]:
 
 def strip_suffix(name: str) -> str:
     """A file's name or path without .nii.gz or its last suffix."""
-    for suffix in VOLUME_SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name[: -len(Path(name).suffix)] if Path(name).suffix else name
+    return re.sub(r"(?i)(\.nii(?=\.gz))?\.[^./]*$", "", name)
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where files go: <folder>/masks/<rule>/<name>.{png,nii.gz}, overlays/<rule>/<name>.png and classes.json."""
-
-    folder: Path
-
-    def mask(self, rule: str, source: Source) -> Path:
-        return self.folder / "masks" / rule / f"{source.name}{'.nii.gz' if source.is_volume else '.png'}"
-
-    def overlay(self, rule: str, source: Source) -> Path:
-        return self.folder / "overlays" / rule / f"{source.name}.png"
-
-    @property
-    def classes(self) -> Path:
-        return self.folder / "classes.json"
-
-    def check_free(self, sources: Sequence[Source], rules: Sequence[str], classes: str) -> None:
-        """InputError for the first file that would be overwritten, or a classes.json of other classes."""
-        for path in (kind(rule, source) for kind in (self.mask, self.overlay) for rule in rules for source in sources):
-            if path.exists():
-                raise InputError(f"{path}: got a file there already, expected none (--overwrite replaces it)")
-        if self.classes.exists() and self.classes.read_bytes() != classes.encode():
-            raise InputError(f"{self.classes}: got other classes, expected those of the checkpoint, or --overwrite")
+def mask_path(folder: Path, rule: str, source: Source) -> Path:
+    return folder / "masks" / rule / f"{source.name}{'.nii.gz' if source.is_volume else '.png'}"
 
 
-def predict_files(predictor: Predictor, sources: Sequence[Source], output: Output) -> None:
+def overlay_path(folder: Path, rule: str, source: Source) -> Path:
+    return folder / "overlays" / rule / f"{source.name}.png"
+
+
+def check_free(folder: Path, sources: Sequence[Source], predictor: Predictor) -> None:
+    """InputError for the first file that would be overwritten, or a classes.json of other classes."""
+    pairs = [(rule, source) for rule in predictor.rules for source in sources]
+    paths = (path_of(folder, *pair) for path_of in (mask_path, overlay_path) for pair in pairs)
+    if taken := next(filter(Path.exists, paths), None):
+        raise InputError(f"{taken}: got a file there already, expected none (--overwrite replaces it)")
+    classes = folder / CLASSES
+    if classes.exists() and classes.read_bytes() != describe_classes(predictor).encode():
+        raise InputError(f"{classes}: got other classes, expected those of the checkpoint, or --overwrite")
+
+
+def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path) -> None:
     """Write masks and overlays of every source, and classes.json; all sources are looked at before the first."""
     for source in tqdm(sources, desc="reading", leave=False, disable=None):
         predictor.read(source)  # a damaged file should not wait for its turn
-    output.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(output.classes, describe_classes(predictor))
-    predictor = predictor.with_thresholds(sources)
+    write_atomically(folder / CLASSES, describe_classes(predictor))
+    thresholds = gather_thresholds(predictor.rules, predictor.maps(sources))
     for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
         pixels = predictor.read(source)
         if isinstance(pixels, Volume):
-            _predict_volume(predictor, source, pixels, output)
+            _predict_volume(predictor, source, pixels, thresholds, folder)
             continue
-        for rule, label in predictor.decide(pixels, source).items():
-            predictor.format.save_png(predictor.format.encode(label), output.mask(rule, source))
+        for rule, label in predictor.decide(pixels, source, thresholds).items():
+            predictor.format.save_png(predictor.format.values[label], mask_path(folder, rule, source))
             picture = blend_labels(predictor.show(pixels), label, predictor.palette)
-            _save_picture(picture, output.overlay(rule, source))
+            _save_picture(picture, overlay_path(folder, rule, source))
 
 
-def _predict_volume(predictor: Predictor, source: Source, volume: Volume, output: Output) -> None:
+def _predict_volume(
+    predictor: Predictor, source: Source, volume: Volume, thresholds: RuleThresholds, folder: Path
+) -> None:
     """One volume -> a label volume on its grid per rule, and overlays of slices from all over the foreground."""
     shown, labels = [], {rule: [] for rule in predictor.rules}
     for values in predictor.slices(volume):
         shown.append(values)
-        for rule, label in predictor.decide(predictor.resize(values), source).items():
+        for rule, label in predictor.decide(predictor.resize(values), source, thresholds).items():
             labels[rule].append(resize_labels(label.astype(np.uint8), values.shape))
     found = [i for i in range(volume.num_slices) if any(labels[rule][i].any() for rule in labels)]
     found = found or list(range(volume.num_slices))
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), MONTAGE**2)).round().astype(int)]
     for rule, slices in labels.items():
-        values = {i: predictor.format.encode(label) for i, label in enumerate(slices)}
-        save_volume(values, volume, output.mask(rule, source))
+        values = {i: predictor.format.values[label] for i, label in enumerate(slices)}
+        save_volume(values, volume, mask_path(folder, rule, source))
         tiles = [blend_labels(predictor.show(shown[i][..., None]), slices[i], predictor.palette) for i in chosen]
-        _save_picture(montage(tiles), output.overlay(rule, source))
+        _save_picture(montage(tiles), overlay_path(folder, rule, source))
 
 
 def montage(tiles: Sequence[np.ndarray]) -> np.ndarray:
     """(H, W, 3) uint8 slices, MONTAGE**2 at most -> one picture, MONTAGE in a row, enlarged where they are small."""
-    width, height = tile_size(*tiles[0].shape[:2])
-    rows = -(-len(tiles) // MONTAGE)
-    picture = np.full((rows * height, min(len(tiles), MONTAGE) * width, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // MONTAGE * height, i % MONTAGE * width
-        resized = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-        picture[top : top + height, left : left + width] = resized
-    return picture
+    size = tile_size(*tiles[0].shape[:2])
+    resized = [np.array(Image.fromarray(tile).resize(size, Image.Resampling.NEAREST)) for tile in tiles]
+    grid = make_grid(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2), MONTAGE, padding=0, pad_value=255)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def _save_picture(picture: np.ndarray, path: Path) -> None:
@@ -253,16 +224,17 @@ def build_predictor(
     cls = DATASETS[data.dataset]
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data)
-    if list(facts["classes"]) != checkpoint.classes:
-        raise InputError(
-            f"{path}: got the classes {show(checkpoint.classes)}, expected those of {data.dataset}: "
-            f"{show(list(facts['classes']))}"
-        )
-    num_classes, volumes = len(checkpoint.classes), getattr(cls, "volumes", None)
+    classes, volumes = list(facts["classes"]), getattr(cls, "volumes", None)
     for config in predict:
         if config.scope == "case" and volumes is None:
             raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
-    model = _load_model(checkpoint, facts["channels"], test.weights).to(device).eval()
+    with decoding(path, "a checkpoint of a network that can be built"):  # its config may say anything
+        model = build_model(
+            _config_of(checkpoint, "model", ModelConfig), len(classes), facts["channels"], pretrained=False
+        )
+    load_weights(model, checkpoint, checkpoint.config["model"], classes, test.weights)
+    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
+    model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format).eval()
     if test.temperature == "fitted":
         fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
         test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
@@ -270,48 +242,15 @@ def build_predictor(
         model=model,
         inference=build_inference(test),
         normalize=build_normalize(data),
-        rules={c.name: build_rule(c, num_classes) for c in predict},
+        rules={c.name: build_rule(c, len(classes)) for c in predict},
         device=device,
         classes=facts["classes"],
         palette=facts["palette"],
-        format=mask_format(num_classes, facts["palette"], facts["label_map"]),
+        format=mask_format(len(classes), facts["palette"], facts["label_map"]),
         channels=facts["channels"],
         window=facts["window"],
         volumes=volumes,
     )
-
-
-def _load_model(checkpoint: Checkpoint, channels: int, weights: str) -> nn.Module:
-    config = _config_of(checkpoint, "model", ModelConfig)
-    with _no_larger_than(checkpoint):
-        model = build_model(config, len(checkpoint.classes), channels, pretrained=False)
-    load_weights(model, checkpoint, checkpoint.config["model"], checkpoint.classes, weights)
-    channels_last = _config_of(checkpoint, "schedule", ScheduleConfig).channels_last
-    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-@contextmanager
-def _no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
-    """InputError as soon as a network that is being built has far more parameters than the checkpoint.
-
-    A checkpoint's own config says what is built: a line of it could ask for more memory than the machine has.
-    """
-    held = sum(v.numel() for v in (checkpoint.model or checkpoint.ema).values() if isinstance(v, Tensor))
-    total = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal total
-        total += 0 if parameter is None else parameter.numel()
-        if total > 2 * held + SPARE_PARAMETERS:
-            raise InputError(
-                f"{checkpoint.path}: got {held} weights, expected those of the network that its config names"
-            )
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _config_of(checkpoint: Checkpoint, group: str, cls: type) -> Any:

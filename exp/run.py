@@ -90,28 +90,29 @@ def load_trained(
         )
     config = config.with_window(crop)
     evaluator = build_evaluator(config, data_dir, dist)
-    model = fill_model(config, evaluator.dataset, checkpoint, config.test.weights, dist)
-    return Trained(config, evaluator, model, describe_training(config, checkpoint.iteration, checkpoint.config))
+    model = build_network(config, evaluator.dataset, dist, checkpoint, config.test.weights)
+    return _trained(config, evaluator, model, checkpoint.iteration, checkpoint.config)
 
 
-def fill_model(
-    config: ExperimentConfig, dataset: SegmentationDataset, checkpoint: Checkpoint, weights: str, dist: Dist
+def build_network(
+    config: ExperimentConfig, dataset: SegmentationDataset, dist: Dist, checkpoint: Checkpoint | None, weights: str
 ) -> Segmentor:
-    """The network on this process's device, with a checkpoint's weights ('raw' or 'ema')."""
-    model = build_model(config.model, len(dataset.classes), dataset.channels, pretrained=False)
-    load_weights(model, checkpoint, config.to_dict()["model"], list(dataset.classes), weights)
-    return place(model, config, dist)
-
-
-def place(model: Segmentor, config: ExperimentConfig, dist: Dist) -> Segmentor:
+    """The network on this process's device, with a checkpoint's weights ('raw' or 'ema'), or with random ones by the
+    seed, the same on every rank, under pretrained ones."""
+    seed_everything(config.seed, 0, 0)
+    model = build_model(config.model, len(dataset.classes), dataset.channels, pretrained=checkpoint is None)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, config.to_dict()["model"], list(dataset.classes), weights)
     layout = torch.channels_last if config.schedule.channels_last else torch.contiguous_format
     return model.to(dist.device, memory_format=layout)
 
 
-def describe_training(config: ExperimentConfig, iteration: int, trained_under: dict[str, Any]) -> dict[str, Any]:
-    """What results say of the weights they are of: which, iterations done, the config they were trained under."""
+def _trained(
+    config: ExperimentConfig, evaluator: Evaluator, model: nn.Module, iteration: int, trained_under: dict[str, Any]
+) -> Trained:
+    """trained_under: the config of the iterations done."""
     groups = {name: trained_under[name] for name in (*TRAINING_GROUPS, "seed")}
-    return {"iteration": iteration, "weights": config.test.weights, **groups}
+    return Trained(config, evaluator, model, {"iteration": iteration, "weights": config.test.weights, **groups})
 
 
 def fit_temperature(trained: Trained, folder: Path, part: str, data_dir: str | None) -> None:
@@ -156,10 +157,10 @@ def with_fitted_temperature(trained: Trained, folder: Path) -> Trained:
 
 def evaluate(trained: Trained, folder: Path, save_masks: bool) -> Evaluation:
     """A trained model -> its evaluation, which also writes <run>/masks/<rule>/ if asked to."""
-    return trained.evaluator(trained.model, _build_mask_writer(trained, folder) if save_masks else None)
+    return trained.evaluator(trained.model, mask_writer(trained, folder) if save_masks else None)
 
 
-def _build_mask_writer(trained: Trained, folder: Path) -> MaskWriter:
+def mask_writer(trained: Trained, folder: Path) -> MaskWriter:
     config, checksum = trained.config.to_dict(), weights_checksum(trained.model)
     origins = {
         rule["name"]: {
@@ -206,8 +207,12 @@ class TrainingSession:
         readable = SkipDamaged(self.dataset, config.data.crop_size) if config.data.damaged == "skip" else self.dataset
         batches = build_train_loader(readable, config.schedule, start, end, config.seed, dist)
         if checkpoint and (history.stopped or end in checkpoint.training["validations"]["scores"]):
-            return self._evaluate_trained(checkpoint)
-        raw_model = self._build_raw_model(checkpoint)
+            if dist.is_main:
+                print(f"{checkpoint.path}: training is complete ({start} iterations); evaluating")
+            model = build_network(config, self.evaluator.dataset, dist, checkpoint, config.test.weights)
+            trained = _trained(config, self.evaluator, model, start, checkpoint.config)
+            return trained, evaluate(trained, self.folder, self.save_masks)
+        raw_model = build_network(config, self.evaluator.dataset, dist, checkpoint, "raw")
         if start == 0:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
@@ -227,9 +232,12 @@ class TrainingSession:
                 save_best=saving.save_best if config.schedule.val_iters else None,
                 logger=logger,
                 dist=dist,
-                sink=lambda iteration: self._mask_writer(validation.model, iteration) if iteration == end else None,
+                sink=lambda at: mask_writer(trained_until(at), self.folder) if self.save_masks and at == end else None,
             )
             schedule, scores = config.schedule, history.scores
+
+            def trained_until(iteration: int) -> Trained:
+                return _trained(config, self.evaluator, validation.model, iteration, config.to_dict())
 
             def due(iteration: int) -> bool:
                 regular = schedule.val_iters is not None and iteration % schedule.val_iters == 0
@@ -259,19 +267,10 @@ class TrainingSession:
             saving(done)  # again: the checkpoint says that its weights are evaluated, and that nothing is left to do
             if faults := step.faults.describe():
                 logger.message(faults)
-            trained = self._trained(validation.model, done, config.to_dict())
+            trained = trained_until(done)
             if self.save_masks and done < end:  # that it is the last one showed only after the validation
                 return trained, evaluate(trained, self.folder, save_masks=True)
             return trained, validation.evaluate(done)
-
-    def _trained(self, model: nn.Module, iteration: int, trained_under: dict[str, Any]) -> Trained:
-        training = describe_training(self.config, iteration, trained_under)
-        return Trained(self.config, self.evaluator, model, training)
-
-    def _mask_writer(self, model: nn.Module, iteration: int) -> MaskWriter | None:
-        if not self.save_masks:
-            return None
-        return _build_mask_writer(self._trained(model, iteration, self.config.to_dict()), self.folder)
 
     def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
         """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""
@@ -294,22 +293,6 @@ class TrainingSession:
                 )
         history.load_state_dict(checkpoint.training["validations"])
         return checkpoint, history
-
-    def _evaluate_trained(self, checkpoint: Checkpoint) -> tuple[Trained, Evaluation]:
-        """What run() returns where there is nothing left to train."""
-        if self.dist.is_main:
-            print(f"{checkpoint.path}: training is complete ({checkpoint.iteration} iterations); evaluating")
-        model = fill_model(self.config, self.evaluator.dataset, checkpoint, self.config.test.weights, self.dist)
-        trained = self._trained(model, checkpoint.iteration, checkpoint.config)
-        return trained, evaluate(trained, self.folder, self.save_masks)
-
-    def _build_raw_model(self, checkpoint: Checkpoint | None) -> Segmentor:
-        """The checkpoint's weights, or random ones by the seed, the same on every rank, under pretrained ones."""
-        dataset = self.evaluator.dataset
-        if checkpoint:
-            return fill_model(self.config, dataset, checkpoint, "raw", self.dist)
-        seed_everything(self.config.seed, 0, 0)
-        return place(build_model(self.config.model, len(dataset.classes), dataset.channels), self.config, self.dist)
 
     def _check_start(self, start: int) -> None:
         """InputError if the processes see different checkpoints, or are given batches that batch norm cannot take."""

@@ -27,7 +27,6 @@ unit, comparison.json, calibration.json). A unit is an image; of a volume each s
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -46,10 +45,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if (args.prob_dir is None, args.label_dir is None) != (bool(args.true_of),) * 2:
         raise InputError("MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place")
-    if not re.fullmatch("auto|same|reversed|[012]{2,3}", args.label_axes):
-        raise InputError(
-            f"--label_axes: got {args.label_axes}, expected auto, same, reversed or a permutation such as 201"
-        )
     if not 0 <= args.ignore_label <= 255:
         raise InputError(f"--ignore_label: got {args.ignore_label}, expected a value in 0..255")
     if not 0 <= args.tolerance < 1:
@@ -68,14 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(parser)
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add("--unit", choices=("slice", "case"), default="slice", help="what is decided and scored at a time in a volume")
-    add(
-        "--slice_axis",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="of D, H, W, where slices lie (default 0)",
-    )
-    add("--label_axes", default="auto", metavar="ORDER", help="auto, same, reversed or a permutation such as 201")
+    add("--slice_axis", type=int, choices=(0, 1, 2), default=0, help="of D, H, W, where slices lie (default 0)")
+    add("--label_axes", choices=("auto", "same", "reversed"), default="auto", help="beside those of the map")
     add("--key", metavar="NAME", help="the array of .npz files (default: probabilities, softmax, or the only one)")
     add("--ignore_label", type=int, default=255, metavar="N", help="a label value that does not count, besides 255")
     add("--tolerance", type=float, default=2e-3, help="how far a pixel's sum may be off from 1 (default 0.002)")
@@ -108,10 +97,10 @@ def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict,
 
     reader = MapReader(args.key, args.unit, args.slice_axis, args.label_axes, args.ignore_label, args.tolerance)
     files = pair_files(args.prob_dir, args.label_dir)
-    num_classes = len(reader.read_map(files[0].prob))
+    num_classes = len(reader.read_map(files[0][0]))
     classes = args.classes or [str(c) for c in range(num_classes)]
     if len(classes) != num_classes:
-        raise InputError(f"--classes: got {len(classes)} names, expected {num_classes} as {files[0].prob} has")
+        raise InputError(f"--classes: got {len(classes)} names, expected {num_classes} as {files[0][0]} has")
     maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
     return partial(read_units, files, reader), classes, {"maps": maps}, {}
 

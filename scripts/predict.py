@@ -60,14 +60,14 @@ def main() -> None:
     groups = {"predict": args.predict_yaml} | ({"test": [args.test_yaml]} if args.test_yaml else {})
     configs = load_groups(groups, args.overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exp.predict_images import Output, build_predictor, describe_classes, list_sources, predict_files
+    from exp.predict_images import build_predictor, check_free, list_sources, predict_files
     from exp.runtime.distributed import pick_device  # PyTorch and all that stands on it come in only now
 
-    sources, output = list_sources(args.input, args.output_dir), Output(args.output_dir)
+    sources = list_sources(args.input, args.output_dir)
     predictor = build_predictor(args.checkpoint, configs["predict"], configs.get("test"), pick_device(args.device))
     if not args.overwrite:
-        output.check_free(sources, list(predictor.rules), describe_classes(predictor))
-    predict_files(predictor, sources, output)
+        check_free(args.output_dir, sources, predictor)
+    predict_files(predictor, sources, args.output_dir)
     print(f"{len(sources)} file(s): {args.output_dir}")
 
 

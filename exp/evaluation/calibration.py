@@ -63,13 +63,13 @@ def _count_piece(prob: Tensor, label: Tensor, counts: Tensor) -> None:
         prob = prob * kept.to(prob.dtype)  # an ignored pixel adds to no sum, and to no bin but the lowest
     label = label.long()
     target = label.clamp(max=num_classes - 1)
-    own, top = prob.gather(0, target[None])[0], prob.amax(0)
+    own, (top, best) = prob.gather(0, target[None])[0], prob.max(0)
 
     hits = torch.bincount(label * num_bins + _bins(own, num_bins), minlength=num_classes * num_bins)
     counts[:-1, HITS] += hits[: num_classes * num_bins].view(num_classes, num_bins)  # label 255 lands behind
     _count_classes(prob, num_kept, counts[:-1])
     top_bins = _bins(top, num_bins)
-    state = _is_argmax(prob, target, own, top).long() + 2 * (~kept).long()  # 0 wrong, 1 right, more: ignored
+    state = (best == target).long() + 2 * (~kept).long()  # 0 wrong, 1 right, more: ignored
     by_state = torch.bincount(state * num_bins + top_bins, minlength=4 * num_bins).view(4, num_bins)
     counts[-1, PIXELS] += by_state[:2].sum(0)
     counts[-1, CONFIDENCE] += torch.bincount(top_bins, top.double(), minlength=num_bins)
@@ -99,18 +99,6 @@ def _count_classes(prob: Tensor, num_kept: int, counts: Tensor) -> None:
     counts[:, CONFIDENCE] += mass
     counts[:, PIXELS, 0] += num_kept - pixels.sum(1)
     counts[:, CONFIDENCE, 0] += prob.sum(1).double() - mass.sum(1)
-
-
-def _is_argmax(prob: Tensor, label: Tensor, own: Tensor, top: Tensor) -> Tensor:
-    """(C, P), (P,) labels, their probabilities and the largest ones -> (P,) bool: argmax is the label.
-
-    `argmax` over all would take longer than the rest together. It matters only where probabilities can be equal: of
-    equal ones it is the first, and of numbers that sum to 1 no two are equal and larger than a half.
-    """
-    right = own == top
-    unsure = (right & (top <= 0.5) & (label > 0)).nonzero()[:, 0]
-    right[unsure] = prob.index_select(1, unsure).argmax(0) == label[unsure]
-    return right
 
 
 def calibration_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, float]:

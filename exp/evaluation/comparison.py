@@ -91,11 +91,10 @@ def paired_differences(base: EvalResult, other: EvalResult, metric: str) -> np.n
 def unit_differences(base: EvalResult, other: EvalResult, metric: str) -> np.ndarray:
     """Two results of the same N images -> (N,), or with cases (K,), other - base in percent points; NaN where the score
     is undefined under either."""
-    return np.round(_unit_scores(other)[metric] - _unit_scores(base)[metric], ROUNDING)
-
-
-def _unit_scores(result: EvalResult) -> dict[str, np.ndarray]:
-    return image_scores(result.counts) if result.cases is None else case_scores(result.counts, result.cases)[1]
+    first, second = (
+        image_scores(r.counts) if r.cases is None else case_scores(r.counts, r.cases)[1] for r in (base, other)
+    )
+    return np.round(second[metric] - first[metric], ROUNDING)
 
 
 def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> tuple[float, float] | None:
@@ -103,12 +102,8 @@ def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RE
     num = len(values)
     if num < 2:
         return None
-
-    def means(drawn: np.ndarray) -> np.ndarray:
-        return values[drawn].mean(1)
-
-    left_out = (values.sum() - values) / (num - 1)
-    return bca_interval(values.mean(), _resample(means, num, num_resamples, num, seed), left_out)
+    resampled = _resample(lambda drawn: values[drawn].mean(1), num, num_resamples, num, seed)
+    return bca_interval(values.mean(), resampled, (values.sum() - values) / (num - 1))
 
 
 def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int = 0) -> Comparison:

@@ -8,8 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from exp.data.loader import Batch, build_test_loader
 from exp.data.registry import build_dataset, build_normalize
 from exp.evaluation.calibration import count_calibration, mean_entropy
 from exp.evaluation.inference import Inference, build_inference, require_finite
+from exp.evaluation.masks import MaskWriter
 from exp.evaluation.metrics import EvalResult, build_results, count_rules
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
@@ -47,20 +48,17 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """Milliseconds per image (the forward pass: per pass), for JSON."""
-        steps = {name: _milliseconds(value, self.num_images) for name, value in self.steps.items()}
-        if "forward" in steps:
-            steps["forward"] = _milliseconds(self.steps["forward"], self.num_forwards)
-        decisions = {name: _milliseconds(value, self.num_images) for name, value in self.decisions.items()}
+        passes = {"forward": self.num_forwards}
+
+        def milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+            return {name: round(1000 * v / passes.get(name, self.num_images), 4) for name, v in seconds.items()}
+
         return {
             "images": self.num_images,
             "forward_passes": self.num_forwards,
-            "milliseconds_per_image": steps,
-            "decision_milliseconds_per_image": decisions,
+            "milliseconds_per_image": milliseconds(self.steps),
+            "decision_milliseconds_per_image": milliseconds(self.decisions),
         }
-
-
-def _milliseconds(seconds: float, number: int) -> float:
-    return round(1000 * seconds / max(1, number), 4)
 
 
 class Clock:
@@ -104,7 +102,7 @@ class Evaluation:
 
     calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
     entropy: with it, (N,) how uncertain the network is of each image (mean_entropy).
-    thresholds: those of each pooled rule; `Evaluator.under` takes them for further images.
+    thresholds: those of each pooled rule, for further images.
     """
 
     results: tuple[EvalResult, ...]
@@ -112,16 +110,6 @@ class Evaluation:
     entropy: np.ndarray | None
     timing: Timing
     thresholds: RuleThresholds
-
-
-class Sink(Protocol):
-    """What takes the decisions as they are made, such as a writer of masks."""
-
-    def __call__(self, index: int, preds: Mapping[str, Tensor]) -> None:
-        """An image's index in the data set and its (H, W) labels by rule."""
-
-    def finish(self) -> None:
-        """This process has handed over its last image; called on every rank."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +125,12 @@ class Evaluator:
     calibration: bool = False
     metrics: Sequence[str] = ()
     cache_bytes: int = 0  # of probabilities, which a process keeps in host memory from a first pass for the second
-    thresholds: RuleThresholds = field(default_factory=dict)
 
-    def __call__(self, model: nn.Module, sink: Sink | None = None) -> Evaluation:
+    def __call__(self, model: nn.Module, sink: MaskWriter | None = None) -> Evaluation:
         """Evaluate all images -> what was found; to be called on every rank, and every rank gets it.
 
         A model in training mode comes back in eval mode. Where there are pooled rules, their thresholds come from a
         first pass over the images, which looks at no label.
-        sink: is given every decision of this process, and told when those of all processes are in.
         """
         model.eval()
         clock, cache, rows = Clock(self.dist.device), {}, {}
@@ -154,7 +140,10 @@ class Evaluator:
             index = batch.indices[0]
             prob = cache.pop(index, None)
             prob = self._forward(model, batch.image, clock) if prob is None else self._to_device(prob)
-            preds = self._timed_decisions(prob, index, thresholds, clock)
+            preds = {}
+            for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
+                with clock(clock.timing.decisions, name):
+                    preds[name] = rule(prob)[0]
             counted.append((index, self._count(preds, prob, batch.label[0], clock)))
             del prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
@@ -172,7 +161,8 @@ class Evaluator:
         gathered = {index: row for part, _ in parts for index, row in part.items()}
         columns = [np.array(column) for column in zip(*(gathered[index] for index in range(len(self.dataset))))]
         calibration, entropy = columns[2:] or (None, None)
-        results = self._results(columns[1])
+        names, cases = zip(*((sample.name, sample.case) for sample in self.dataset.samples))
+        results = build_results(list(self.rules), names, self.dataset.classes, columns[1], cases, self.metrics)
         return Evaluation(results, calibration, entropy, add_timings([timing for _, timing in parts]), thresholds)
 
     def _first_pass(
@@ -186,15 +176,11 @@ class Evaluator:
             with clock(clock.timing.steps, "pool"):
                 yield prob, self.dataset.samples[index].case
             if prob.nbytes <= room:
-                cache[index] = self._to_host(prob)
+                host = torch.empty(prob.shape, dtype=prob.dtype, pin_memory=prob.device.type == "cuda")
+                cache[index] = host.copy_(prob, non_blocking=True)
                 room -= prob.nbytes
             del prob
         self.dist.stop_if_asked(UNFINISHED)
-
-    def _to_host(self, prob: Tensor) -> Tensor:
-        if prob.device.type != "cuda":
-            return prob
-        return torch.empty(prob.shape, dtype=prob.dtype, pin_memory=True).copy_(prob, non_blocking=True)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dist.device, non_blocking=True)
@@ -207,32 +193,17 @@ class Evaluator:
             require_finite(prob.sum().item())
         return prob
 
-    def _timed_decisions(self, prob: Tensor, index: int, thresholds: RuleThresholds, clock: Clock) -> dict[str, Tensor]:
-        """Probabilities of an image -> (H, W) int64 labels by rule."""
-        preds = {}
-        for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
-            with clock(clock.timing.decisions, name):
-                preds[name] = rule(prob)[0]
-        return preds
-
     def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
         """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its
         (R, K, C) counts and, where they are asked for, those of its calibration and its mean entropy."""
         label, fetch = self._to_device(label), self.dist.fetch
-        total = prob.sum() if prob.device.type == "cuda" else torch.zeros(())  # a CPU has looked at it before
         with clock(clock.timing.steps, "score"):
             counts = count_rules(list(preds.values()), label, len(self.dataset.classes), self.metrics)
-            found = [fetch(total), fetch(counts)]
+            found = [fetch(prob.sum()), fetch(counts)]
         if self.calibration:
             with clock(clock.timing.steps, "calibration"):
                 found += [fetch(count_calibration(prob, label)), fetch(mean_entropy(prob, label))]
         return found
-
-    def _results(self, table: np.ndarray) -> tuple[EvalResult, ...]:
-        """(N, R, K, C) counts -> a result per rule."""
-        samples = self.dataset.samples
-        names, cases = [sample.name for sample in samples], [sample.case for sample in samples]
-        return build_results(list(self.rules), names, self.dataset.classes, table, cases, self.metrics)
 
     def _batches(self, what: str, clock: Clock) -> Iterator[Batch]:
         """This process's images one by one, the time spent waiting for them noted; no more once asked to stop."""
@@ -247,23 +218,19 @@ class Evaluator:
 
     def read_all(self) -> None:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
-        loader = build_test_loader(self.dataset, self.num_workers, self.dist)
-        for _ in tqdm(loader, desc="reading the validation set", disable=self.dist.hides_bars, leave=False):
-            if self.dist.asked_to_stop:
-                break
+        for _ in self._batches("reading the validation set", Clock(self.dist.device)):
+            pass
         self.dist.stop_if_asked("nothing was trained yet")
 
-    def under(self, thresholds: RuleThresholds) -> "Evaluator":
-        """Decide further images by what an Evaluation found for the pooled rules."""
-        return replace(self, thresholds=thresholds)
-
-    def decide(self, model: nn.Module, image: Tensor, case: str | None = None) -> dict[str, Tensor]:
+    def decide(
+        self, model: nn.Module, image: Tensor, thresholds: RuleThresholds | None = None, case: str | None = None
+    ) -> dict[str, Tensor]:
         """(1, channels, H, W) image, of `case`, and a model in eval mode -> (H, W) int64 labels by rule.
 
-        Pooled rules need thresholds: see under().
+        thresholds: of the pooled rules, as an Evaluation found them.
         """
         prob = self.probabilities(model, image)
-        return {name: rule(prob)[0] for name, rule in bind_rules(self.rules, self.thresholds, case).items()}
+        return {name: rule(prob)[0] for name, rule in bind_rules(self.rules, thresholds or {}, case).items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""
@@ -291,12 +258,11 @@ def add_timings(timings: list[Timing]) -> Timing:
 def format_timing(timing: Timing) -> str:
     """Timing -> the lines that a run prints."""
     values = timing.to_dict()
-    steps, decisions = values["milliseconds_per_image"], values["decision_milliseconds_per_image"]
-    pooling = {"gathering thresholds": steps["pool"]} if "pool" in steps else {}
-    rows = {"forward pass": steps["forward"], **pooling, **decisions}
+    names = {"forward": "forward pass", "pool": "gathering thresholds"}
+    rows = {name: values["milliseconds_per_image"][step] for step, name in names.items() if step in timing.steps}
+    rows |= values["decision_milliseconds_per_image"]
     width = max(map(len, rows))
-    lines = ["milliseconds per image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())]
-    return "\n".join(lines)
+    return "\n".join(["milliseconds per image", *(f"{name:<{width}} {value:9.2f}" for name, value in rows.items())])
 
 
 def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) -> Evaluator:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -36,10 +35,6 @@ class MaskFormat:
 
     values: np.ndarray
     colours: np.ndarray
-
-    def encode(self, label: np.ndarray) -> np.ndarray:
-        """(H, W) labels in 0..C-1 -> (H, W) uint8 file values."""
-        return self.values[label]
 
     def save_png(self, values: np.ndarray, path: Path) -> None:
         """Write (H, W) file values as a palette PNG, all of it or nothing; folders are made."""
@@ -94,7 +89,7 @@ class MaskWriter:
         sample = self.samples[index]
         case = self._case(sample)
         for rule in self.rules:
-            values = self.format.encode(preds[rule].to(torch.uint8).cpu().numpy())
+            values = self.format.values[preds[rule].cpu().numpy()]
             if case is None:
                 self.format.save_png(values, self.folder / rule / f"{sample.name}.png")
             else:

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from exp.config.data import IGNORE_INDEX
 from exp.config.evaluation import METRIC_NAMES
-from exp.rules.pooled import count_on_device
+from exp.rules.pooled import histogram
 
 SCORES = ("Acc", "IoU", "Dice")
 COUNTS = ("tp", "fp", "fn")
@@ -51,7 +51,6 @@ class EvalResult:
     def __post_init__(self) -> None:
         shape = (len(self.names), len(count_names(self.metrics)), len(self.classes))
         assert self.counts.shape == shape, self.counts.shape
-        assert self.cases is None or len(self.cases) == len(self.names), len(self.cases)
 
     def scores(self) -> dict[str, float]:
         return compute_scores(self.counts, self.cases, self.metrics)
@@ -80,11 +79,8 @@ def build_results(
 
 def count_rules(preds: Sequence[Tensor], label: Tensor, num_classes: int, metrics: Sequence[str] = ()) -> Tensor:
     """R predictions of an image and its label, (H, W) -> (R, K, C) int64, the rows of count_names()."""
-    rows = [
-        torch.cat([count(pred, label, num_classes), *(METRICS[name](pred, label, num_classes) for name in metrics)])
-        for pred in preds
-    ]
-    return torch.stack(rows)
+    counters = [count, *(METRICS[name] for name in metrics)]
+    return torch.stack([torch.cat([counter(pred, label, num_classes) for counter in counters]) for pred in preds])
 
 
 def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -93,12 +89,6 @@ def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     table = histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
     tp = table.diagonal()
     return torch.stack([tp, table.sum(0) - tp, table.sum(1) - tp])
-
-
-def histogram(values: Tensor, size: int) -> Tensor:
-    """Whole numbers in 0..size-1 of any shape -> (size,) int64, how often each is there; a GPU is not waited for."""
-    values = values.flatten()
-    return torch.bincount(values, minlength=size) if values.device.type == "cpu" else count_on_device(values, size)
 
 
 def boundary_iou(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -230,13 +220,12 @@ def compute_scores(
     is left.
     """
     whole = pooled_scores(counts.sum(0), metrics)
-    scores = {"Acc": whole["Acc"]}
     within = [_scores_within(part, metrics) for part in split_cases(counts, cases)[1]]
+    scores = {"Acc": whole["Acc"]}
     for name in score_names(metrics):
         scores[f"m{name}D"] = whole[f"m{name}D"]
-        scores |= {
-            key: _nanmean(np.array([part[key] for part in within])) for key in within[0] if key.startswith(f"m{name}")
-        }
+        names = [key for key in within[0] if key.startswith(f"m{name}")]
+        scores |= {key: _nanmean(np.array([part[key] for part in within])) for key in names}
     if cases is not None:
         volumes = case_scores(counts, cases, metrics)[1]
         scores |= {f"m{name}3D": _nanmean(volumes[f"m{name}3D"]) for name in score_names(metrics)}
@@ -246,8 +235,7 @@ def compute_scores(
 def pooled_scores(pooled: np.ndarray, metrics: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """(..., K, C) counts summed over a data set -> Acc, mAccD, mIoUD, mDiceD, each (...): the mean over the classes.
 
-    Two classes: the foreground's, but for Acc, that of all pixels. A class that is nowhere is left out; NaN if none is
-    left.
+    Two classes: the foreground's, but for Acc, that of all pixels.
     """
     foreground = slice(1, 2) if pooled.shape[-1] == 2 else slice(None)
     by_class = class_scores(pooled, metrics)
@@ -272,8 +260,7 @@ def per_class_scores(
 ) -> dict[str, np.ndarray]:
     """(N, K, C) -> AccD, AccC, AccC5, AccC10, AccCQ and those of IoU and Dice, each (C,) in percent.
 
-    NaN for a class that is nowhere. With cases the C family is taken within each case and averaged over the cases
-    that have the class.
+    NaN for a class that is nowhere.
     """
     whole = class_scores(counts.sum(0), metrics)
     within = [_class_reductions(part, metrics) for part in split_cases(counts, cases)[1]]
@@ -305,10 +292,7 @@ def _reductions(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def lowest_mean(values: np.ndarray, percent: int) -> np.ndarray:
-    """(n, ...) -> (...) the mean of the lowest max(1, floor(percent/100 n)) along the first axis.
-
-    n counts what is not NaN; NaN where nothing is left.
-    """
+    """(n, ...) -> (...) the mean of the lowest max(1, floor(percent/100 n)) along the first axis, n without NaN."""
     ranked = np.sort(values, axis=0)  # NaN comes last
     valid = np.isfinite(ranked).sum(0)
     num = np.maximum(1, valid * percent // 100)  # in integers: 0.07 * 100 is more than 7
@@ -318,10 +302,7 @@ def lowest_mean(values: np.ndarray, percent: int) -> np.ndarray:
 
 
 def average_folds(folds: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Scores by name of each fold (compute_scores, or a result's JSON) -> their means.
-
-    A fold where a score is undefined (NaN or None) is left out of that score; NaN if none is left.
-    """
+    """Scores by name of each fold (compute_scores, or a result's JSON) -> their means, undefined ones left out."""
     values = {name: np.array([math.nan if f[name] is None else f[name] for f in folds]) for name in folds[0]}
     return {name: float(_nanmean(column)) for name, column in values.items()}
 

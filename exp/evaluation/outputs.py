@@ -1,7 +1,7 @@
 """What the evaluation of a run's weights leaves in its folder, and on the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,41 +42,22 @@ def save_outputs(
         write_atomically(results / IMAGES, images_csv(evaluation.results[0].names, evaluation.entropy))
     write_atomically(results / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n")
     print(format_timing(evaluation.timing))
-    _save_thresholds(evaluation, contexts, results, config["data"]["val_split"])
+    for result, context in zip(evaluation.results, contexts):
+        if None in (found := evaluation.thresholds.get(result.rule, {})):  # for rankseg_rma_fixed
+            path = results / f"{result.rule}.{config['data']['val_split']}.thresholds.json"
+            write_atomically(path, thresholds_json(found[None], result.classes, context))
     if num_pictures:
         origin = {"metric": metric, "images": num_pictures, "rules": contexts}
         pictures = claim_folder(folder / "pictures", origin)
-        chosen = choose_pictures(evaluation.results, metric, num_pictures, config["seed"])
-        _save_pictures(chosen, pictures, evaluator.under(evaluation.thresholds), model, metric)
+        for kind, indices in choose_pictures(evaluation.results, metric, num_pictures, config["seed"]).items():
+            for place, index in enumerate(indices):
+                panel = predict_panel(evaluator, model, evaluation.thresholds, index, metric)
+                save_panel(panel, pictures / kind, f"{place:02d}_{evaluator.dataset.samples[index].name}")
+        print(f"pictures: {pictures}")
     if num_maps:
         maps = claim_folder(folder / "probabilities", {"training": training, "config": evaluated})
-        _save_probabilities(num_maps, maps, evaluator, model)
+        for index in range(min(num_maps, len(evaluator.dataset))):
+            prob = evaluator.probabilities(model, evaluator.dataset[index].image[None])[0]
+            np.save(maps / f"{evaluator.dataset.samples[index].name.replace('/', '_')}.npy", prob.cpu().numpy())
+        print(f"probability maps: {maps}")
     print(f"results: {results}")
-
-
-def _save_thresholds(evaluation: Evaluation, contexts: Sequence[Mapping[str, Any]], folder: Path, split: str) -> None:
-    """Write <rule>.<split>.thresholds.json of each rule of scope dataset, for rankseg_rma_fixed."""
-    for result, context in zip(evaluation.results, contexts):
-        if None in evaluation.thresholds.get(result.rule, {}):
-            text = thresholds_json(evaluation.thresholds[result.rule][None], result.classes, context)
-            write_atomically(folder / f"{result.rule}.{split}.thresholds.json", text)
-
-
-def _save_pictures(
-    chosen: Mapping[str, Sequence[int]], folder: Path, evaluator: Evaluator, model: nn.Module, metric: str
-) -> None:
-    """Write <folder>/{gain,loss,random}/<place>_<image>.png."""
-    for kind, indices in chosen.items():
-        for place, index in enumerate(indices):
-            panel = predict_panel(evaluator, model, index, metric)
-            save_panel(panel, folder / kind, f"{place:02d}_{evaluator.dataset.samples[index].name}")
-    print(f"pictures: {folder}")
-
-
-def _save_probabilities(number: int, folder: Path, evaluator: Evaluator, model: nn.Module) -> None:
-    """Write <folder>/<image>.npy, (C, H, W) float32, of the first images."""
-    dataset = evaluator.dataset
-    for index in range(min(number, len(dataset))):
-        prob = evaluator.probabilities(model, dataset[index].image[None])[0]
-        np.save(folder / f"{dataset.samples[index].name.replace('/', '_')}.npy", prob.cpu().numpy())
-    print(f"probability maps: {folder}")

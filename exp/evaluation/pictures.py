@@ -9,7 +9,8 @@ from torch import nn
 
 from exp.data.base import IGNORE_INDEX
 from exp.evaluation.evaluator import EvalResult, Evaluator
-from exp.evaluation.metrics import count, image_scores
+from exp.evaluation.metrics import count_rules, image_scores
+from exp.rules.pooled import RuleThresholds
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -18,7 +19,6 @@ BETTER, WORSE, BOTH_WRONG = (0, 114, 178), (213, 94, 0), (160, 160, 160)  # told
 FRAME = (120, 120, 120)
 GAP, LINE, SWATCH = 6, 18, 12  # pixels: between tiles, height of a line of text, side of a legend's square
 SMALLEST, LARGEST = 320, 640  # sides of a tile: smaller images are enlarged, larger ones made smaller
-COLUMNS = 5  # tiles side by side; more rules go below
 
 LegendEntry = tuple[tuple[int, int, int] | None, str]  # no colour: text alone
 
@@ -61,41 +61,32 @@ def draw_panel(
     preds: Mapping[str, np.ndarray],
     palette: Palette,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str],
     captions: Mapping[str, str] | None = None,
     title: str = "",
 ) -> np.ndarray:
     """(H, W, 3) uint8 image, (H, W) label, predictions by rule -> (H', W', 3) uint8 with captions.
 
     Two tiles per column: the image over the ground truth; the first rule over a legend; every further rule over where
-    it differs from the first. classes: names for the legend; captions: what stands in place of a rule's name.
+    it differs from the first. captions: what stands in place of a rule's name.
     """
-    captions, names = captions or {}, list(preds)
+    captions, base = captions or {}, next(iter(preds))
     columns = [[("image", image), ("ground truth", colour_labels(label, palette))]]
-    for name in names:
-        tiles = [(captions.get(name, name), colour_labels(preds[name], palette))]
-        if name != names[0]:
-            tiles.append((f"{name} against {names[0]}", colour_differences(label, preds[names[0]], preds[name])))
+    for name, pred in preds.items():
+        tiles = [(captions.get(name, name), colour_labels(pred, palette))]
+        if name != base:
+            tiles.append((f"{name} against {base}", colour_differences(label, preds[base], pred)))
         columns.append(tiles)
     size = tile_size(*image.shape[:2])
     panel = _paste_columns(columns, size, title)
-    entries = _legend_entries(label, preds, palette, classes)
+    present = np.unique(np.stack([label, *preds.values()]))
+    entries = [(palette[c], classes[c]) for c in present if c != IGNORE_INDEX]
+    entries += [(IGNORE_COLOUR, "ignored")] if IGNORE_INDEX in present else []
+    if len(preds) > 1:
+        differences = [(BETTER, f"right, {base} wrong"), (WORSE, f"wrong, {base} right"), (BOTH_WRONG, "both wrong")]
+        entries = [*differences, (None, ""), *entries]
     _draw_legend(panel, (size[0] + GAP, 2 * LINE + size[1] + GAP), size, entries)
     return np.asarray(panel)
-
-
-def _legend_entries(
-    label: np.ndarray, preds: Mapping[str, np.ndarray], palette: Palette, classes: Sequence[str] | None
-) -> list[LegendEntry]:
-    """What the colours mean: of the differences, where there are several rules, and of the classes that are there."""
-    present = np.unique(np.concatenate([label.ravel(), *(pred.ravel() for pred in preds.values())]))
-    entries = [(palette[c], classes[c] if classes else str(c)) for c in present if c != IGNORE_INDEX]
-    entries += [(IGNORE_COLOUR, "ignored")] if IGNORE_INDEX in present else []
-    if len(preds) == 1:
-        return entries
-    base = next(iter(preds))
-    differences = [(BETTER, f"right, {base} wrong"), (WORSE, f"wrong, {base} right"), (BOTH_WRONG, "both wrong")]
-    return [*differences, (None, ""), *entries]
 
 
 def tile_size(height: int, width: int) -> tuple[int, int]:
@@ -106,17 +97,14 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _paste_columns(columns: list[list[tuple[str, np.ndarray]]], size: tuple[int, int], title: str) -> Image.Image:
-    """Columns of one or two (caption, (H, W, 3) pixels) -> a white panel, up to COLUMNS of them side by side."""
+    """Columns of one or two (caption, (H, W, 3) pixels) -> a white panel with all of them side by side."""
     width, height = size
-    blocks = -(-len(columns) // COLUMNS)
-    beside = -(-len(columns) // blocks)  # as many in each block
-    across = beside * (width + GAP) - GAP
-    panel = Image.new("RGB", (across, LINE + blocks * 2 * (LINE + height + GAP) - GAP), "white")
+    across = len(columns) * (width + GAP) - GAP
+    panel = Image.new("RGB", (across, LINE + 2 * (LINE + height + GAP) - GAP), "white")
     _write(panel, (0, 0), across, title)
     for i, tiles in enumerate(columns):
-        left = i % beside * (width + GAP)
         for row, (caption, pixels) in enumerate(tiles):
-            top = LINE + (i // beside * 2 + row) * (LINE + height + GAP)
+            left, top = i * (width + GAP), LINE + row * (LINE + height + GAP)
             _write(panel, (left, top), width, caption)
             shrinks = caption == "image" and pixels.shape[1] > width
             how = Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST
@@ -129,30 +117,23 @@ def _paste_columns(columns: list[list[tuple[str, np.ndarray]]], size: tuple[int,
 def _draw_legend(
     panel: Image.Image, corner: tuple[int, int], size: tuple[int, int], entries: list[LegendEntry]
 ) -> None:
-    """Coloured squares with their meaning from `corner` (left, top) on, in columns that fill the tile's size."""
+    """Coloured squares with their meaning from `corner` (left, top) on, in columns; as many as the tile holds."""
     rows = max(1, (size[1] + LINE) // LINE)
-    width = max(110, min(size[0], size[0] // max(1, -(-len(entries) // rows))))
-    fits = rows * max(1, size[0] // width)
-    if len(entries) > fits:
-        entries = [*entries[: fits - 1], (None, f"and {len(entries) - fits + 1} more")]
-    draw = ImageDraw.Draw(panel)
-    for i, (colour, text) in enumerate(entries):
+    width = max(110, size[0] // -(-len(entries) // rows))
+    for i, (colour, text) in enumerate(entries[: rows * max(1, size[0] // width)]):
         left, top = corner[0] + i // rows * width, corner[1] + i % rows * LINE
         square = (left + 2, top + 3, left + 2 + SWATCH, top + 3 + SWATCH)
         if colour is not None:
-            draw.rectangle(square, fill=tuple(colour), outline=FRAME)
+            ImageDraw.Draw(panel).rectangle(square, fill=tuple(colour), outline=FRAME)
         _write(panel, (left + SWATCH + 6, top), width - SWATCH - 8, text)
 
 
 def _write(panel: Image.Image, corner: tuple[int, int], width: int, text: str) -> None:
-    """One line of text, its middle left out where it is wider than `width` pixels."""
-    font = ImageFont.load_default(13)
-    draw = ImageDraw.Draw(panel)
-    kept = text
-    while draw.textlength(kept, font) > width - 2 and len(kept) > 3:
-        half = (len(kept) - 2) // 2
-        kept = f"{text[:half]}…{text[len(text) - half :]}"
-    draw.text((corner[0] + 1, corner[1] + 1), kept, fill="black", font=font)
+    """One line of text, its end left out where it is wider than `width` pixels."""
+    font, draw = ImageFont.load_default(13), ImageDraw.Draw(panel)
+    while text and draw.textlength(text, font) > width - 2:
+        text = text[:-1]
+    draw.text((corner[0] + 1, corner[1] + 1), text, fill="black", font=font)
 
 
 def choose_pictures(results: Sequence[EvalResult], metric: str, num_images: int, seed: int) -> dict[str, list[int]]:
@@ -162,8 +143,7 @@ def choose_pictures(results: Sequence[EvalResult], metric: str, num_images: int,
     empty for one rule. random: by the seed, and none of the others while there are enough images.
     """
     num_all = len(results[0].names)
-    gain = image_scores(results[-1].counts)[metric] - image_scores(results[0].counts)[metric]
-    gain = np.nan_to_num(gain, nan=0.0)
+    gain = np.nan_to_num(image_scores(results[-1].counts)[metric] - image_scores(results[0].counts)[metric])
     order = np.argsort(-gain, kind="stable")
     chosen = {
         "gain": [int(i) for i in order if gain[i] > 0][:num_images],
@@ -175,18 +155,19 @@ def choose_pictures(results: Sequence[EvalResult], metric: str, num_images: int,
     return chosen
 
 
-def predict_panel(evaluator: Evaluator, model: nn.Module, index: int, metric: str | None = None) -> np.ndarray:
+def predict_panel(
+    evaluator: Evaluator, model: nn.Module, thresholds: RuleThresholds, index: int, metric: str | None = None
+) -> np.ndarray:
     """One image of the data set under every rule -> its panel. The model is in eval mode.
 
     metric: the per-image score that the rules' captions tell.
     """
     dataset, item = evaluator.dataset, evaluator.dataset[index]
     case = dataset.samples[index].case
-    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], case).items()}
+    preds = {name: pred.cpu() for name, pred in evaluator.decide(model, item.image[None], thresholds, case).items()}
     captions = {}
     if metric is not None:
-        counts = np.stack([count(pred, item.label, len(dataset.classes)).numpy() for pred in preds.values()])
-        scores = image_scores(counts)[metric]
+        scores = image_scores(count_rules(list(preds.values()), item.label, len(dataset.classes)).numpy())[metric]
         captions = {name: f"{name}: {metric} {score:.1f}" for name, score in zip(preds, scores)}
     return draw_panel(
         dataset.display(item.image.numpy()),

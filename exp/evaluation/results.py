@@ -16,8 +16,8 @@ from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_sco
 from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 from exp.evaluation.metrics import EvalResult, case_scores, count_names, image_scores, per_class_scores, split_cases
 from exp.files.atomic import move_aside, write_atomically
-from exp.files.text import read_json, read_text
-from exp.runtime.errors import InputError
+from exp.files.text import read_text
+from exp.runtime.errors import decoding
 
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
@@ -59,15 +59,16 @@ def save_results(
     """
     folder.mkdir(parents=True, exist_ok=True)
     changed = [_save_rule(result, folder, context) for result, context in zip(results, contexts, strict=True)]
-    shared = shared_context(contexts)
-    texts = {COMPARISON: None, CALIBRATION: None}
+    shared, contents = _shared_without_rule(contexts), {}
     if comparisons:
-        texts[COMPARISON] = comparison_json(comparisons, contexts)
+        rules = [context.get("config", {}).get("predict") for context in contexts]
+        rows = [dataclasses.asdict(c) for c in comparisons]
+        contents[COMPARISON] = {"comparisons": rows, "method": METHOD, "rules": rules, **shared}
     if calibration is not None:
-        texts[CALIBRATION] = calibration_json(calibration, results[0], shared)
-    for name, text in texts.items():
-        path = folder / name
-        if path.is_file() and (any(changed) if text is None else _figures(path) != _selected(json.loads(text))):
+        contents[CALIBRATION] = {**describe_calibration(calibration, results[0]), **shared}
+    for name in (COMPARISON, CALIBRATION):
+        path, text = folder / name, _dump(contents[name]) if name in contents else None
+        if path.is_file() and (any(changed) if text is None else _figures(path.read_bytes()) != _figures(text)):
             move_aside([path])
         if text is not None:
             write_atomically(path, text)
@@ -103,34 +104,23 @@ def result_json(result: EvalResult, context: Mapping[str, Any]) -> str:
     return _dump(content)
 
 
-def comparison_json(comparisons: Sequence[Comparison], contexts: Sequence[Mapping[str, Any]]) -> str:
-    """What was compared and how it came out; per rule what sets it apart, then what all rules share."""
-    rows = [dataclasses.asdict(c) for c in comparisons]
-    rules = [context.get("config", {}).get("predict") for context in contexts]
-    return _dump({"comparisons": rows, "method": METHOD, "rules": rules, **_without_rule(shared_context(contexts))})
-
-
-def calibration_json(counts: np.ndarray, result: EvalResult, context: Mapping[str, Any]) -> str:
+def describe_calibration(counts: np.ndarray, result: EvalResult) -> dict[str, Any]:
     """ECE and SCE, and for reliability diagrams the pixels, mean confidence and accuracy of every bin."""
     pooled = counts.sum(0)
-    content = {
+    return {
         "metrics": finite_or_null(calibration_scores(counts, result.cases)),
         "images": len(counts),
         "top_label": _bin_rows(pooled[-1]),
         "per_class": {name: _bin_rows(pooled[i]) for i, name in enumerate(result.classes)},
-        **_without_rule(context),
     }
-    return _dump(content)
 
 
 def _bin_rows(counts: np.ndarray) -> dict[str, list]:
     """(3, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
-    pixels = counts[PIXELS].tolist()
-    mean = {
-        name: [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
-        for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS))
-    }
-    return {"pixels": [int(num) for num in pixels], **mean}
+    pixels, rows = counts[PIXELS].tolist(), {"pixels": counts[PIXELS].astype(int).tolist()}
+    for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
+        rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
+    return rows
 
 
 def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -146,10 +136,10 @@ def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return shared
 
 
-def _without_rule(context: Mapping[str, Any]) -> dict[str, Any]:
-    """What a JSON says besides its figures, without the config of a decision rule."""
-    config = {key: value for key, value in context.get("config", {}).items() if key != "predict"}
-    return {**context, "config": config}
+def _shared_without_rule(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the rules' JSONs say alike besides their figures, without the config of a decision rule."""
+    context = shared_context(contexts)
+    return {**context, "config": {k: v for k, v in context.get("config", {}).items() if k != "predict"}}
 
 
 def result_csv(result: EvalResult) -> str:
@@ -169,53 +159,51 @@ def case_csv(result: EvalResult) -> str:
 def _score_csv(
     keys: Mapping[str, Sequence], scores: Mapping[str, np.ndarray], counts: np.ndarray, result: EvalResult
 ) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    counted = [f"{kind}.{name}" for kind in count_names(result.metrics) for name in result.classes]
-    writer.writerow([*keys, *scores, *counted])
+    rows = [[*keys, *scores, *(f"{kind}.{name}" for kind in count_names(result.metrics) for name in result.classes)]]
     for i, row in enumerate(counts):
-        values = ["" if math.isnan(column[i]) else repr(float(column[i])) for column in scores.values()]
-        writer.writerow([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
-    return text.getvalue()
+        values = [_number(column[i]) for column in scores.values()]
+        rows.append([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
+    return _csv(rows)
 
 
 def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
     """A row per image: its name and the network's mean entropy, nats (empty where no pixel counts)."""
+    return _csv([["image", "entropy"], *zip(names, map(_number, entropy))])
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else repr(float(value))
+
+
+def _csv(rows: Sequence[Sequence]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "entropy"])
-    writer.writerows([name, "" if math.isnan(value) else repr(float(value))] for name, value in zip(names, entropy))
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def load_entropy(path: Path) -> dict[str, float]:
     """images.csv -> the mean entropy by image, without those that have none."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row per image"), newline="")))
+    expected = "the columns image and entropy"
+    text = read_text(path, expected)
+    with decoding(path, expected):
+        rows = csv.DictReader(io.StringIO(text, newline=""))
         return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
-    except (csv.Error, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error!r}), expected the columns image and entropy") from None
 
 
 def load_result(path: Path) -> EvalResult:
     """<rule>.csv -> the EvalResult it was written from."""
-    text = read_text(path, "the counts of an evaluation, a row per image")
-    try:
-        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    except csv.Error as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected the counts of an evaluation") from None
-    columns = [i for i, name in enumerate(header) if name.startswith("tp.")]
-    classes = tuple(header[i].removeprefix("tp.") for i in columns)
-    metrics = tuple(name for name in METRIC_NAMES if f"{name}.part.{classes[0]}" in header) if classes else ()
-    kinds = count_names(metrics)
-    if not columns or header[0] != "image" or len(header) != columns[0] + len(kinds) * len(columns):
-        raise InputError(f"{path}: got the columns {header[:6]}, expected those of a per-image result")
-    try:
-        counts = np.array([row[columns[0] :] for row in rows], np.int64).reshape(len(rows), len(kinds), len(classes))
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{path}: got rows that are no counts of {len(classes)} classes ({error})") from None
-    cases = tuple(row[1] for row in rows) if header[1] == "case" else None
-    return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases, metrics)
+    expected = "the counts of an evaluation, a row per image"
+    text = read_text(path, expected)
+    with decoding(path, expected):
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+        classes = tuple(name.removeprefix("tp.") for name in header if name.startswith("tp."))
+        metrics = tuple(name for name in METRIC_NAMES if f"{name}.part.{classes[0]}" in header)
+        kinds, first = count_names(metrics), header.index(f"tp.{classes[0]}")
+        if header[0] != "image" or len(header) != first + len(kinds) * len(classes):
+            raise ValueError(f"columns {header[:6]}")
+        counts = np.array([row[first:] for row in rows], np.int64).reshape(len(rows), len(kinds), len(classes))
+        cases = tuple(row[1] for row in rows) if header[1] == "case" else None
+        return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases, metrics)
 
 
 def format_results(
@@ -290,14 +278,10 @@ def _dump(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def _figures(path: Path) -> dict[str, Any] | None:
-    """What a comparison or calibration found, of the file of an earlier evaluation; None for a damaged one."""
+def _figures(content: str | bytes) -> list | None:
+    """What a comparison or calibration found, without what it says of where that came from; None for damaged files."""
     try:
-        return _selected(read_json(path, "the figures of an evaluation"))
-    except InputError:
+        found = json.loads(content)
+        return [found.get(key) for key in ("comparisons", "metrics", "top_label", "per_class")]
+    except (ValueError, AttributeError):
         return None
-
-
-def _selected(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison's or calibration's content without what it says of where that came from."""
-    return {key: content.get(key) for key in ("comparisons", "metrics", "top_label", "per_class")}

@@ -29,10 +29,6 @@ class Pixels:
     logits: Tensor
     label: Tensor
 
-    def probabilities(self, temperature: float) -> Tensor:
-        """(M, C): what inference would give."""
-        return (self.logits / temperature).softmax(-1).mean(1)
-
 
 def draw_pixels(
     model: nn.Module,
@@ -95,7 +91,7 @@ def fit(pixels: Pixels) -> float:
 
 def scores(pixels: Pixels, temperature: float) -> dict[str, float]:
     """NLL (nats) and the calibration errors ECED and SCED (percent) of the pixels at a temperature."""
-    prob = pixels.probabilities(temperature).t()[None, :, :, None]
+    prob = (pixels.logits / temperature).softmax(-1).mean(1).t()[None, :, :, None]  # as inference averages views
     errors = calibration_scores(count_calibration(prob, pixels.label[:, None]).numpy()[None])
     nll = negative_log_likelihood(pixels, temperature).item()
     return {"NLL": nll, "ECED": errors["ECED"], "SCED": errors["SCED"]}
@@ -131,15 +127,10 @@ def describe_fit(temperature: float, fitted: Pixels, held_out: Pixels) -> dict[s
 def load_temperature(path: Path, weights_checksum: str) -> float:
     """temperature.json -> the temperature; InputError if there is none for these weights."""
     expected = "that of these weights: --test-only --fit_temperature train writes it"
-    if not path.is_file():
-        raise InputError(f"test.temperature fitted: {path}: no such file, expected {expected}")
     content = read_json(path, expected)
-    try:
-        temperature, fitted_for = content["temperature"], content["weights_checksum"]
-        if type(temperature) is not float or not 0 < temperature < math.inf:
-            raise ValueError(f"temperature {temperature!r}")
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path}: got another file ({error!r}), expected {expected}") from None
+    temperature, fitted_for = content.get("temperature"), content.get("weights_checksum")
+    if type(temperature) is not float or not 0 < temperature < math.inf:
+        raise InputError(f"{path}: got another file (temperature {temperature!r}), expected {expected}")
     if fitted_for != weights_checksum:
         raise InputError(f"test.temperature fitted: {path}: got a temperature of other weights, expected {expected}")
     return temperature

@@ -56,65 +56,46 @@ class Pool:
     masses: Tensor
     highest: Tensor
 
-    def add(self, other: "Pool") -> None:
-        """Take in the pixels of another pool."""
-        self.pixels += other.pixels
-        self.masses += other.masses
-        self.highest = torch.maximum(self.highest, other.highest)
+    def __add__(self, other: "Pool") -> "Pool":
+        highest = torch.maximum(self.highest, other.highest)
+        return Pool(self.pixels + other.pixels, self.masses + other.masses, highest)
 
     def cpu(self) -> "Pool":
         return Pool(self.pixels.cpu(), self.masses.cpu(), self.highest.cpu())
 
 
-def empty_pool(num_classes: int, device: torch.device | str = "cpu") -> Pool:
-    shapes = ((num_classes, BINS), (num_classes, BINS), (num_classes,))
-    return Pool(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
-
-
 def pool_of(prob: Tensor) -> Pool:
-    """(1, C, H, W) float32 probabilities -> their Pool, on the same device."""
-    pool = empty_pool(prob.shape[1], prob.device)
-    if prob.device.type == "cpu":
-        _count_on_cpu(prob, pool)
-    else:
-        _count_on_device(prob, pool)
+    """(1, C, H, W) float32 probabilities -> their Pool, on the same device; a GPU is not waited for."""
+    shape = (prob.shape[1], BINS)
+    pool = Pool(*(torch.zeros(s, dtype=torch.int64, device=prob.device) for s in (shape, shape, shape[:1])))
+    for c, plane in enumerate(prob[0]):
+        for piece in plane.reshape(-1).split(PIECE):
+            whole = piece.mul(2.0**UNIT_BITS).round_().long()
+            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax())
+            if prob.device.type == "cpu" and pool.highest[c] < 2 ** (
+                UNIT_BITS - BITS
+            ):  # all in the lowest bin: quicker
+                pool.pixels[c, 0] += len(whole)
+                pool.masses[c, 0] += whole.sum()
+                continue
+            bins = (whole >> (UNIT_BITS - BITS)).clamp_(0, BINS - 1)  # NaN becomes any number; inference tells it
+            pool.pixels[c] += histogram(bins, BINS)
+            pool.masses[c] += histogram(bins, BINS, whole)
     return pool
 
 
-def _count_on_device(prob: Tensor, pool: Pool) -> None:
-    """The pixels put into an empty pool: the device is given its work and not waited for."""
-    for c, plane in enumerate(prob[0]):
-        whole = plane.reshape(-1).mul(2.0**UNIT_BITS).round_().long()
-        bins = (whole >> (UNIT_BITS - BITS)).clamp_(min=0, max=BINS - 1)  # NaN becomes any number; inference tells it
-        pool.highest[c], pool.pixels[c] = whole.amax(), count_on_device(bins, BINS)
-        pool.masses[c] = count_on_device(bins, BINS, whole)
+def histogram(values: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """Whole numbers in 0..size-1 -> (size,) int64: how many there are of each, or the exact sum of their weights.
 
-
-def count_on_device(values: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
-    """(P,) whole numbers in 0..size-1 -> (size,) int64: how many there are of each, or the sum of their weights.
-
-    As torch.bincount, which would wait for the device to learn the largest value; exact in whole numbers.
+    A GPU is not waited for, as torch.bincount would to learn the largest value.
     """
-    values = values.long()
+    values = values.flatten()
+    if values.device.type == "cpu":
+        return torch.bincount(values, None if weights is None else weights.double(), minlength=size).long()
     place = torch.arange(len(values), device=values.device).remainder_(COPIES).mul_(size).add_(values)
     found = torch.zeros(COPIES * size, dtype=torch.int64, device=values.device)
-    found.scatter_add_(0, place, torch.ones_like(values) if weights is None else weights)
+    found.scatter_add_(0, place, torch.ones_like(place) if weights is None else weights)
     return found.view(COPIES, size).sum(0)
-
-
-def _count_on_cpu(prob: Tensor, pool: Pool) -> None:
-    """The same, quicker there: bincount, and a shortcut for classes that are nowhere likely."""
-    for c, plane in enumerate(prob[0]):
-        for piece in plane.reshape(-1).split(PIECE):
-            whole = piece.mul(2.0**UNIT_BITS).round_().to(torch.int32)
-            pool.highest[c] = torch.maximum(pool.highest[c], whole.amax().to(torch.int64))
-            if pool.highest[c] < 2 ** (UNIT_BITS - BITS):  # nowhere above the lowest bin
-                pool.pixels[c, 0] += len(whole)
-                pool.masses[c, 0] += whole.sum(dtype=torch.int64)
-                continue
-            bins = (whole >> (UNIT_BITS - BITS)).clamp_(max=BINS - 1)
-            pool.pixels[c] += bins.bincount(minlength=BINS)
-            pool.masses[c] += bins.bincount(whole.to(torch.float64), minlength=BINS).to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -167,15 +148,9 @@ def solve(pool: Pool, opt_metric: str, pruning_prob: float) -> Thresholds:
     n, s = (v.gather(1, best[:, None])[:, 0] for v in (n, s))
     mu = mu[:, 0]
     crowd = pool.pixels.gather(1, own[:, None])[:, 0]
-    return Thresholds(
-        opt_metric,
-        tuple(t.tolist()),
-        tuple(n.tolist()),
-        tuple(s.tolist()),
-        tuple(mu.tolist()),
-        tuple((pool.highest.double() / 2**UNIT_BITS > pruning_prob).tolist()),
-        tuple((crowd / (n + mu + offset).clamp_min(1e-30) / BINS).tolist()),
-    )
+    kept = pool.highest.double() / 2**UNIT_BITS > pruning_prob
+    resolution = crowd / (n + mu + offset).clamp_min(1e-30) / BINS
+    return Thresholds(opt_metric, *(tuple(column.tolist()) for column in (t, n, s, mu, kept, resolution)))
 
 
 @dataclass(frozen=True)
@@ -185,9 +160,6 @@ class PooledRule:
     scope: str
     opt_metric: str
     pruning_prob: float
-
-    def __call__(self, prob: Tensor) -> Tensor:
-        raise InputError(f"predict.scope: got {self.scope}, expected a rule that decides from one image alone")
 
     def key(self, case: str | None) -> tuple[str, str | None]:
         """An image's case -> the name of its pool."""
@@ -214,9 +186,11 @@ def gather_thresholds(
     for prob, case in maps:
         pool = pool_of(prob)
         del prob  # before the next image's is computed: of large images there is room for one
-        add_pools(own, {rule.key(case): pool for rule in pooled.values()})
+        for key in {rule.key(case) for rule in pooled.values()}:
+            own[key] = own[key] + pool if key in own else pool
     for pools in gather({key: pool.cpu() for key, pool in own.items()}):
-        add_pools(total, pools)
+        for key, pool in pools.items():
+            total[key] = total[key] + pool if key in total else pool
     return {
         name: {
             case: solve(pool, rule.opt_metric, rule.pruning_prob)
@@ -225,14 +199,6 @@ def gather_thresholds(
         }
         for name, rule in pooled.items()
     }
-
-
-def add_pools(total: Pools, further: Pools) -> None:
-    """Add the pixels of `further` to the pools of the same name."""
-    for key, pool in further.items():
-        if key not in total:
-            total[key] = empty_pool(len(pool.highest), pool.highest.device)
-        total[key].add(pool)
 
 
 def thresholds_json(thresholds: Thresholds, classes: tuple[str, ...], context: Mapping[str, Any]) -> str:
@@ -249,8 +215,6 @@ COLUMNS = ("threshold", "size", "mass", "total", "kept", "resolution")
 def load_thresholds(path: Path, num_classes: int) -> Thresholds:
     """A thresholds file -> Thresholds; InputError if it is another file, or one of another number of classes."""
     expected = "a thresholds file (results/<rule>.<split>.thresholds.json of a rule of scope: dataset)"
-    if not path.is_file():
-        raise InputError(f"predict.thresholds: {path}: no such file, expected {expected}")
     try:
         content = read_json(path, expected, MAX_OBJECT)
         rows = list(content["classes"].values())

@@ -55,17 +55,12 @@ def rankseg_rma_on_one_thread(prob: Tensor, **options: Any) -> Tensor:
         torch.set_num_threads(threads)
 
 
-def rankseg_rma_fixed(prob: Tensor, *, thresholds: Thresholds) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): RankSEG-RMA under thresholds that come from other images (exp/rules/pooled.py)."""
-    return thresholds.decide(prob)
-
-
 RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and options of exp/config/families.py
     "argmax": argmax,
     "threshold": threshold,
     "rankseg_rma": rankseg_rma_on_one_thread,
     "rankseg_rma_pooled": PooledRule,
-    "rankseg_rma_fixed": rankseg_rma_fixed,
+    "rankseg_rma_fixed": lambda prob, *, thresholds: thresholds.decide(prob),  # which come from other images
     "rankseg_package": rankseg_package,
     "rankseg_exact": rankseg_exact,
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from exp.evaluation.evaluator import Evaluation, Evaluator, Sink
+from exp.evaluation.evaluator import Evaluation, Evaluator
+from exp.evaluation.masks import MaskWriter
 from exp.evaluation.pictures import predict_panel
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -75,7 +76,7 @@ class Validation:
     save_best: Callable[[int], None] | None
     logger: NullLogger
     dist: Dist
-    sink: Callable[[int], Sink | None] = lambda iteration: None
+    sink: Callable[[int], MaskWriter | None] = lambda iteration: None
     last: tuple[int, Evaluation] | None = None
 
     def __call__(self, iteration: int) -> bool:
@@ -97,8 +98,8 @@ class Validation:
         scores = {result.rule: result.scores() for result in evaluation.results}
         values = {f"val/{rule}/{name}": value for rule, row in scores.items() for name, value in row.items()}
         self.logger.scalars(iteration, values)
-        evaluator = self.evaluator.under(evaluation.thresholds)
         for index in range(min(LOGGED_PICTURES, len(self.evaluator.dataset)) if self.dist.is_main else 0):
-            self.logger.image(iteration, f"val/{index}", predict_panel(evaluator, self.model, index))
+            panel = predict_panel(self.evaluator, self.model, evaluation.thresholds, index)
+            self.logger.image(iteration, f"val/{index}", panel)
         self.last = iteration, evaluation
         return evaluation

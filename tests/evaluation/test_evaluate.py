@@ -142,7 +142,7 @@ def test_further_images_are_decided_under_the_thresholds_found(camvid_dir: Path)
     own = evaluator(camvid_dir, {"argmax": argmax, "pooled": PooledRule("dataset", "dice", 0.1)})
     evaluation = own(Colours())
     item = own.dataset[1]
-    preds = own.under(evaluation.thresholds).decide(Colours(), item.image[None])
+    preds = own.decide(Colours(), item.image[None], evaluation.thresholds)
     assert (count(preds["pooled"], item.label, 11).numpy() == evaluation.results[1].counts[1]).all()
 
 

@@ -30,7 +30,7 @@ def test_files_read_back_as_what_was_predicted(name: str, tmp_path: Path):
     num_classes, path = len(data.classes), tmp_path / "some" / "mask.png"
     label = np.arange(num_classes)[None].repeat(2, 0)
     form = mask_format(num_classes, data.palette, data.label_map)
-    form.save_png(form.encode(label), path)
+    form.save_png(form.values[label], path)
     with Image.open(path) as image:
         values = np.asarray(image)
         colours = np.asarray(image.convert("RGB"))

@@ -85,11 +85,11 @@ def test_an_equal_evaluation_changes_nothing_and_another_keeps_the_older(tmp_pat
 def test_other_csv_files_are_refused(tmp_path: Path):
     path = tmp_path / "x.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"x\.csv: got the columns"):
+    with pytest.raises(InputError, match=r"x\.csv: got a file that cannot be read"):
         load_result(path)
     for row in ("e,1,2", "e,1,2,x", "e,1,2,3,4"):
         path.write_text(f"image,tp.x,fp.x,fn.x\n{row}\n")
-        with pytest.raises(InputError, match=r"x\.csv: got rows that are no counts of 1 classes"):
+        with pytest.raises(InputError, match=r"x\.csv: got a file that cannot be read"):
             load_result(path)
 
 
@@ -123,7 +123,7 @@ def test_cases_have_a_column_and_a_table(tmp_path: Path):
     assert content["cases"] == 2
     assert content["metrics"] == compute_scores(counts, with_cases().cases)
     assert "mIoU3D" in format_results([with_cases()], "mIoUI")
-    with pytest.raises(InputError, match="got the columns"):
+    with pytest.raises(InputError, match="columns"):
         load_result(tmp_path / "argmax.cases.csv")
 
 

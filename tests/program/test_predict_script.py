@@ -21,7 +21,7 @@ from exp.data.sets.shapes import Shapes
 from exp.data.transforms import Normalize
 from exp.evaluation.inference import build_inference
 from exp.evaluation.masks import mask_format
-from exp.predict_images import Output, Predictor, list_sources, predict_files, strip_suffix
+from exp.predict_images import Predictor, list_sources, predict_files, strip_suffix
 from exp.rules.pooled import PooledRule, pool_of, solve
 from exp.rules.registry import argmax
 from exp.runtime.errors import InputError
@@ -148,14 +148,14 @@ def test_bad_input_is_one_line(script, trained: Path, tmp_path: Path):
     (tmp_path / "fake.pt").write_bytes(b"no checkpoint")
     good = checkpoint(trained)
     for path, source, message in (
-        (good, tmp_path / "nowhere", "nowhere: no such file or folder"),
+        (good, tmp_path / "nowhere", "nowhere: got no file of .png"),
         (good, tmp_path / "empty", "empty: got no file of .png"),
         (good, tmp_path / "broken", "b.jpg: got a file that cannot be read"),
         (good, tmp_path / "twice", "a.png: got two files of the name 'a'"),
         (
             good,
             tmp_path / "scan.nii.gz",
-            "scan.nii.gz: got a volume, expected an image: the network was trained on images",
+            "scan.nii.gz: got a volume, expected an image, as the network was trained on",
         ),
         (tmp_path / "no.pt", tmp_path / "broken", "no.pt: no such file, expected a checkpoint"),
         (tmp_path / "fake.pt", tmp_path / "broken", "fake.pt: got a file that cannot be read"),
@@ -200,7 +200,7 @@ def test_volumes_get_labels_on_their_own_grid(tmp_path: Path, axis: int, slice_s
     affine[:3, 3] = 7, 8, 9
     nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scan.nii.gz")
     sources = list_sources(tmp_path / "scan.nii.gz", tmp_path / "out")
-    predict_files(volume_predictor(slice_size=slice_size), sources, Output(tmp_path / "out"))
+    predict_files(volume_predictor(slice_size=slice_size), sources, tmp_path / "out")
     mask = nibabel.load(tmp_path / "out" / "masks" / "argmax" / "scan.nii.gz")
     got = np.asarray(mask.dataobj)
     assert (mask.affine == affine).all()
@@ -317,7 +317,7 @@ def test_a_volume_is_a_case(tmp_path: Path):
     sources = list_sources(tmp_path / "scan.nii", tmp_path / "out")
     pooled = {scope: PooledRule(scope, "dice", 0.1) for scope in ("case", "dataset")}
     predictor = replace(volume_predictor(), rules={**pooled, "rankseg_rma": rankseg_rma})
-    predict_files(predictor, sources, Output(tmp_path / "out"))
+    predict_files(predictor, sources, tmp_path / "out")
     masks = {
         rule: np.asarray(nibabel.load(tmp_path / "out" / "masks" / rule / "scan.nii.gz").dataobj)
         for rule in predictor.rules

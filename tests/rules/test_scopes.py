@@ -10,8 +10,6 @@ import torch
 from exp.rules.pooled import (
     PooledRule,
     Thresholds,
-    _count_on_device,
-    empty_pool,
     gather_thresholds,
     load_thresholds,
     pool_of,
@@ -49,9 +47,7 @@ def objective(member: torch.Tensor, values: torch.Tensor, metric: str) -> torch.
 @pytest.mark.parametrize("sharpness", [0.3, 2.0, 6.0])
 def test_thresholds_of_a_histogram_are_those_of_a_sort(metric: str, sharpness: float):
     maps = [prob(4, seed=seed, sharpness=sharpness) for seed in range(3)]
-    pool = empty_pool(4)
-    for one in maps:
-        pool.add(pool_of(one))
+    pool = pool_of(maps[0]) + pool_of(maps[1]) + pool_of(maps[2])
     found = solve(pool, metric, 0.1)
     for c in range(4):
         values = torch.cat([one[0, c].flatten() for one in maps])
@@ -70,17 +66,6 @@ def test_a_pool_counts_every_pixel_and_its_mass():
     assert pool.pixels[0, 2**12] == 2
     assert pool.pixels[0, -1] == 2
     assert pool.masses.sum().item() / 2**30 == pytest.approx(values.double().sum().item(), abs=1e-8)
-
-
-@pytest.mark.parametrize("num_classes", [2, 5])
-def test_a_gpus_way_to_count_gives_the_same_pool(num_classes: int):
-    values = prob(num_classes, 200, 300)
-    values[0, -1] *= 2.0**-16  # nowhere above the lowest bin
-    pool = empty_pool(num_classes)
-    _count_on_device(values, pool)
-    expected = pool_of(values)
-    for name in ("pixels", "masses", "highest"):
-        assert torch.equal(getattr(pool, name), getattr(expected, name))
 
 
 def test_a_pool_is_the_same_in_any_order_and_any_pieces(monkeypatch):
@@ -233,7 +218,7 @@ def test_other_files_are_refused(tmp_path: Path):
     for text in ("{", "[]", "{}", json.dumps(content), path.read_text().replace("iou", "f1")):
         other = tmp_path / "other.json"
         other.write_text(text)
-        with pytest.raises(InputError, match=r"other\.json: (got another file|cannot be read)"):
+        with pytest.raises(InputError, match=r"other\.json: got"):
             load_thresholds(other, 3)
     with pytest.raises(InputError, match="no such file"):
         load_thresholds(tmp_path / "none.json", 3)
