@@ -3,7 +3,7 @@ evaluates trained weights."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from exp.evaluation.evaluator import Evaluation, Evaluator, build_evaluator
 from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
-from exp.files.lock import FolderLock
+from exp.files.lock import own_folder
 from exp.models import Segmentor, build_model
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
@@ -57,13 +57,9 @@ class Trained:
 @contextmanager
 def locked(folder: Path, doing: str, dist: Dist) -> Iterator[None]:
     """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it."""
-    lock = FolderLock(folder, ".lock", doing)
-    dist.on_main(lock.acquire)
-    try:
+    with ExitStack() as stack:
+        dist.on_main(lambda: stack.enter_context(own_folder(folder, doing)))
         yield
-    finally:
-        if dist.is_main:
-            lock.release()
 
 
 def load_trained(
