@@ -35,8 +35,8 @@ from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import build_logger
-from exp.training.loop import Intervals, train
-from exp.training.saving import build_saving, restore
+from exp.training.loop import train
+from exp.training.saving import Saving, restore
 from exp.training.step import build_step, seed_everything
 from exp.training.validation import ScoreHistory, Validation
 
@@ -214,7 +214,7 @@ class TrainingSession:
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, start, end))
-            saving = build_saving(config, self.folder / CHECKPOINTS, step, history, self.dataset, dist)
+            saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
             validation = Validation(
                 model=step.ema.module if config.test.weights == "ema" else raw_model,
                 evaluator=self.evaluator,
@@ -237,17 +237,15 @@ class TrainingSession:
                 done = train(
                     step,
                     batches,
+                    schedule,
                     start=start,
                     end=end,
-                    batch_size=schedule.batch_size,
                     seed=config.seed,
-                    intervals=Intervals(schedule.log_iters, saving.intervals, schedule.val_iters),
-                    nonfinite_limit=schedule.nonfinite_limit,
+                    save_iters=saving.intervals,
                     names=[sample.name for sample in self.dataset.samples],
                     save=saving,
                     validate=validation,
                     logger=logger,
-                    dist=dist,
                 )
             if due(done):
                 validation(done)

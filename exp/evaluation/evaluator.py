@@ -240,7 +240,7 @@ class Evaluator:
         steps, start = clock.timing.steps, time.perf_counter()
         for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
             steps["load"] += time.perf_counter() - start
-            if self.dist.asked_to_stop:
+            if self.dist.stop:
                 return
             yield batch
             start = time.perf_counter()
@@ -249,7 +249,7 @@ class Evaluator:
         """Read this process's share of the images and labels; InputError for the first that is damaged."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         for _ in tqdm(loader, desc="reading the validation set", disable=self.dist.hides_bars, leave=False):
-            if self.dist.asked_to_stop:
+            if self.dist.stop:
                 break
         self.dist.stop_if_asked("nothing was trained yet")
 

@@ -82,8 +82,7 @@ class NullLogger:
     def __enter__(self) -> "NullLogger":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, *exception: object) -> None: ...
 
     def step(self, iteration: int) -> None: ...
 
@@ -92,8 +91,6 @@ class NullLogger:
     def image(self, iteration: int, name: str, image: np.ndarray) -> None: ...
 
     def message(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class RunLogger(NullLogger):
@@ -117,8 +114,7 @@ class RunLogger(NullLogger):
         return SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
 
     def step(self, iteration: int) -> None:
-        with suppress(OSError):
-            self._bar.update(iteration - self._bar.n)
+        self._bar.update(iteration - self._bar.n)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
@@ -133,8 +129,7 @@ class RunLogger(NullLogger):
                 f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
                 f"{values['train/data_wait_share']:.0%}, {values['train/peak_memory_gib']:.1f} GiB"
             )
-            with suppress(OSError):
-                self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(text)
             if self._bar.disable:
                 left = timedelta(seconds=round(values["train/remaining_seconds"]))
                 say(f"iteration {iteration} of {self._total}: {text}, {left} left")
@@ -155,12 +150,10 @@ class RunLogger(NullLogger):
             self._unwritten.add(name)
 
     def message(self, text: str) -> None:
-        with suppress(OSError):
-            self._bar.write(text)
+        self._bar.write(text)
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
         if "_writer" in vars(self):
             with self._survived("tensorboard"):
                 self._writer.close()
