@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from exp.files.atomic import file_sha256, move_aside, no_room, replacing, require_room, sync
+from exp.files.atomic import PART, file_sha256, move_aside, no_room, replacing, require_room, sync
 from exp.files.text import read_json
 from exp.runtime.errors import PATH_ERRORS, InputError
 
@@ -115,6 +115,5 @@ def remove_older(folder: Path, keep: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half written; for the one process that writes to the folder."""
-    for path in folder.glob(".tmp-*"):
-        if re.fullmatch(r".*-\d+-.*\.(pt|safetensors)(\.json)?\.part", path.name):
-            path.unlink()
+    for path in folder.glob(f".tmp-*{PART}"):
+        path.unlink()

@@ -219,17 +219,15 @@ def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type)
     """Slices -> (N, H, W) of `dtype`: one pass through the file, in memory the slices and one plane."""
     indices = list(indices)
     assert indices == sorted(set(indices)), "slices are read in ascending order"
+    slices = np.empty((len(indices), *volume.slice_shape), dtype)
     if volume.axis == 2:  # slices lie one after the other in the file
-        slices = np.empty((len(indices), *volume.slice_shape), dtype)
         for place, (_, plane) in enumerate(_planes(volume, indices)):
             slices[place] = convert(plane, volume)
         return slices
-    # A plane of the file holds one line of every slice.
-    lines = np.empty((volume.shape[2], len(indices), volume.slice_shape[0]), dtype)
-    for k, plane in _planes(volume):
+    for k, plane in _planes(volume):  # a plane of the file holds one line of every slice
         taken = np.take(plane, indices, volume.axis)
-        lines[k] = convert(taken if volume.axis == 0 else taken.T, volume)
-    return lines.transpose(1, 2, 0)
+        slices[:, :, k] = convert(taken if volume.axis == 0 else taken.T, volume)
+    return slices
 
 
 def _planes(volume: Volume, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from tqdm import tqdm
 
 from exp.files.atomic import append_line
 from exp.runtime.errors import printable
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 T = TypeVar("T")
 
@@ -107,7 +104,7 @@ class RunLogger(NullLogger):
         self._log = run_dir / "log.jsonl"
 
     @cached_property
-    def _writer(self) -> "SummaryWriter":
+    def _writer(self) -> Any:
         """Made when there is something to write: importing TensorBoard takes a second or two before the first step."""
         from torch.utils.tensorboard import SummaryWriter
 
