@@ -3,7 +3,7 @@ evaluates trained weights."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ from exp.evaluation.evaluator import Evaluation, Evaluator, build_evaluator
 from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
-from exp.files.lock import FolderLock
+from exp.files.lock import own_folder
 from exp.models import Segmentor, build_model
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import build_logger
-from exp.training.loop import Intervals, train
-from exp.training.saving import build_saving, restore
+from exp.training.loop import train
+from exp.training.saving import Saving, restore
 from exp.training.step import build_step, seed_everything
 from exp.training.validation import ScoreHistory, Validation
 
@@ -57,13 +57,9 @@ class Trained:
 @contextmanager
 def locked(folder: Path, doing: str, dist: Dist) -> Iterator[None]:
     """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it."""
-    lock = FolderLock(folder, ".lock", doing)
-    dist.on_main(lock.acquire)
-    try:
+    with ExitStack() as stack:
+        dist.on_main(lambda: stack.enter_context(own_folder(folder, doing)))
         yield
-    finally:
-        if dist.is_main:
-            lock.release()
 
 
 def load_trained(
@@ -223,7 +219,7 @@ class TrainingSession:
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, start, end))
-            saving = build_saving(config, self.folder / CHECKPOINTS, step, history, self.dataset, dist)
+            saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
             validation = Validation(
                 model=step.ema.module if config.test.weights == "ema" else raw_model,
                 evaluator=self.evaluator,
@@ -249,17 +245,15 @@ class TrainingSession:
                 done = train(
                     step,
                     batches,
+                    schedule,
                     start=start,
                     end=end,
-                    batch_size=schedule.batch_size,
                     seed=config.seed,
-                    intervals=Intervals(schedule.log_iters, saving.intervals, schedule.val_iters),
-                    nonfinite_limit=schedule.nonfinite_limit,
+                    save_iters=saving.intervals,
                     names=[sample.name for sample in self.dataset.samples],
                     save=saving,
                     validate=validation,
                     logger=logger,
-                    dist=dist,
                 )
             if due(done):
                 validation(done)

@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
 from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS
-from exp.files.tensors import load_tensor_file
+from exp.files.tensors import find_tensors, load_tensor_file
 from exp.runtime.errors import InputError
 
 BEST, LAST = "best", "last"
@@ -75,19 +76,15 @@ class Saver:
 
         The averaged ones to <name>.ema.safetensors, where they are kept.
         """
-        for kind, state in (("raw", self.model.state_dict()), ("ema", self._averages())):
+        averages = None if self.ema is None else averaged_weights(self.ema.state_dict())
+        for kind, suffix, state in (("raw", "", self.model.state_dict()), ("ema", ".ema", averages)):
             if state is None:
                 continue
             described = {"iteration": iteration, "weights": kind, "config": self.config, "classes": self.classes}
             metadata = {"format": "pt", METADATA: json.dumps(described)}
             tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-            path = self.folder / (f"{name}.safetensors" if kind == "raw" else f"{name}.{kind}.safetensors")
-            self._write_checked(
-                path, lambda p, t=tensors, m=metadata: safetensors.torch.save_file(t, p, m), iteration, epoch, tensors
-            )
-
-    def _averages(self) -> dict[str, Tensor] | None:
-        return None if self.ema is None else averaged_weights(self.ema.state_dict())
+            write = partial(safetensors.torch.save_file, tensors, metadata=metadata)
+            self._write_checked(self.folder / f"{name}{suffix}.safetensors", write, iteration, epoch, tensors)
 
     def _write(self, path: Path, iteration: int, epoch: int, training: dict[str, Any] | None) -> None:
         content = {
@@ -112,26 +109,12 @@ class Saver:
 
 def count_bytes(content: Any) -> int:
     """Nested dicts and lists -> the bytes of the tensors in them, each once."""
-    sizes: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-
-    visit(content)
-    return sum(sizes.values())
+    storages = [tensor.untyped_storage() for tensor in find_tensors(content)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a file of Saver, .pt or .safetensors; InputError if it is damaged or anything else. Runs no code of it."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected {EXPECTED}")
     damage = find_damage(path) if facts_path(path).exists() else None
     if damage:
         raise InputError(f"{path}: got a damaged file ({damage}), expected {EXPECTED}")
@@ -192,12 +175,7 @@ def load_weights(
         raise InputError(f"{checkpoint.path}: got the moving average alone, expected test.weights=ema with it")
     differences = _differences({"model": checkpoint.config["model"]}, {"model": model_config})
     if checkpoint.classes != classes:
-        same_number = len(checkpoint.classes) == len(classes)
-        differences.append(
-            f"classes {checkpoint.classes} -> {classes}"
-            if same_number
-            else f"{len(checkpoint.classes)} classes -> {len(classes)}"
-        )
+        differences.append(f"classes {checkpoint.classes} -> {classes}")
     if differences:
         raise InputError(
             f"{checkpoint.path}: got a checkpoint of another model, expected that of the flags "

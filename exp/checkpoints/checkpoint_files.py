@@ -1,7 +1,6 @@
 """Files of a run's checkpoints: written whole with a checksum beside them, checked before they are read, rotated."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -10,9 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from exp.files.atomic import file_sha256, free_bytes, move_aside, no_room, replacing, require_room, sync
+from exp.files.atomic import PART, file_sha256, move_aside, no_room, replacing, require_room, sync
 from exp.files.text import read_json
-from exp.runtime.errors import DISK_ERRORS, InputError
+from exp.runtime.errors import PATH_ERRORS, InputError
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
 DAMAGED = ".damaged"
@@ -42,23 +41,13 @@ def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str,
             }
             with replacing(facts_path(path)) as temporary_facts:
                 temporary_facts.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except PATH_ERRORS:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = find_disk_error(error)
-        if reason is None and free_bytes(path) >= needed:
-            raise
-        raise no_room(path, needed, reason or " ".join(str(error).split())[:200]) from None
-
-
-def find_disk_error(error: BaseException | None) -> str | None:
-    """What the system said of a full disk or quota, which the writers of tensors hide behind errors of their own."""
-    if error is None:
-        return None
-    if getattr(error, "errno", None) in DISK_ERRORS:
-        return error.strerror
-    for number in DISK_ERRORS:
-        if os.strerror(number) in str(error) or f"os error {number}" in str(error):
-            return os.strerror(number)
-    return find_disk_error(error.__cause__ or error.__context__)
+        cause = error
+        while inner := cause.__cause__ or cause.__context__:  # PyTorch hides what the system said behind its own error
+            cause = inner
+        raise no_room(path, needed, " ".join(str(cause).split())[:200]) from error
 
 
 def facts_path(path: Path) -> Path:
@@ -126,6 +115,5 @@ def remove_older(folder: Path, keep: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left half written; for the one process that writes to the folder."""
-    for path in folder.glob(".tmp-*"):
-        if re.fullmatch(r".*-\d+-.*\.(pt|safetensors)(\.json)?\.part", path.name):
-            path.unlink()
+    for path in folder.glob(f".tmp-*{PART}"):
+        path.unlink()

@@ -211,7 +211,7 @@ class Evaluator:
         steps, start = clock.timing.steps, time.perf_counter()
         for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
             steps["load"] += time.perf_counter() - start
-            if self.dist.asked_to_stop:
+            if self.dist.stop:
                 return
             yield batch
             start = time.perf_counter()

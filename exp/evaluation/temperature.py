@@ -43,7 +43,7 @@ def draw_pixels(
     model.eval()
     drawn = {}
     for index in tqdm(indices[dist.rank :: dist.world_size], "drawing pixels", disable=dist.hides_bars, leave=False):
-        if dist.asked_to_stop:
+        if dist.stop:
             break
         item = dataset[index]
         label = item.label.flatten()

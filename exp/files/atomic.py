@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from exp.files.lock import is_alive
 from exp.runtime.errors import InputError
 
 TEMPORARY = f".tmp-{socket.gethostname()}-"  # then the process, and the name
@@ -49,7 +48,11 @@ def remove_stale(folder: Path) -> None:
     """Remove what processes of this machine that no longer live have left half-written in `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
         pid = path.name.removeprefix(TEMPORARY).partition("-")[0]
-        if pid.isdigit() and not is_alive(int(pid)):
+        try:
+            os.kill(int(pid), 0)  # changes nothing where there is such a process
+        except (ValueError, PermissionError):  # another user's process; or no file of this program's
+            pass
+        except ProcessLookupError:
             _remove(path)
 
 

@@ -1,7 +1,6 @@
 """NIfTI volumes -> axial slices, the slice files that training reads, and labels back onto a volume's grid."""
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +81,10 @@ def open_volume(path: Path) -> Volume:
 def _declared_offset(path: Path) -> int:
     """The bytes before the first voxel as the header of NIfTI-1 or 2 says; 0 if it is neither."""
     with ImageOpener(path) as file:
-        head = file.read(180)
-    for order in ("<", ">"):
-        for length, form, place in ((348, "f", 108), (540, "q", 168)):
-            if len(head) == 180 and struct.unpack_from(f"{order}i", head)[0] == length:
-                return int(struct.unpack_from(f"{order}{form}", head, place)[0])
+        head = file.read(540)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.may_contain_header(head):
+            return int(kind(head[: kind.template_dtype.itemsize], check=False)["vox_offset"])
     return 0
 
 
@@ -155,16 +153,14 @@ def value_range(volume: Volume) -> ValueRange:
 
 def find_slices(volume: Volume, label: int | None) -> list[int]:
     """A label volume -> the slices that hold this label (None: any but 0), ascending; one pass, a plane in memory."""
-
-    def holds(plane: np.ndarray, axis: int | None) -> np.ndarray:
-        values = _to_label(plane, volume)
-        return ((values == label) if label is not None else (values != 0)).any(axis)
-
-    if volume.axis == 2:
-        return [k for k, plane in _planes(volume) if holds(plane, None)]
     found = np.zeros(volume.num_slices, bool)
-    for _, plane in _planes(volume):
-        found |= holds(plane, 1 - volume.axis)
+    for k, plane in _planes(volume):
+        values = _to_label(plane, volume)
+        held = values == label if label is not None else values != 0
+        if volume.axis == 2:
+            found[k] = held.any()
+        else:
+            found |= held.any(1 - volume.axis)
     return np.flatnonzero(found).tolist()
 
 
@@ -191,15 +187,11 @@ def read_labels(volume: Volume, indices: Sequence[int]) -> np.ndarray:
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) int16 -> the same at `size` (height, width), linear."""
-    if image.shape == tuple(size):
-        return np.ascontiguousarray(image)
     return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def resize_labels(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) uint8 -> the same at `size` (height, width), nearest."""
-    if label.shape == tuple(size):
-        return np.ascontiguousarray(label)
     return cv2.resize(np.ascontiguousarray(label), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
@@ -227,17 +219,15 @@ def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type)
     """Slices -> (N, H, W) of `dtype`: one pass through the file, in memory the slices and one plane."""
     indices = list(indices)
     assert indices == sorted(set(indices)), "slices are read in ascending order"
+    slices = np.empty((len(indices), *volume.slice_shape), dtype)
     if volume.axis == 2:  # slices lie one after the other in the file
-        slices = np.empty((len(indices), *volume.slice_shape), dtype)
         for place, (_, plane) in enumerate(_planes(volume, indices)):
             slices[place] = convert(plane, volume)
         return slices
-    # A plane of the file holds one line of every slice.
-    lines = np.empty((volume.shape[2], len(indices), volume.slice_shape[0]), dtype)
-    for k, plane in _planes(volume):
+    for k, plane in _planes(volume):  # a plane of the file holds one line of every slice
         taken = np.take(plane, indices, volume.axis)
-        lines[k] = convert(taken if volume.axis == 0 else taken.T, volume)
-    return lines.transpose(1, 2, 0)
+        slices[:, :, k] = convert(taken if volume.axis == 0 else taken.T, volume)
+    return slices
 
 
 def _planes(volume: Volume, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, np.ndarray]]:

@@ -31,39 +31,33 @@ def files_and_links(folder: Path) -> dict[str, bool]:
 class Fence:
     """A folder that listed files may not leave. It may be a link itself: what counts is where it really lies.
 
-    The folder of each file is resolved once, and a file alone if it is a link: a list of ten thousand names costs no
-    look at ten thousand files.
+    The folder of each file is resolved once, and a file alone if it is a link: ten thousand names cost no look at ten
+    thousand files.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._real = Path(os.path.realpath(folder))
-        self._inside: dict[Path, bool] = {}
+        self._real, self._folders = _real(folder), {}
 
     def check(self, path: Path, *, is_link: bool) -> None:
         """InputError for a file, listed below the folder, that lies elsewhere."""
-        if path.parent not in self._inside:
-            self._inside[path.parent] = Path(os.path.realpath(path.parent)).is_relative_to(self._real)
-        inside = self._inside[path.parent]
-        if inside and is_link:
-            inside = Path(os.path.realpath(path)).is_relative_to(self._real)
-        if not inside:
+        if path.parent not in self._folders:
+            self._folders[path.parent] = _real(path.parent)
+        real = _real(path) if is_link else self._folders[path.parent] / path.name
+        if not real.is_relative_to(self._real):
             raise InputError(
-                f"{path}: got a listed file that a link leads to {os.path.realpath(path)}, expected one that lies in "
-                f"{self._real}"
+                f"{path}: got a listed file that a link leads to {real}, expected one that lies in {self._real}"
             )
 
 
-def read_names(path: Path, *, spaces: bool = False) -> list[str]:
-    """A list file -> the names or relative paths in it, one a line; InputError for a line that is anything else.
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # which, unlike resolve(), bears links that lead in a circle
 
-    spaces: names may hold spaces.
-    """
+
+def read_names(path: Path) -> list[str]:
+    """A list file -> the names or relative paths in it, one a line; InputError for one that leads out."""
     lines = read_text(path, "one image name a line", encoding="utf-8-sig").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     for name in names:
-        if not spaces and len(name.split()) > 1:
-            raise InputError(f"{path}: got the line '{name[:200]}', expected one image name and nothing else")
         if leads_out(name):
             raise InputError(
                 f"{path}: got '{name[:200]}', which leads out of the data folder, expected a name inside it"

@@ -23,17 +23,9 @@ T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=30)
 NCCL_MARGIN = timedelta(minutes=5)
-STOP_KEY = "stop"
 GRACE = 2.0  # seconds for others to say that they, too, miss somebody
 # In messages of gloo, nccl and the store.
-LOST_CONNECTION = (
-    "onnection",
-    "imed out",
-    "imeout",
-    "Broken pipe",
-    "ocket",
-    "NCCL",
-)
+LOST_CONNECTION = ("onnection", "imed out", "imeout", "Broken pipe", "ocket", "NCCL")
 MEETING_PAUSE = 0.02  # seconds between two looks
 
 
@@ -113,17 +105,6 @@ class Dist:
 
         return content
 
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether this process, or another one that has looked here since, was asked to stop; no wait for others."""
-        if self.world_size == 1:
-            return bool(self.stop)
-        if self.stop:
-            self.store.set(STOP_KEY, self.stop.signal_name)
-        elif self.store.check([STOP_KEY]):
-            self.stop.signal_name = self.store.get(STOP_KEY).decode()
-        return bool(self.stop)
-
     def stop_if_asked(self, what: str) -> None:
         """Interrupted on every rank if any of them was asked to stop; to be called on all. what: left undone."""
         by = next((name for name in self.gather(self.stop.signal_name) if name), None)
@@ -180,11 +161,6 @@ class Dist:
         if error is not None:
             raise InputError(error)
         return result
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (batch-norm statistics that each process kept for itself).
@@ -289,36 +265,30 @@ def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta
     rank 0 names this meeting, every other rank answers with a mark of its own, and takes the name for new when rank 0
     has read that mark. InputError that names the ranks which do not come.
     """
-    mine, until, others = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), range(1, world_size)
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
 
     def read(key: str) -> str | None:
         return store.get(key).decode() if store.check([key]) else None
 
-    def wait_for(found: Callable[[], T | None], absent: Callable[[], str]) -> T:
-        while (value := found()) is None:
-            if time.monotonic() > until:
-                raise InputError(f"{absent()} did not arrive at the start within {timeout}")
-            time.sleep(MEETING_PAUSE)
-        return value
+    def wait_for(absent: str) -> None:
+        if time.monotonic() > until:
+            raise InputError(f"{absent} did not arrive at the start within {timeout}")
+        time.sleep(MEETING_PAUSE)
 
     if rank == 0:
         store.set("meeting", mine)
+        others = range(1, world_size)
+        while absent := [f"rank {r}" for r in others if read(f"{mine}/mark/{r}") is None]:
+            wait_for(", ".join(absent))
         for other in others:
-            mark = wait_for(
-                lambda other=other: read(f"{mine}/mark/{other}"),
-                lambda: ", ".join(f"rank {r}" for r in others if read(f"{mine}/mark/{r}") is None),
-            )
-            store.set(f"{mine}/read/{other}", mark)
+            store.set(f"{mine}/read/{other}", read(f"{mine}/mark/{other}"))
         return torch_dist.PrefixStore(mine, store)
-
-    def answered() -> str | None:
-        meeting = read("meeting")
-        if meeting is None:
-            return None
-        store.set(f"{meeting}/mark/{rank}", mine)
-        return meeting if read(f"{meeting}/read/{rank}") == mine else None
-
-    return torch_dist.PrefixStore(wait_for(answered, lambda: "rank 0"), store)
+    while True:
+        if meeting := read("meeting"):
+            store.set(f"{meeting}/mark/{rank}", mine)
+            if read(f"{meeting}/read/{rank}") == mine:
+                return torch_dist.PrefixStore(meeting, store)
+        wait_for("rank 0")
 
 
 def _leave(dist: Dist) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class InputError(ValueError):
     """Wrong input of the user's: one line that says where, what was got and what was expected."""
+
+
+PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @contextmanager
@@ -66,14 +68,7 @@ def run_and_report(main: Callable[[], None]) -> int:
         if str(interruption):
             print(f"interrupted by {interruption}; the same command resumes", file=sys.stderr, flush=True)
         return STATUS
-    except (
-        InputError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-    ) as error:
+    except (InputError, *PATH_ERRORS) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -91,9 +86,9 @@ def run_and_report(main: Callable[[], None]) -> int:
 
 def _is_output_gone() -> bool:
     """Whether the reader of stdout has left; what is still to be written goes nowhere then."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    try:
+        sys.stdout.flush()
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True

@@ -35,22 +35,15 @@ def catch_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    handlers = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield request
     except Interrupted:  # the process is leaving: further signals, such as torchrun's, are not to change its status
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
+        handlers = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         raise
-    except BaseException:
-        _restore(before)
-        raise
-    _restore(before)
-
-
-def _restore(handlers: dict) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def obey_parent_alone() -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from tqdm import tqdm
 
 from exp.files.atomic import append_line
 from exp.runtime.errors import printable
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 T = TypeVar("T")
 
@@ -82,8 +79,7 @@ class NullLogger:
     def __enter__(self) -> "NullLogger":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, *exception: object) -> None: ...
 
     def step(self, iteration: int) -> None: ...
 
@@ -92,8 +88,6 @@ class NullLogger:
     def image(self, iteration: int, name: str, image: np.ndarray) -> None: ...
 
     def message(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class RunLogger(NullLogger):
@@ -110,15 +104,14 @@ class RunLogger(NullLogger):
         self._log = run_dir / "log.jsonl"
 
     @cached_property
-    def _writer(self) -> "SummaryWriter":
+    def _writer(self) -> Any:
         """Made when there is something to write: importing TensorBoard takes a second or two before the first step."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
 
     def step(self, iteration: int) -> None:
-        with suppress(OSError):
-            self._bar.update(iteration - self._bar.n)
+        self._bar.update(iteration - self._bar.n)
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
@@ -133,8 +126,7 @@ class RunLogger(NullLogger):
                 f"loss {values['train/loss']:.4f}, {values['train/images_per_second']:.1f} img/s, waiting "
                 f"{values['train/data_wait_share']:.0%}, {values['train/peak_memory_gib']:.1f} GiB"
             )
-            with suppress(OSError):
-                self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(text)
             if self._bar.disable:
                 left = timedelta(seconds=round(values["train/remaining_seconds"]))
                 say(f"iteration {iteration} of {self._total}: {text}, {left} left")
@@ -155,12 +147,10 @@ class RunLogger(NullLogger):
             self._unwritten.add(name)
 
     def message(self, text: str) -> None:
-        with suppress(OSError):
-            self._bar.write(text)
+        self._bar.write(text)
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
         if "_writer" in vars(self):
             with self._survived("tensorboard"):
                 self._writer.close()

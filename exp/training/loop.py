@@ -2,64 +2,53 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from exp.config.training import ScheduleConfig
 from exp.data.loader import Batch
-from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted
 from exp.training.logger import Meter, NullLogger, say
 from exp.training.step import SCALER_TRIES, Outcome, TrainStep, seed_everything
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Iterations between logging, saving (each of several counts) and validating; val None: never."""
-
-    log: int
-    save: tuple[int, ...]
-    val: int | None
-
-
 def train(
     step: TrainStep,
     batches: Iterable[Batch],
+    schedule: ScheduleConfig,
     *,
     start: int,
     end: int,
-    batch_size: int,
     seed: int,
-    intervals: Intervals,
-    nonfinite_limit: int,
     names: Sequence[str],
+    save_iters: Sequence[int],
     save: Callable[[int], None],
     validate: Callable[[int], bool],
     logger: NullLogger,
-    dist: Dist,
 ) -> int:
     """Train from iteration `start` to `end` on this process's batches -> the iterations done (fewer if stopped).
 
-    names: of the training images by index. save, validate: called with the number of iterations done, on every rank;
-    after the last iteration save is always called, validate never (the run's evaluation follows). validate: -> whether
-    to stop. Raises Interrupted, after saving, where a process was asked to stop; InputError after nonfinite_limit
-    steps in a row whose loss or gradient was no number.
+    names: of the training images by index. save_iters: a save is due at every multiple of each. save, validate: called
+    with the number of iterations done, on every rank; after the last iteration save is always called, validate never
+    (the run's evaluation follows). validate: -> whether to stop. Raises Interrupted, after saving, where a process was
+    asked to stop; InputError after schedule.nonfinite_limit steps in a row whose loss or gradient was non-finite.
     """
+    dist = step.dist
     step.model.train()
-    meter, watch = Meter(batch_size, dist.device), Watch(step, names, nonfinite_limit, dist)
+    meter, watch = Meter(schedule.batch_size, dist.device), Watch(step, names, schedule.nonfinite_limit)
     for iteration, batch in enumerate(meter.timed(batches), start):
         seed_everything(seed, iteration, dist.rank)
         done = iteration + 1
-        logs = done % intervals.log == 0 or done == end
+        logs = done % schedule.log_iters == 0 or done == end
         rates = step.rates() if logs else {}
         with dist.named_step(done):
             outcome = step(batch.to(dist.device))
             stop_asked = dist.any(dist.stop)
         watch.add(done, outcome, batch)
         logger.step(done)
-        saves = stop_asked or done == end or any(done % every == 0 for every in intervals.save)
-        validates = bool(intervals.val) and done % intervals.val == 0 and done < end
+        saves = stop_asked or done == end or any(done % every == 0 for every in save_iters)
+        validates = bool(schedule.val_iters) and done % schedule.val_iters == 0 and done < end
         if logs or saves or validates:
             watch.look()
         if logs:
@@ -91,8 +80,8 @@ class Watch:
     anything is saved or logged.
     """
 
-    def __init__(self, step: TrainStep, names: Sequence[str], limit: int, dist: Dist) -> None:
-        self.step, self.names, self.limit, self.dist = step, names, limit, dist
+    def __init__(self, step: TrainStep, names: Sequence[str], limit: int) -> None:
+        self.step, self.names, self.limit, self.dist = step, names, limit, step.dist
         self._last: tuple[int, Callable[[], list], Batch] | None = None
         self._restart()
 

@@ -8,8 +8,7 @@ count(label): labels -> a tensor of any shape, additive over images;
 forward(logits, label, counted): this micro-batch's share of the loss. counted: the sum of count over the global batch,
 divided by the number of processes, so that DDP's average of gradients is the gradient over the global batch.
 
-Labels are hard, (B, H, W) classes in 0..C-1 or 255, or soft, (B, C, H, W) probabilities: there a pixel that is 0 in
-every class is ignored.
+Labels are (B, H, W) classes in 0..C-1, or 255 where a pixel is ignored.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from exp.config.loss import LossConfig
 
 def count_pixels(label: Tensor) -> Tensor:
     """Labels -> the number of pixels that are not ignored, () float32."""
-    return ((label != IGNORE_INDEX) if label.dim() == 3 else label.any(1)).sum().float()
+    return (label != IGNORE_INDEX).sum().float()
 
 
 def divide(value: Tensor, counted: Tensor) -> Tensor:
@@ -40,15 +39,12 @@ class CrossEntropy(nn.Module):
         return count_pixels(label)
 
     def forward(self, logits: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        if label.dim() == 3:
-            total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-        else:
-            total = F.cross_entropy(logits, label.to(logits.dtype), reduction="sum")
+        total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="sum")
         return divide(total, counted)
 
 
 class Focal(nn.Module):
-    """(B, C, H, W) logits, hard labels -> the mean over the pixels of (1 - p)^gamma (-log p), p of the true class.
+    """(B, C, H, W) logits, labels -> the mean over the pixels of (1 - p)^gamma (-log p), p of the true class.
 
     Lin et al., ICCV 2017, eq. 4, with the softmax's probabilities.
     """
@@ -70,14 +66,14 @@ class Overlap(nn.Module):
     """(B, C, H, W) logits, labels -> 1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth), reduced as metrics are.
 
     Tversky's index of the softmax's probabilities x and the labels y; Jaccard is alpha = beta = 1, Dice 1/2. TP, FP and
-    FN in their L1 form, which is exact for soft labels: TP = (|x| + |y| - |x - y|) / 2, FP = |x| - TP, FN = |y| - TP
-    (Wang et al., arXiv 2302.05666 and 2303.16296).
+    FN in their L1 form: TP = (|x| + |y| - |x - y|) / 2, FP = |x| - TP, FN = |y| - TP (Wang et al., arXiv 2302.05666 and
+    2303.16296).
 
     The loss is a weighted mean of three versions, for mIoUD, mIoUI and mIoUC (arXiv 2310.19252):
       data set: TP, FP, FN summed over the global batch; then the mean over the classes present in it;
       image:    per image the mean over its classes; then the mean over the images;
       class:    per class the mean over the images where it is present; then the mean over the classes.
-    A class is present where the label gives it any mass; of two classes the foreground alone counts, as in the metrics.
+    A class is present where the label has it; of two classes the foreground alone counts, as in the metrics.
 
     sum_over_ranks: a tensor -> its sum over the processes, whose gradient suits DDP's average (Dist.sum). The data
     set version alone needs it: its sums over a micro-batch span the processes. Over several micro-batches it is their
@@ -104,7 +100,8 @@ class Overlap(nn.Module):
 
     def count(self, label: Tensor) -> Tensor:
         """The images, those with any label, and those with each class, (2 + BINS,) float32."""
-        present = find_classes(label, self.BINS)
+        present = torch.zeros(len(label), self.BINS + 1, dtype=torch.bool, device=label.device)
+        present = present.scatter_(1, label.flatten(1).long(), True)[:, : self.BINS]
         images = torch.stack([torch.ones_like(present[:, 0]), present.any(1)])
         return torch.cat([images.sum(1), present.sum(0)]).float()
 
@@ -134,26 +131,12 @@ class Overlap(nn.Module):
         return 1 - (tp + self.smooth) / (tp + wrong + self.smooth)
 
 
-def find_classes(label: Tensor, bins: int) -> Tensor:
-    """Labels -> (B, bins) bool, which classes occur in which image."""
-    if label.dim() == 4:
-        return F.pad(label.flatten(2).any(2), (0, bins - label.shape[1]))
-    present = torch.zeros(len(label), IGNORE_INDEX + 1, dtype=torch.bool, device=label.device)
-    return present.scatter_(1, label.flatten(1).long(), True)[:, :bins]
-
-
 def sum_overlap(prob: Tensor, label: Tensor) -> Tensor:
     """(B, C, H, W) probabilities, labels -> (3, B, C) TP, |x| and |y|, the sums over the pixels that count.
 
-    Hard labels are never spread to (B, C, H, W): a 0 or 1 makes TP the sum of the true class's probabilities.
+    Labels are never spread to (B, C, H, W): TP is the sum of the true class's probabilities.
     """
-    num_classes, prob = prob.shape[1], prob.flatten(2)
-    if label.dim() == 4:
-        label = label.flatten(2).to(prob.dtype)
-        prob = prob * label.any(1, keepdim=True)
-        predicted, true = prob.sum(2), label.sum(2)
-        return torch.stack([(predicted + true - (prob - label).abs().sum(2)) / 2, predicted, true])
-    label = label.flatten(1).long()
+    num_classes, prob, label = prob.shape[1], prob.flatten(2), label.flatten(1).long()
     kept = (label != IGNORE_INDEX).to(prob.dtype)
     label = torch.where(label != IGNORE_INDEX, label, 0)
     hit = prob.gather(1, label[:, None])[:, 0] * kept

@@ -1,11 +1,6 @@
-"""Precision on the device: fp16's gradient scaler, and what CUDA does with float32. For autocast see inference.py."""
+"""What CUDA does with float32. For autocast see inference.py, for fp16's gradient scaler step.py."""
 
 import torch
-
-
-def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """The gradient scaler; only fp16 needs one (bf16 has the exponents of float32), for the others it is a no-op."""
-    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
 def set_up_cuda(tf32: str, cudnn_benchmark: bool, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """When and what a training saves, and how it is resumed from that."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,28 @@ from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 
 
-@dataclass(frozen=True)
 class Saving:
-    """Saves a training; to be called on every rank, rank 0 writes.
+    """Saves a training in `folder`; to be called on every rank, rank 0 writes.
 
-    intervals: the numbers of iterations after whose multiples a checkpoint is due. keep: how many of these stay.
+    intervals: the numbers of iterations after whose multiples a checkpoint is due.
     """
 
-    step: TrainStep
-    history: ScoreHistory
-    dataset: SegmentationDataset
-    saver: Saver
-    dist: Dist
-    batch_size: int
-    intervals: tuple[int, ...]
-    keep: int
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        folder: Path,
+        step: TrainStep,
+        history: ScoreHistory,
+        dataset: SegmentationDataset,
+    ) -> None:
+        self.step, self.history, self.dataset, self.dist = step, history, dataset, step.dist
+        self.schedule, plain = config.schedule, config.to_dict()
+        self.intervals = [self.schedule.save_iters]
+        if self.schedule.save_epochs is not None:
+            epoch = iterations_per_epoch(len(dataset), self.schedule.batch_size)
+            self.intervals.append(self.schedule.save_epochs * epoch)
+        facts = {"config_digest": training_digest(plain), "processes": self.dist.world_size, **describe_code()}
+        self.saver = Saver(folder, step.raw_model, step.ema, plain, list(dataset.classes), facts)
 
     def __call__(self, iteration: int) -> None:
         """Write the checkpoint after so many iterations: all that decides the steps to come."""
@@ -44,7 +50,7 @@ class Saving:
         }
         training["faults"]["images"] = sum(images)
         epoch = training["sampler"]["epoch"]
-        dist.on_main(lambda: self.saver.save(iteration, epoch, training, self.keep))
+        dist.on_main(lambda: self.saver.save(iteration, epoch, training, self.schedule.keep_checkpoints))
 
     def save_best(self, iteration: int) -> None:
         """Write best.pt and best.safetensors."""
@@ -56,7 +62,7 @@ class Saving:
         self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
 
     def _position(self, iteration: int) -> dict[str, Any]:
-        return describe_position(self.dataset, self.batch_size, iteration)
+        return describe_position(self.dataset, self.schedule.batch_size, iteration)
 
     def _check_weights(self, iteration: int) -> None:
         """Every rank: the buffers of rank 0, which are saved; InputError for non-finite weights."""
@@ -68,32 +74,6 @@ class Saving:
         for model in (step.raw_model, step.ema):
             if model is not None:
                 self.dist.share_buffers(model)
-
-
-def build_saving(
-    config: ExperimentConfig,
-    folder: Path,
-    step: TrainStep,
-    history: ScoreHistory,
-    dataset: SegmentationDataset,
-    dist: Dist,
-) -> Saving:
-    """What saves the training of `step` on `dataset` in `folder`."""
-    plain, schedule = config.to_dict(), config.schedule
-    intervals = [schedule.save_iters]
-    if schedule.save_epochs is not None:
-        intervals.append(schedule.save_epochs * iterations_per_epoch(len(dataset), schedule.batch_size))
-    facts = {"config_digest": training_digest(plain), "processes": dist.world_size, **describe_code()}
-    return Saving(
-        step=step,
-        history=history,
-        dataset=dataset,
-        saver=Saver(folder, step.raw_model, step.ema, plain, list(dataset.classes), facts),
-        dist=dist,
-        batch_size=schedule.batch_size,
-        intervals=tuple(intervals),
-        keep=schedule.keep_checkpoints,
-    )
 
 
 def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:

@@ -16,7 +16,6 @@ from exp.models import Segmentor
 from exp.runtime.distributed import Dist
 from exp.training.losses import build_criterion
 from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
-from exp.training.precision import build_scaler
 
 SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every overflow: after so many it is 2^-9
 
@@ -71,7 +70,8 @@ class TrainStep:
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
-        self.scaler = build_scaler(self.amp, self.dist.device)
+        # bf16 has the exponents of float32 and needs none: a no-op then.
+        self.scaler = torch.amp.GradScaler(self.dist.device.type, enabled=self.amp == "fp16")
         self.grad_norm: Tensor | None = None  # of the last step, over all parameters, before clipping
         self._buffers = [buffer.clone() for buffer in self.raw_model.buffers()]
 

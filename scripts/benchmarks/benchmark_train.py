@@ -94,7 +94,8 @@ def measure_loops(args: argparse.Namespace, folder: Path) -> dict[str, list[tupl
     """(wall, processor) seconds a step of each block, by loop; the loops run in turns and swap who goes first."""
     from itertools import islice
 
-    from exp.training.loop import Intervals, train
+    from exp.config.training import ScheduleConfig
+    from exp.training.loop import train
 
     loops, logger = make_loops(args, folder)
 
@@ -104,17 +105,15 @@ def measure_loops(args: argparse.Namespace, folder: Path) -> dict[str, list[tupl
         train(
             step,
             islice(batches, count),
+            ScheduleConfig("s", args.batch_size, train_iters=count),
             start=start,
             end=start + count,
-            batch_size=args.batch_size,
             seed=0,
-            intervals=Intervals(log=50, save=(), val=None),
-            nonfinite_limit=10,
             names=(),
+            save_iters=(),
             save=lambda iteration: None,
             validate=lambda iteration: False,
             logger=logger,
-            dist=step.dist,
         )
 
     exp_loop.done = 0
@@ -126,7 +125,7 @@ def measure_loops(args: argparse.Namespace, folder: Path) -> dict[str, list[tupl
             run[name](*loops[name], BLOCK)
             if block:  # the first warms up
                 seconds[name].append(((time.perf_counter() - wall) / BLOCK, (time.process_time() - cpu) / BLOCK))
-    logger.close()
+    logger.__exit__()
     return seconds
 
 

@@ -17,7 +17,7 @@ import torch
 from exp.checkpoints.checkpoint import load_checkpoint
 from exp.checkpoints.checkpoint_files import find_checkpoint, list_checkpoints
 from exp.evaluation.evaluator import Evaluator
-from exp.files.lock import FolderLock
+from exp.files import lock as locks
 from exp.runtime.interrupt import STATUS
 from exp.training import logger as loggers
 from exp.training import loop as training
@@ -133,13 +133,18 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_goes_on(program, tm
 
 
 def test_a_second_run_in_the_same_folder_is_refused(program, tmp_path: Path):
-    lock = FolderLock(tmp_path / TINY_RUN, ".lock", "training")
-    lock.acquire()
+    hold = (
+        "import sys; from pathlib import Path; from exp.files.lock import own_folder\n"
+        "with own_folder(Path(sys.argv[1]), 'training'): print(flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, tmp_path / TINY_RUN]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    owner.stdout.readline()
     for more in ([], ["--test-only", "--model_checkpoint", __file__]):
         status, _, err = program(*TINY, "--output_dir", tmp_path, *more)
         assert status == 2
-        assert f"{tmp_path / TINY_RUN}: process {os.getpid()} on" in err
-    lock.release()
+        assert f"{tmp_path / TINY_RUN}: process {owner.pid} on" in err
+    owner.communicate()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,10 +219,10 @@ def test_a_full_disk_under_stderr_ends_no_training(tmp_path: Path):
 
 
 def test_a_lock_that_finds_no_room_is_one_line(program, tmp_path: Path, monkeypatch):
-    def full(self: Path, *args: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    def full(file: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(locks, "_lock", full)
     status, _, err = program(*TINY, "--output_dir", tmp_path)
     assert status == 2
     assert "No space left on device" in err

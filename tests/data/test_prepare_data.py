@@ -402,7 +402,6 @@ def test_cases_that_are_not_there_are_named(prepare, tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"2008_000000 1", "got the line '2008_000000 1', expected one image name"),
         (b"../../../../evil", "leads out of the data folder"),
         (b"caf\xe9", "cannot be read"),
     ],

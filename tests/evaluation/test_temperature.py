@@ -66,7 +66,7 @@ def test_pixels_are_the_logits_of_inference_whatever_the_processes(monkeypatch):
     parts: list[dict] = []
 
     class Recording(Dist):
-        asked_to_stop = False
+        stop = False
 
         def stop_if_asked(self, what: str) -> None: ...
 

@@ -93,7 +93,7 @@ FORMATS: dict[str, Format] = {  # name: what writes a sound file, what reads it
         (lambda p: load_thresholds(p, 2),),
     ),
     "argmax.csv": (lambda p: p.write_text("image,mIoU,tp.a,fp.a,fn.a\nx,1,1,2,3\n"), (load_result,)),
-    "names.txt": (lambda p: p.write_text("a/b.png\nc d.jpg\n"), (lambda p: read_names(p, spaces=True),)),
+    "names.txt": (lambda p: p.write_text("a/b.png\nc d.jpg\n"), (read_names,)),
     "data.sha256": (lambda p: p.write_text(f"{'0' * 64}  a.png\n"), (read_manifest,)),
     "loss.yaml": (lambda p: p.write_text("loss: dice\nsmooth: 1e-3\nlist: [1, [2, 3]]\n"), (load_mapping,)),
 }

@@ -9,14 +9,14 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from exp.config.loss import LossConfig
-from exp.config.training import OptimConfig
+from exp.config.training import OptimConfig, ScheduleConfig
 from exp.data.loader import Batch, TrainSampler
 from exp.models import build_model
 from exp.runtime import distributed
 from exp.runtime.distributed import Dist, pick_device
 from exp.runtime.errors import InputError
 from exp.training.logger import NullLogger
-from exp.training.loop import Intervals, train
+from exp.training.loop import train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_optimizer, build_scheduler
 from exp.training.step import TrainStep
@@ -95,17 +95,15 @@ def train_a_little(dist: Dist, *, frozen: bool = False, double: bool = False, **
     train(
         step,
         random_batches(dist),
+        ScheduleConfig("s", BATCH, train_iters=STEPS, log_iters=1, nonfinite_limit=1),
         start=0,
         end=STEPS,
-        batch_size=BATCH,
         seed=0,
-        intervals=Intervals(1, (1,), None),
-        nonfinite_limit=1,
         names=[str(i) for i in range(24)],
+        save_iters=[1],
         save=record,
         validate=lambda i: False,
         logger=logger,
-        dist=dist,
     )
     return {"grads": grads, "losses": logger.values, "params": torch.stack(params)}
 

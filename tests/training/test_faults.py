@@ -99,7 +99,7 @@ def test_the_logged_loss_is_that_of_the_steps_that_counted():
         return plain(image)
 
     step.normalize = normalize
-    _, rows, _ = run_loop(step, [batch(0), batch(1), batch(2)], limit=9, log=2)
+    _, rows, _ = run_loop(step, [batch(0), batch(1), batch(2)], limit=9)
     assert rows[0][1]["train/loss"] == pytest.approx(good(batch(0)).loss.item())
     assert math.isnan(rows[1][1]["train/loss"])
 
@@ -137,5 +137,5 @@ def test_a_validation_that_is_interrupted_leaves_its_iteration_saved():
 
     step, saved = build(), []
     with pytest.raises(Interrupted, match="unfinished"):
-        run_loop_of(step, [batch(i) for i in range(4)], 4, saved, validate=validate, val=2)
+        run_loop_of(step, [batch(i) for i in range(4)], 4, saved, validate=validate, val_iters=2)
     assert saved == [2]

@@ -79,7 +79,7 @@ def test_no_step_of_the_loop_waits_for_the_device(gpu: torch.device, amp: str):
         refuses(False, gpu)
 
     try:
-        done = run_loop_of(step, watched(), 6, [], log=6, save=(6,))
+        done = run_loop_of(step, watched(), 6, [], log_iters=6, save=(6,))
     finally:
         refuses(False, gpu)
     assert done == 6

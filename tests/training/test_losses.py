@@ -57,21 +57,13 @@ def example(num_classes: int = 4, images: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(images, num_classes, 5, 6, generator=generator, dtype=torch.float64), label
 
 
-def soften(label: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Labels -> soft ones that give some mass to some classes; an ignored pixel is 0 in every class."""
-    generator = torch.Generator().manual_seed(seed)
-    soft = torch.rand(len(label), num_classes, *label.shape[1:], generator=generator, dtype=torch.float64)
-    soft[0, -1] = 0  # a class that is not there
-    return soft / soft.sum(1, keepdim=True) * (label != 255)[:, None]
-
-
 def alone(loss: nn.Module, logits: object, label: Tensor) -> Tensor:
     """The loss of one process, its whole batch at once."""
     return loss(logits, label, loss.count(label))
 
 
 def reference(prob: Tensor, label: Tensor, version: str, index: str, smooth: float) -> float:
-    """The definition in loops over numbers; hard labels are read as 0 and 1."""
+    """The definition in loops over numbers; labels are read as 0 and 1."""
     alpha, beta = INDICES[index]
     images, classes = prob.shape[:2]
     active = [1] if classes == 2 else range(classes)
@@ -79,14 +71,9 @@ def reference(prob: Tensor, label: Tensor, version: str, index: str, smooth: flo
     for i, c in itertools.product(range(images), active):
         x_sum = y_sum = difference = 0.0
         for row, column in itertools.product(*map(range, prob.shape[2:])):
-            if label.dim() == 3:
-                if label[i, row, column] == 255:
-                    continue
-                y = float(label[i, row, column] == c)
-            else:
-                if not any(label[i, :, row, column]):
-                    continue
-                y = label[i, c, row, column].item()
+            if label[i, row, column] == 255:
+                continue
+            y = float(label[i, row, column] == c)
             x = prob[i, c, row, column].item()
             x_sum, y_sum, difference = x_sum + x, y_sum + y, difference + abs(x - y)
         cells[i, c] = ((x_sum + y_sum - difference) / 2, x_sum, y_sum)
@@ -109,32 +96,14 @@ def reference(prob: Tensor, label: Tensor, version: str, index: str, smooth: flo
     return weights[0] * dataset + weights[1] * image + weights[2] * class_
 
 
-@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("num_classes", [2, 4])
 @pytest.mark.parametrize("index", INDICES)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_overlap_losses_are_their_definition(version: str, index: str, num_classes: int, soft: bool):
+def test_overlap_losses_are_their_definition(version: str, index: str, num_classes: int):
     logits, label = example(num_classes, images=3)
-    if soft:
-        label = soften(label, num_classes, seed=1)
     for smooth in (1.0, 0.1):
         expected = reference(logits.softmax(1), label, version, index, smooth)
         assert alone(overlap(version, index, smooth), logits, label).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_overlap_loss_of_hard_labels_is_that_of_soft_ones():
-    """Spread to 0 and 1 the labels give the same value and the same gradient."""
-    logits, label = example(5, images=3)
-    kept = (label != 255)[:, None]
-    hot = F.one_hot(label.long().where(kept[:, 0], 0), 5).movedim(-1, 1) * kept
-    grads = []
-    for target in (label, hot.double()):
-        leaf = logits.clone().requires_grad_()
-        value = alone(overlap(), leaf, target)
-        value.backward()
-        grads.append((value.detach(), leaf.grad))
-    torch.testing.assert_close(grads[0], grads[1])
-    torch.testing.assert_close(sum_overlap(logits.softmax(1), label), sum_overlap(logits.softmax(1), hot.double()))
 
 
 def test_sums_over_large_images_are_exact_enough():
@@ -151,8 +120,7 @@ def test_sums_over_large_images_are_exact_enough():
 
 def test_overlap_gradient_is_that_of_finite_differences():
     logits, label = example(3)
-    for target in (label, soften(label, 3, seed=2)):
-        torch.autograd.gradcheck(lambda x, t=target: alone(overlap(), x, t), logits.requires_grad_())
+    torch.autograd.gradcheck(lambda x: alone(overlap(), x, label), logits.requires_grad_())
 
 
 def test_overlap_losses_against_segmentation_models_pytorch():
@@ -217,9 +185,6 @@ def test_cross_entropy_is_the_mean_over_counted_pixels():
     torch.testing.assert_close(
         alone(CrossEntropy(), logits, label), F.cross_entropy(logits, label.long(), ignore_index=255)
     )
-    soft = soften(label, 4, seed=3)
-    expected = -(soft * logits.log_softmax(1)).sum() / counted
-    torch.testing.assert_close(alone(CrossEntropy(), logits, soft), expected)
 
 
 @pytest.mark.parametrize("name", YAMLS)

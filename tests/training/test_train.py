@@ -12,13 +12,13 @@ from torch import nn
 from exp.config.cli import DEFAULT_YAMLS
 from exp.config.experiment import load_experiment
 from exp.config.loss import LossConfig
-from exp.config.training import OptimConfig
+from exp.config.training import OptimConfig, ScheduleConfig
 from exp.data.loader import Batch
 from exp.evaluation.inference import Inference, autocast
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from exp.training.logger import Meter, NullLogger
-from exp.training.loop import Intervals, train
+from exp.training.loop import train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_ema, build_optimizer, build_scheduler
 from exp.training.step import TrainStep, build_step, seed_everything
@@ -165,23 +165,24 @@ def run_loop_of(
     validate=lambda iteration: False,
     limit: int = 2,
     logger: NullLogger | None = None,
+    save: tuple[int, ...] = (3,),
     **changes: object,
 ) -> int:
     """The training loop -> the iterations done; those saved are noted in `saved`."""
     return train(
         step,
         batches,
+        ScheduleConfig(
+            "s", **{"batch_size": 4, "train_iters": end, "log_iters": 2, "nonfinite_limit": limit, **changes}
+        ),
         start=0,
         end=end,
-        batch_size=4,
         seed=0,
-        intervals=Intervals(**{"log": 2, "save": (3,), "val": None, **changes}),
-        nonfinite_limit=limit,
         names=["a", "b", "c", "d"],
+        save_iters=save,
         save=saved.append,
         validate=validate,
         logger=logger or NullLogger(),
-        dist=step.dist,
     )
 
 
@@ -219,7 +220,7 @@ def test_a_validation_stops_the_training():
         return iteration == 4
 
     step = build()
-    done, _, saved = run_loop(step, [batch(i) for i in range(9)], validate=validate, val=2)
+    done, _, saved = run_loop(step, [batch(i) for i in range(9)], validate=validate, val_iters=2)
     assert (done, asked, saved) == (4, [2, 4], [3])
     assert step.model.training
 

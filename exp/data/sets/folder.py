@@ -33,7 +33,7 @@ class Folder(SegmentationDataset):
         )
 
     def _pair_lists(self, images: Path, labels: Path) -> list[Sample]:
-        names, label_names = read_names(images, spaces=True), read_names(labels, spaces=True)
+        names, label_names = read_names(images), read_names(labels)
         if len(names) != len(label_names):
             raise InputError(f"{labels}: got {len(label_names)} lines, expected {len(names)} as in {images}")
         label_of = dict(zip(names, label_names))

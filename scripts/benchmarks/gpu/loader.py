@@ -16,7 +16,7 @@ from exp.data.loader import Batch, build_train_loader
 from exp.data.transforms import RandomCrop
 from exp.runtime.distributed import Dist
 from scripts.benchmarks.benchmark_loader import CASES, MEAN, SCALES, open_folder, write_files
-from scripts.benchmarks.gpu.networks import BATCH, compose, make_batch, make_step
+from scripts.benchmarks.gpu.networks import BATCH, compose, make_batch, make_step, synchronize
 
 if TYPE_CHECKING:
     from exp.training.step import TrainStep
@@ -33,13 +33,13 @@ def rate(step: TrainStep, batches: Iterable[Batch], warm_up: int, seconds: float
     batches = iter(batches)
     for batch in islice(batches, warm_up):
         step(batch.to(step.dist.device))
-    step.dist.synchronize()
+    synchronize(step.dist.device)
     start, images = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         for batch in islice(batches, 5):
             step(batch.to(step.dist.device))
             images += len(batch.image)
-        step.dist.synchronize()
+        synchronize(step.dist.device)
     return images / (time.perf_counter() - start)
 
 

@@ -120,15 +120,21 @@ def make_batch(config: ExperimentConfig, device: torch.device) -> Batch:
     return Batch(image, label, tuple(range(size)))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def seconds_of(device: torch.device, work, repeats: int, warm_up: int) -> float:
     """Seconds a call, over `repeats` calls in a row."""
     for _ in range(warm_up):
         work()
-    Dist(0, 1, device).synchronize()
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         work()
-    Dist(0, 1, device).synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
