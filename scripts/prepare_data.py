@@ -19,8 +19,8 @@ from exp.config.experiment import load_groups
 from exp.data.prepare.facts import NUM_FOLDS, VOLUMES, fold_of
 from exp.data.prepare.trees import check_tree
 from exp.data.prepare.voc import prepare_voc
-from exp.data.prepare.volumes import TRAIN, count_slices, missing_cases, prepare_cases
-from exp.data.slice_files import case_number
+from exp.data.prepare.volumes import TRAIN, missing_cases, prepare_cases
+from exp.data.slice_files import case_number, list_cases, read_case
 from exp.runtime.errors import InputError, run_and_report
 
 # Workers import this file: exp.data.registry, with PyTorch behind it, is imported in functions alone.
@@ -65,7 +65,7 @@ def main() -> None:
 def print_cases(name: str, data_dir: Path) -> None:
     """Cases and slices that are ready, beside the known totals."""
     facts = VOLUMES[name]
-    counts = count_slices(data_dir / facts.folder / TRAIN)
+    counts = {path.name: len(read_case(path).slices) for path in list_cases(data_dir / facts.folder / TRAIN)}
     folds = [0] * NUM_FOLDS
     for case, count in counts.items():
         folds[fold_of(case_number(case), facts.cases_per_fold)] += count

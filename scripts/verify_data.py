@@ -23,7 +23,7 @@ from exp.config.experiment import load_groups
 from exp.data import verify
 from exp.data.base import SegmentationDataset
 from exp.data.prepare.facts import VOLUMES
-from exp.data.prepare.jobs import run_jobs, thread_pool
+from exp.data.prepare.jobs import run_jobs, worker_pool
 from exp.data.prepare.volumes import RawCase, missing_cases
 from exp.data.registry import DATASETS, dataset_facts
 from exp.data.verify import Finding
@@ -58,7 +58,7 @@ def main() -> None:
     config = load_groups({"data": [args.data_yaml]}, args.overrides)["data"]
     if not DATASETS[config.dataset].on_disk:
         raise InputError(f"--data_yaml {args.data_yaml}: got a data set made on the fly, expected one on disk")
-    with thread_pool(args.workers) as pool:
+    with worker_pool(args.workers, threads=True) as pool:
         findings, hashes = check_dataset(config, args.data_dir, pool, check_affine=not args.ignore_affine)
     if not args.no_manifest:
         manifest = args.manifest or args.data_dir / f"{config.name}.sha256"

@@ -4,15 +4,11 @@ from collections.abc import Mapping
 
 from exp.config.families import Entry
 from exp.config.strict_yaml import closest, show
-from exp.files.paths import leads_out
 from exp.runtime.errors import InputError
 
 MAX_CROP = 16384  # pixels along a side; the largest images that are read have 9459 x 9459 (exp/files/images.py)
 MAX_SCALE = 100
 MAX_WIDTH = 2**14  # channels; the widest layer of the encoders has some 4,000
-MAX_BATCH = 2**16  # images, or windows
-MAX_WORKERS = 1024  # processes
-MAX_COUNT = 10**9  # iterations, epochs
 
 
 def require(condition: bool, key: str, got: object, expected: str) -> None:
@@ -20,27 +16,12 @@ def require(condition: bool, key: str, got: object, expected: str) -> None:
         raise InputError(f"key '{key}': got {show(got)}, expected {expected}")
 
 
-def require_positive(config: object, *keys: str) -> None:
+def require_positive(config: object, *keys: str, most: int = 10**9) -> None:
+    """InputError for numbers that are not above 0, or so large that they would take the machine's memory."""
     for key in keys:
         value = getattr(config, key)
         numbers = value if isinstance(value, tuple) else (value,)
-        require(value is None or all(v > 0 for v in numbers), key, value, "a value above 0")
-
-
-def require_at_most(config: object, most: int, *keys: str) -> None:
-    """InputError for numbers that no experiment has, and that would take the machine's memory or processes."""
-    for key in keys:
-        value = getattr(config, key)
-        numbers = value if isinstance(value, tuple) else (value,)
-        require(value is None or all(v <= most for v in numbers), key, value, f"{most} at most")
-
-
-def require_inside(config: object, *keys: str) -> None:
-    """InputError for a folder or file whose name leads out of data_dir."""
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None:
-            require(not leads_out(value), key, value, "a name that stays below data_dir")
+        require(value is None or all(0 < v <= most for v in numbers), key, value, f"a value above 0, {most} at most")
 
 
 def require_entry(config: object, family: str, table: Mapping[str, Entry]) -> None:

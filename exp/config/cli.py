@@ -19,19 +19,12 @@ DEFAULT_YAMLS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line -> checked flags; InputError for values that cannot be."""
     args = build_parser().parse_args(argv)
-    if args.model_checkpoint and not args.test_only:
-        raise InputError(
-            f"--model_checkpoint {args.model_checkpoint}: expected together with --test-only (training "
-            "resumes from the run's own newest checkpoint)"
-        )
-    if args.fit_temperature and not args.test_only:
-        raise InputError(f"--fit_temperature {args.fit_temperature}: expected together with --test-only")
+    for name in ("model_checkpoint", "fit_temperature"):
+        if getattr(args, name) and not args.test_only:
+            raise InputError(f"--{name} {getattr(args, name)}: expected together with --test-only")
     for name in ("save_pred", "save_prob", "seed"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more")
-    if args.seed >= 2**31:
-        raise InputError(f"--seed: got {args.seed}, expected less than 2**31")
-    check_folder("--data_dir", args.data_dir)
+        if not 0 <= getattr(args, name) < 2**31:
+            raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more, less than 2**31")
     check_folder("--output_dir", args.output_dir)
     return args
 
@@ -49,10 +42,8 @@ def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
         return True
     trained = any(checkpoints.glob("best.pt" if path else "iter_*.pt"))
     if args.test_only and not trained:
-        raise InputError(
-            f"{checkpoints}: got no checkpoint{' best.pt' if path else ''}, expected one: train first (the same flags "
-            "without --test-only), or name one with --model_checkpoint"
-        )
+        kind = " best.pt" if path else ""
+        raise InputError(f"{checkpoints}: got no checkpoint{kind}, expected one: train first, with the same flags")
     return trained
 
 
@@ -167,7 +158,6 @@ def check_folder(flag: str, path: str | Path | None) -> None:
 
 
 def require_data_dir(path: str | Path | None) -> None:
-    """InputError for a --data_dir that is not there."""
     if path is not None and not Path(path).is_dir():
         raise InputError(f"--data_dir: {path}: no such folder (DATA.md shows the expected tree)")
 

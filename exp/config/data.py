@@ -3,16 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from exp.config.checks import (
-    MAX_CROP,
-    MAX_SCALE,
-    require,
-    require_at_most,
-    require_entry,
-    require_inside,
-    require_positive,
-)
+from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_entry, require_positive
 from exp.config.families import DATASET_TABLE
+from exp.files.paths import leads_out
 
 NUM_FOLDS = 5
 IGNORE_INDEX = 255  # from file to metric: pixels of this label never count
@@ -47,10 +40,12 @@ class DataConfig:
     label_spread: float | None = None  # of noisy shapes, in pixels: how far away a pixel's label is taken from
 
     def __post_init__(self) -> None:
-        require_positive(self, "crop_size", "train_samples", "val_samples", "scale_range", "std", "test_crop")
-        require_at_most(self, MAX_CROP, "crop_size", "test_crop")
-        require_at_most(self, MAX_SCALE, "scale_range")
-        require_inside(self, "train_split", "val_split", "images", "labels")
+        require_positive(self, "train_samples", "val_samples", "std")
+        require_positive(self, "crop_size", "test_crop", most=MAX_CROP)
+        require_positive(self, "scale_range", most=MAX_SCALE)
+        for key in ("train_split", "val_split", "images", "labels"):
+            value = getattr(self, key)
+            require(value is None or not leads_out(value), key, value, "a name that stays below data_dir")
         require_entry(self, "dataset", DATASET_TABLE)
         require(self.fold is None or 0 <= self.fold < NUM_FOLDS, "fold", self.fold, f"0..{NUM_FOLDS - 1} or null")
         if self.window:

@@ -5,15 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from exp.config.checks import (
-    MAX_BATCH,
-    MAX_CROP,
-    MAX_SCALE,
-    require,
-    require_at_most,
-    require_entry,
-    require_positive,
-)
+from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_entry, require_positive
 from exp.config.data import IGNORE_INDEX
 from exp.config.families import RULE_TABLE
 
@@ -39,10 +31,9 @@ class TestConfig:
     prob_cache_gb: float = 1.0  # a process keeps that many probabilities for the rules that need a second pass
 
     def __post_init__(self) -> None:
-        require_positive(self, "crop_size", "stride", "window_batch", "scales")
-        require_at_most(self, MAX_CROP, "crop_size", "stride")
-        require_at_most(self, MAX_BATCH, "window_batch")
-        require_at_most(self, MAX_SCALE, "scales")
+        require_positive(self, "crop_size", "stride", most=MAX_CROP)
+        require_positive(self, "scales", most=MAX_SCALE)
+        require_positive(self, "window_batch")
         require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
         require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
         unknown = [name for name in self.metrics if name not in METRIC_NAMES]

@@ -116,7 +116,7 @@ def training_digest(config: Mapping[str, Any]) -> str:
 def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str], seed: int) -> ExperimentConfig:
     """YAML names (or paths) by group and group.key=value overrides -> the config, its window that of its own crop.
 
-    Raises InputError naming the file or the override, the key, what was got and what was expected.
+    InputError names the file or the override, the key, what was got and what was expected.
     """
     groups = load_groups(yamls, overrides)
     config = ExperimentConfig(**groups, seed=seed, given_test=groups["test"])
@@ -134,46 +134,36 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
         _apply_override(text, values, origins)
     configs = {}
     for group, files in values.items():
-        built = [
-            build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
-            for path, mapping in files
-        ]
-        for config, (path, _) in zip(built, files):
-            _check_name(config.name, path)
+        built = []
+        for path, mapping in files:
+            config = build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
+            _check_name(group, config.name, path)
+            built.append(config)
         configs[group] = tuple(built) if group == "predict" else built[0]
     names = [c.name for c in configs.get("predict", ())]
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
-    for name in names:
-        if name in RESERVED_NAMES or name.endswith(".cases"):
-            raise InputError(
-                f"--predict_yaml: got a rule named '{name}', expected another name: results/ has files of it"
-            )
     return configs
 
 
-def _check_name(name: str, path: Path) -> None:
+def _check_name(group: str, name: str, path: Path) -> None:
     """InputError for a name that could not stand in the names of a run's folders and files."""
     fits = name.isprintable() and 0 < len(name) <= MAX_NAME and not name.startswith(".") and not set(name) & set("/\\:")
     if not fits:
-        raise InputError(
-            f"{path}: key 'name': got {show(name)}, expected 1 to {MAX_NAME} printable characters without / \\ : and "
-            "no dot in front"
-        )
+        expected = f"1 to {MAX_NAME} printable characters without / \\ : and no dot in front"
+        raise InputError(f"{path}: key 'name': got {show(name)}, expected {expected}")
+    if group == "predict" and (name in RESERVED_NAMES or name.endswith(".cases")):
+        raise InputError(f"{path}: got a rule named '{name}', expected another name: results/ has files of it")
 
 
 def check_files(config: ExperimentConfig, *, from_scratch: bool) -> None:
     """InputError for a file that a YAML names and that is not there; from_scratch: no checkpoint has the weights."""
+    files = [("predict.thresholds", rule.thresholds) for rule in config.predict]
     if from_scratch and isinstance(config.model.pretrained, str):
-        _require_file("model.pretrained", config.model.pretrained, "a state dict (.pt, .pth, .safetensors)")
-    for rule in config.predict:
-        if rule.thresholds is not None:
-            _require_file("predict.thresholds", rule.thresholds, "a thresholds file of a rule of scope: dataset")
-
-
-def _require_file(key: str, name: str, expected: str) -> None:
-    if "\0" in name or not Path(name).is_file():
-        raise InputError(f"key '{key}': got {show(name)}, which is no file, expected {expected}")
+        files.append(("model.pretrained", config.model.pretrained))
+    for key, name in files:
+        if name is not None and ("\0" in name or not Path(name).is_file()):
+            raise InputError(f"key '{key}': got {show(name)}, which is no file, expected one")
 
 
 def find_yaml(group: str, name: str) -> Path:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from exp.config.checks import MAX_WIDTH, require, require_at_most, require_entry, require_positive
+from exp.config.checks import MAX_WIDTH, require, require_entry, require_positive
 from exp.config.families import DECODER_TABLE
 
 
@@ -24,8 +24,8 @@ class ModelConfig:
     aux_channels: int = 256  # of the auxiliary head, on the encoder's last feature map but one
 
     def __post_init__(self) -> None:
-        require_positive(self, "decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
-        require_at_most(self, MAX_WIDTH, "decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
+        widths = ("decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
+        require_positive(self, *widths, most=MAX_WIDTH)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a value in [0, 1)")
         fits = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.encoder, re.ASCII)
         require(bool(fits), "encoder", self.encoder, "a name of timm or segmentation_models_pytorch")

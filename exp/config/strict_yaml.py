@@ -6,7 +6,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,14 +30,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
-            if not isinstance(key, Hashable):
-                raise InputError(f"got {show(key)} as a key, expected a name or a number")
-            if key in seen:
-                raise InputError(f"key '{key}' stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            raise InputError(f"key '{next(key for key in keys if keys.count(key) > 1)}' stands twice")
+        return mapping
 
 
 # PyYAML follows YAML 1.1, in which 6e-5 is text, 010 eight, 1:30 ninety and yes true; here the rules of 1.2 hold.
@@ -61,10 +58,8 @@ def parse_value(text: str, where: str) -> Any:
     """YAML text of one value -> the value; `where` opens the message of an InputError."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except RecursionError:
-        raise InputError(f"{where}: got brackets within brackets by the hundred, expected plain values") from None
     # PyYAML raises the last three on values that are not what their own tag says, such as !!bool maybe
-    except (yaml.YAMLError, InputError, ValueError, LookupError, AttributeError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         problem = " ".join(str(error).split())[:300]
         raise InputError(f"{where}: {problem}, expected plain YAML") from None
 

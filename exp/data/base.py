@@ -81,7 +81,13 @@ class SegmentationDataset(Dataset):
         self.root = require_folder(Path(data_dir)) if self.on_disk else None
         self.split = split
         self.transform = transform
-        self.samples = self._list(lenient)[:max_samples]
+        self.unpaired: list[tuple[Path, str]] = []
+        try:
+            self.samples = self.list_samples()[:max_samples]
+        except UnpairedError as error:
+            if not lenient:
+                raise
+            self.samples, self.unpaired = error.samples, error.unpaired
         if not self.samples and not lenient:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
         names = [sample.name for sample in self.samples]
@@ -89,16 +95,6 @@ class SegmentationDataset(Dataset):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"{self.root}: got '{twice}' twice in split '{split}', expected each sample once")
         self._label_table = label_table(len(self.classes), self.label_map)
-
-    def _list(self, lenient: bool) -> list[Sample]:
-        self.unpaired: list[tuple[Path, str]] = []
-        try:
-            return self.list_samples()
-        except UnpairedError as error:
-            if not lenient:
-                raise
-            self.unpaired = error.unpaired
-            return error.samples
 
     def list_samples(self) -> list[Sample]:
         """The samples of self.split in a fixed order; InputError for a missing folder, list or file."""
@@ -108,15 +104,9 @@ class SegmentationDataset(Dataset):
         """Index -> (H, W, channels) uint8 or int16 image and (H, W) uint8 label in 0..C-1 or 255."""
         sample = self.samples[index]
         image, values = read_image(sample.image, self.channels), read_label(sample.label)
-        if values.ndim != 2:
-            raise InputError(
-                f"{sample.label}: got an image of {values.shape[-1]} channels, expected one channel of class indices"
-            )
         if values.shape != image.shape[:2]:
-            raise InputError(
-                f"{sample.label}: got {values.shape[1]}x{values.shape[0]} pixels, expected "
-                f"{image.shape[1]}x{image.shape[0]} as in {sample.image}"
-            )
+            expected = f"{image.shape[:2]} as in {sample.image}"
+            raise InputError(f"{sample.label}: got values of shape {values.shape}, expected {expected}")
         return image, self.decode_label(values, sample.label)
 
     def display(self, image: np.ndarray) -> np.ndarray:

@@ -102,18 +102,22 @@ class TrainSampler(Sampler):
             yield [(order[first + place], iteration * self.batch_size + place) for place in self.places]
 
 
-class Loader:
+class Loader(DataLoader):
     """An iterable of batches; a worker's InputError arrives as its one line."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
+    def __init__(self, dataset: Dataset, num_workers: int, dist: Dist, batch_sampler: object) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=dist.device.type == "cuda",
+            worker_init_fn=_settle_worker,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self._loader
+            yield from super().__iter__()
         except InputError as error:  # PyTorch puts the worker's traceback before the message
             raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
@@ -150,13 +154,13 @@ def build_train_loader(
 ) -> Loader:
     """Batches of this process for the iterations start..end - 1."""
     sampler = TrainSampler(len(dataset), config.batch_size, start, end, seed, dist)
-    return Loader(_data_loader(dataset, config.num_workers, dist, batch_sampler=sampler))
+    return Loader(dataset, config.num_workers, dist, sampler)
 
 
 def build_test_loader(dataset: SegmentationDataset, num_workers: int, dist: Dist) -> Loader:
     """Whole images one by one, each on exactly one process."""
     indices = range(dist.rank, len(dataset), dist.world_size)
-    return Loader(_data_loader(dataset, num_workers, dist, batch_sampler=[[i] for i in indices]))
+    return Loader(dataset, num_workers, dist, [[i] for i in indices])
 
 
 @contextmanager
@@ -172,17 +176,6 @@ def worker_deaths_named() -> Iterator[None]:
             f"schedule.num_workers: a process that loads images died ({reason}); where memory runs out the system "
             "kills one: try fewer of them, or smaller crops"
         ) from None
-
-
-def _data_loader(dataset: Dataset, num_workers: int, dist: Dist, batch_sampler: object) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=dist.device.type == "cuda",
-        worker_init_fn=_settle_worker,
-    )
 
 
 def _settle_worker(worker: int) -> None:

@@ -12,13 +12,12 @@ import numpy as np
 
 from exp.files.arrays import read_member
 from exp.files.nifti import MAX_SIDE, MAX_VOXELS, resize_image, resize_labels
-from exp.files.text import read_json
+from exp.files.text import read_json, require_file
 from exp.runtime.errors import InputError, decoding
 
 MAX_SLICE = MAX_SIDE**2 * 2 + 4096  # bytes of an array in a slice file
 EXPECTED = "a slice of scripts/prepare_data.py, with 'image' int16 and 'label' uint8 of the same size"
 CASE_FILE = "case.json"
-SLICE_DTYPES = {"image": np.dtype(np.int16), "label": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -96,22 +95,16 @@ def case_number(name: str) -> int:
 
 def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A slice file -> (H, W) int16 image and (H, W) uint8 label; InputError for anything else. Nothing is unpickled."""
-    with decoding(path, EXPECTED):
-        if (size := path.stat().st_size) > 2 * MAX_SLICE:
-            raise ValueError(f"{size} bytes")
-        with zipfile.ZipFile(path) as archive:
-            if sorted(archive.namelist()) != [f"{name}.npy" for name in sorted(SLICE_DTYPES)]:
-                raise ValueError(f"members {archive.namelist()}")
-            for name in SLICE_DTYPES:
-                if (size := archive.getinfo(f"{name}.npy").file_size) > MAX_SLICE:
-                    raise ValueError(f"{size} bytes as '{name}'")
-            arrays = {name: read_member(archive, name) for name in SLICE_DTYPES}
-        for name, dtype in SLICE_DTYPES.items():
-            if arrays[name].dtype != dtype or arrays[name].ndim != 2:
-                raise ValueError(f"'{name}' of type {arrays[name].dtype} and shape {arrays[name].shape}")
-        if arrays["image"].shape != arrays["label"].shape:
-            raise ValueError(f"an image of {arrays['image'].shape} and a label of {arrays['label'].shape}")
-    return arrays["image"], arrays["label"]
+    require_file(path, EXPECTED, 2 * MAX_SLICE)
+    with decoding(path, EXPECTED), zipfile.ZipFile(path) as archive:
+        if sorted(archive.namelist()) != ["image.npy", "label.npy"]:
+            raise ValueError(f"members {archive.namelist()}")
+        if (size := max(member.file_size for member in archive.infolist())) > MAX_SLICE:
+            raise ValueError(f"an array of {size} bytes")
+        image, label = read_member(archive, "image"), read_member(archive, "label")
+        if (image.dtype, label.dtype, image.ndim) != (np.int16, np.uint8, 2) or image.shape != label.shape:
+            raise ValueError(f"{image.dtype} of shape {image.shape}, {label.dtype} of shape {label.shape}")
+    return image, label
 
 
 def _tuples(value: Any) -> Any:

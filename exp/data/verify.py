@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,75 +45,71 @@ NOTES = {  # worth a look, but found in sound data too
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault or note on one file."""
+    """A fault or note on one file; kind: a key of FAULTS or NOTES."""
 
     kind: str
     path: Path
     text: str
 
-    def __post_init__(self) -> None:
-        assert self.kind in FAULTS or self.kind in NOTES
+
+@contextlib.contextmanager
+def noting(findings: list[Finding], kind: str, path: Path) -> Iterator[None]:
+    """An InputError of the body is a finding of this kind on this file."""
+    try:
+        yield
+    except InputError as error:
+        findings.append(Finding(kind, path, str(error).removeprefix(f"{path}: ")))
 
 
 def check_sample(dataset: SegmentationDataset, index: int) -> list[Finding]:
     """A sample -> what is wrong with its image and label."""
-    sample = dataset.samples[index]
+    sample, findings = dataset.samples[index], []
     if sample.image.suffix == ".npz":
         return _check_slice(dataset, sample.image)
-    image, findings = _decode(sample.image)
-    values, more = _decode(sample.label)
-    findings += more
+    image, values = _decode(sample.image, findings), _decode(sample.label, findings)
     if values is not None:
-        findings += _check_values(dataset, values, sample.label)
+        _check_values(dataset, values, sample.label, findings)
         if image is not None and values.shape[:2] != image.shape[:2]:
             got, expected = (f"{a.shape[1]}x{a.shape[0]}" for a in (values, image))
             findings.append(Finding("size", sample.label, f"got {got} pixels, expected {expected}"))
     if not findings:
-        try:
+        with noting(findings, "unreadable", sample.image):
             dataset.read(index)  # whatever else training would stumble over
-        except InputError as error:
-            findings.append(Finding("unreadable", sample.image, str(error)))
     return findings
 
 
-def _decode(path: Path) -> tuple[np.ndarray | None, list[Finding]]:
-    """An image file -> its values, None if they cannot be had, and what is wrong with the file."""
-    try:
-        with open_image(path) as image:
-            found, values = image.format.replace("MPO", "JPEG"), np.asarray(image)  # MPO: cameras' JPEGs with previews
-    except InputError as error:
-        return None, [Finding("unreadable", path, str(error).removeprefix(f"{path}: "))]
-    expected = FORMATS.get(path.suffix.lower(), found)
-    if found != expected:
-        return values, [Finding("wrong format", path, f"got {found} content, expected {expected}")]
-    return values, []
+def _decode(path: Path, findings: list[Finding]) -> np.ndarray | None:
+    """An image file -> its values, None if they cannot be had; what is wrong with the file is added to the findings."""
+    with noting(findings, "unreadable", path), open_image(path) as image:
+        found, values = image.format.replace("MPO", "JPEG"), np.asarray(image)  # MPO: cameras' JPEGs with previews
+        expected = FORMATS.get(path.suffix.lower(), found)
+        if found != expected:
+            findings.append(Finding("wrong format", path, f"got {found} content, expected {expected}"))
+        return values
 
 
-def _check_values(dataset: SegmentationDataset, values: np.ndarray, path: Path) -> list[Finding]:
-    """The values of a label file -> what is wrong with them."""
+def _check_values(dataset: SegmentationDataset, values: np.ndarray, path: Path, findings: list[Finding]) -> None:
+    """Add what is wrong with the values of a label file."""
     if values.ndim != 2 or values.dtype != np.uint8:
-        return [Finding("channels", path, f"got {values.dtype} values of shape {values.shape}, expected (H, W) uint8")]
-    try:
-        label = dataset.decode_label(values, path)
-    except InputError as error:
-        return [Finding("label value", path, str(error).removeprefix(f"{path}: "))]
-    present = np.setdiff1d(label, [IGNORE_INDEX])
-    if not present.size:
-        return [Finding("empty label", path, "got ignored pixels alone")]
-    if present.tolist() == [0] and dataset.classes[0] == "background":
-        return [Finding("only background", path, "got no other class")]
-    return []
+        got = f"got {values.dtype} values of shape {values.shape}, expected (H, W) uint8"
+        findings.append(Finding("channels", path, got))
+        return
+    with noting(findings, "label value", path):
+        present = np.setdiff1d(dataset.decode_label(values, path), [IGNORE_INDEX])
+        if not present.size:
+            findings.append(Finding("empty label", path, "got ignored pixels alone"))
+        elif present.tolist() == [0] and dataset.classes[0] == "background":
+            findings.append(Finding("only background", path, "got no other class"))
 
 
 def _check_slice(dataset: SegmentationDataset, path: Path) -> list[Finding]:
     """A prepared slice -> what is wrong with it."""
-    try:
+    findings = []
+    with noting(findings, "unreadable", path):
         image, values = read_slice(path)
-    except InputError as error:
-        return [Finding("unreadable", path, str(error).removeprefix(f"{path}: "))]
-    findings = _check_values(dataset, values, path)
-    if image.min() == image.max():
-        findings.append(Finding("constant", path, f"got {image.min()} everywhere"))
+        _check_values(dataset, values, path, findings)
+        if image.min() == image.max():
+            findings.append(Finding("constant", path, f"got {image.min()} everywhere"))
     return findings
 
 
@@ -124,24 +120,18 @@ def check_volumes(raw: RawCase, *, check_affine: bool = True) -> list[Finding]:
     """
     findings, volumes, ranges = [], {}, {}
     for path in (raw.image, raw.label):
-        try:
+        with noting(findings, "unreadable", path):
             volumes[path] = open_volume(path)
             ranges[path] = value_range(volumes[path])
-        except InputError as error:
-            findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
+            if not ranges[path].finite:
+                findings.append(Finding("non-finite", path, "got NaN or infinite voxels"))
     if len(volumes) == 2:
-        for kind, require in (
-            ("size", require_same_shape),
-            ("affine" if check_affine else "other affine", require_same_affine),
-        ):
-            try:
-                require(volumes[raw.image], volumes[raw.label])
-            except InputError as error:
-                findings.append(Finding(kind, raw.label, str(error).removeprefix(f"{raw.label}: ")))
-                break
-    for path, values in ranges.items():
-        if not values.finite:
-            findings.append(Finding("non-finite", path, "got NaN or infinite voxels"))
+        known, pair = len(findings), (volumes[raw.image], volumes[raw.label])
+        with noting(findings, "size", raw.label):
+            require_same_shape(*pair)
+        if len(findings) == known:
+            with noting(findings, "affine" if check_affine else "other affine", raw.label):
+                require_same_affine(*pair)
     image, label = ranges.get(raw.image), ranges.get(raw.label)
     if image and image.low >= image.high:
         findings.append(Finding("constant", raw.image, f"got {image.low:g} everywhere"))
@@ -158,11 +148,9 @@ def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
     folder = data_dir / facts.folder / TRAIN
     findings, folds, cases = [], [0] * NUM_FOLDS, prepared_cases(facts, data_dir)
     for path in cases:
-        try:
+        with noting(findings, "unreadable", path):
             is_finished(path)
             folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(read_case(path).slices)
-        except InputError as error:
-            findings.append(Finding("unreadable", path, str(error).removeprefix(f"{path}: ")))
     if len(cases) > facts.total_cases:
         findings.append(Finding("count", folder, f"got {len(cases)} cases, expected {facts.total_cases} at most"))
     elif facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
@@ -181,27 +169,15 @@ def list_raw(name: str, data_dir: Path) -> tuple[list[RawCase], list[Finding]]:
     cases, alone = find_cases(name, data_dir)
     prepared = {path.name for path in prepared_cases(VOLUMES[name], data_dir)}
     findings = [Finding("not prepared", case.image, "has no slices") for case in cases if case.name not in prepared]
-    findings += [Finding("not prepared" if v.is_test else "unpaired", v.path, v.text) for v in alone]
+    findings += [Finding("not prepared" if is_test else "unpaired", path, text) for path, text, is_test in alone]
     return cases, findings
 
 
 def find_duplicates(dataset: SegmentationDataset) -> list[Finding]:
-    """Names that a split has twice, and files that differ from one of its in their suffix alone."""
+    """Names that a split has twice."""
     counts = Counter(sample.name for sample in dataset.samples)
-    findings = [
-        Finding("duplicate name", s.image, f"got '{s.name}' {counts[s.name]} times")
-        for s in {s.name: s for s in dataset.samples}.values()
-        if counts[s.name] > 1
-    ]
-    images, labels = ({getattr(s, role) for s in dataset.samples} for role in ("image", "label"))
-    for used in (images, labels):
-        by_stem = {path.with_suffix(""): path for path in used}
-        for folder in sorted({path.parent for path in used}):
-            for path in sorted(set(folder.iterdir()) - images - labels):
-                beside = by_stem.get(path.with_suffix(""))
-                if beside and path.suffix.lower() in FORMATS:
-                    findings.append(Finding("duplicate name", path, f"got it beside {beside.name}"))
-    return findings
+    twice = {s.name: s.image for s in dataset.samples if counts[s.name] > 1}
+    return [Finding("duplicate name", path, f"got '{name}' {counts[name]} times") for name, path in twice.items()]
 
 
 def find_identical(images: Iterable[Path], hashes: dict[Path, str]) -> list[Finding]:
@@ -225,13 +201,11 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
 
 def read_manifest(path: Path) -> dict[str, str]:
     """A manifest as sha256sum writes it -> hash by the file's path below data_dir."""
-    manifest = {}
-    for number, line in enumerate(read_text(path, "a manifest").splitlines(), 1):
-        digest, space, name = line.partition("  ")
+    lines = [line.partition("  ") for line in read_text(path, "a manifest").splitlines()]
+    for number, (digest, space, _) in enumerate(lines, 1):
         if not (space and len(digest) == 64):
             raise InputError(f"{path}: got a line {number} that is no '<sha256>  <path>', expected a manifest")
-        manifest[name] = digest
-    return manifest
+    return {name: digest for digest, _, name in lines}
 
 
 def compare_manifest(manifest: dict[str, str], hashes: dict[Path, str], data_dir: Path) -> list[Finding]:

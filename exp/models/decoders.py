@@ -32,12 +32,11 @@ class Parts(NamedTuple):
     multiple: int | None = None
 
 
-def build_parts(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> Parts:
-    """A YAML -> encoder and decoder, every resizing with align_corners=False.
+Builder = Callable[[ModelConfig, dict[str, Any]], Parts]
 
-    encoder: the name that smp takes. The libraries fit published weights for RGB to other channels: one grey channel
-    gets the sum over the three, so that it gives what three equal channels would.
-    """
+
+def build_parts(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> Parts:
+    """A YAML -> encoder (by the name that smp takes) and decoder, every resizing with align_corners=False."""
     of_timm = encoder.startswith("tu-")
     weights = (True if of_timm else "imagenet") if from_hub else None
     keys = {"encoder_name": encoder, "encoder_weights": weights, "in_channels": in_channels}
@@ -68,25 +67,18 @@ def _any_image_size(encoder: str) -> dict[str, bool]:
     return {"dynamic_img_size": True} if switch else {}
 
 
-def _deeplabv3(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    net = smp.DeepLabV3(
+def _deeplab(network: type[nn.Module], config: ModelConfig, encoder: dict[str, Any]) -> nn.Module:
+    return network(
         **encoder,
         encoder_output_stride=config.output_stride,
         decoder_channels=config.decoder_channels,
         decoder_atrous_rates=config.atrous_rates,
         decoder_aspp_dropout=0.0,
     )
-    return _parts(net)
 
 
 def _deeplabv3plus(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    net = smp.DeepLabV3Plus(
-        **encoder,
-        encoder_output_stride=config.output_stride,
-        decoder_channels=config.decoder_channels,
-        decoder_atrous_rates=config.atrous_rates,
-        decoder_aspp_dropout=0.0,
-    )
+    net = _deeplab(smp.DeepLabV3Plus, config, encoder)
     low, width = config.low_level_channels, config.decoder_channels
     in_channels = net.decoder.block1[0].in_channels
     net.decoder.block1 = nn.Sequential(nn.Conv2d(in_channels, low, 1, bias=False), nn.BatchNorm2d(low), nn.ReLU())
@@ -139,14 +131,6 @@ def _fpn(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     return _parts(net)
 
 
-def _linknet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(smp.Linknet(**encoder))
-
-
-def _manet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(smp.MAnet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear"))
-
-
 def _pan(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
     net = smp.PAN(**encoder, encoder_output_stride=config.output_stride, decoder_channels=config.decoder_channels)
     for module in net.decoder.modules():
@@ -178,35 +162,22 @@ class PyramidBranch(nn.Module):
         return F.interpolate(self.pool(feature), feature.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _segformer(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(smp.Segformer(**encoder, decoder_segmentation_channels=config.decoder_channels))
+def _unchanged(network: type[nn.Module], width: str = "decoder_channels", **keys: Any) -> Builder:
+    """A network of the library that needs no change; width: what it calls the decoder's channels."""
+    return lambda config, encoder: _parts(network(**encoder, **{width: config.decoder_channels}, **keys))
 
 
-def _unet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(smp.Unet(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear"))
-
-
-def _unetplusplus(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(
-        smp.UnetPlusPlus(**encoder, decoder_channels=config.decoder_channels, decoder_interpolation="bilinear")
-    )
-
-
-def _upernet(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
-    return _parts(smp.UPerNet(**encoder, decoder_channels=config.decoder_channels))
-
-
-DECODERS: dict[str, Callable[[ModelConfig, dict[str, Any]], Parts]] = {  # the names of exp/config/families.py
-    "deeplabv3": _deeplabv3,
+DECODERS: dict[str, Builder] = {  # the names of exp/config/families.py
+    "deeplabv3": lambda config, encoder: _parts(_deeplab(smp.DeepLabV3, config, encoder)),
     "deeplabv3plus": _deeplabv3plus,
     "dpt": _dpt,
     "fpn": _fpn,
-    "linknet": _linknet,
-    "manet": _manet,
+    "linknet": lambda config, encoder: _parts(smp.Linknet(**encoder)),
+    "manet": _unchanged(smp.MAnet, decoder_interpolation="bilinear"),
     "pan": _pan,
     "pspnet": _pspnet,
-    "segformer": _segformer,
-    "unet": _unet,
-    "unetplusplus": _unetplusplus,
-    "upernet": _upernet,
+    "segformer": _unchanged(smp.Segformer, "decoder_segmentation_channels"),
+    "unet": _unchanged(smp.Unet, decoder_interpolation="bilinear"),
+    "unetplusplus": _unchanged(smp.UnetPlusPlus, decoder_interpolation="bilinear"),
+    "upernet": _unchanged(smp.UPerNet),
 }

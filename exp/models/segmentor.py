@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
-from exp.models.decoders import build_parts
+from exp.models.decoders import Parts, build_parts
 from exp.models.weights import load_encoder_weights
 from exp.runtime.errors import InputError
 
@@ -20,22 +20,14 @@ class Segmentor(nn.Module):
     the logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        *,
-        decoder_width: int,
-        num_classes: int,
-        dropout: float,
-        aux_channels: int,
-        multiple: int,
-    ) -> None:
+    def __init__(self, parts: Parts, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.multiple = encoder, decoder, multiple
-        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(decoder_width, num_classes, kernel_size=1))
+        self.encoder, self.decoder = parts.encoder, parts.decoder
+        self.multiple = parts.multiple or config.output_stride
+        dropout, aux_channels = config.dropout, config.aux_channels
+        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(parts.width, num_classes, kernel_size=1))
         self.aux_head = nn.Sequential(
-            nn.Conv2d(encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
+            nn.Conv2d(parts.encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(aux_channels),
             nn.ReLU(inplace=True),
             nn.Dropout2d(dropout),
@@ -66,52 +58,30 @@ def encoder_name(name: str) -> str:
     own = [n for n in smp.encoders.get_encoder_names() if not n.startswith("timm-")]
     if name not in own:
         near = ", ".join(difflib.get_close_matches(name, [*timm.list_models(), *own], n=5)) or "no similar name"
-        raise InputError(
-            f"model.encoder: unknown name '{name}'; nearest: {near} (timm.list_models() and the encoders of "
-            "segmentation_models_pytorch are known)"
-        )
+        raise InputError(f"model.encoder: unknown name '{name}'; nearest: {near} (of timm or smp)")
     return name
-
-
-def build_network(config: ModelConfig, num_classes: int, in_channels: int, from_hub: bool) -> Segmentor:
-    """The network with random weights, or (from_hub) with the encoder's published ones."""
-    parts = build_parts(config, encoder_name(config.encoder), from_hub, in_channels)
-    return Segmentor(
-        parts.encoder,
-        parts.decoder,
-        decoder_width=parts.width,
-        num_classes=num_classes,
-        dropout=config.dropout,
-        aux_channels=config.aux_channels,
-        multiple=parts.multiple or config.output_stride,
-    )
 
 
 def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, pretrained: bool = True) -> Segmentor:
     """A YAML -> the network on the CPU; pretrained=False (a checkpoint follows) fetches and reads no weights.
 
     in_channels: 3 of a colour image, 1 of CT or MR (weights for RGB are then summed over their channels).
-
-    Raises InputError if the weights cannot be had, with what to do about it.
     """
     source = config.pretrained if pretrained else False
     try:
-        model = build_network(config, num_classes, in_channels, from_hub=source is True)
-    except OSError as error:  # of the hub's client; nothing else here reads a file
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "
-            "there is a network (they are cached; HF_HUB_OFFLINE=1 then asks nobody), or set model.pretrained to a "
-            "local file, or to false"
-        ) from None
-    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+        parts = build_parts(config, encoder_name(config.encoder), source is True, in_channels)
+        model = Segmentor(parts, config, num_classes)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"model.encoder: got {config.encoder}, which the libraries cannot combine with decoder {config.decoder}: "
-            f"{reason}"
-        ) from error
+        if isinstance(error, OSError):  # of the hub's client; nothing else here reads a file
+            raise InputError(
+                f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "
+                "there is a network (they are cached), or set model.pretrained to a local file, or to false"
+            ) from None
+        combined = f"which the libraries cannot combine with decoder {config.decoder}"
+        raise InputError(f"model.encoder: got {config.encoder}, {combined}: {reason}") from error
     if isinstance(source, str):
         load_encoder_weights(model.encoder, source)
     return model

@@ -17,8 +17,6 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
 
     Every tensor of the encoder must be found: under its own name, or else (a file of another library's naming) at
     its place in the file with the same shape. Tensors after the encoder's last, of a classifier, are left aside.
-    Weights for RGB are fitted to an encoder of other channels as the libraries do it with published ones.
-    Raises InputError with the first tensor that does not fit.
     """
     weights = load_tensor_file(Path(path), "a state dict")
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -28,7 +26,9 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     own = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
     given = {name: value for name, value in weights.items() if not name.endswith(COUNTER)}
     matched = given if own.keys() <= given.keys() else _match_by_order(own, given, path)
-    matched = _fit_stem(own, matched)
+    stem = next((name for name in own if own[name].dim() == 4), None)
+    if stem and matched[stem].shape[1:2] == (3,) != own[stem].shape[1:2]:  # for RGB: summed (repeated) as timm does it
+        matched = matched | {stem: adapt_input_conv(own[stem].shape[1], matched[stem])}
     for name, value in own.items():
         if matched[name].shape != value.shape:
             got, expected = tuple(matched[name].shape), tuple(value.shape)
@@ -47,11 +47,3 @@ def _match_by_order(own: dict[str, Tensor], given: dict[str, Tensor], path: str 
         "%s: other names than the encoder's; its first %d tensors are matched by order and shape", path, len(own)
     )
     return dict(zip(own, given.values()))
-
-
-def _fit_stem(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, those of a first convolution for RGB summed (repeated) over an encoder's one (other) channels."""
-    stem = next((name for name in own if own[name].dim() == 4), None)
-    if stem is None or weights[stem].shape[1:2] != (3,) or own[stem].shape[1] == 3:
-        return weights
-    return weights | {stem: adapt_input_conv(own[stem].shape[1], weights[stem])}

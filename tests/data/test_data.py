@@ -132,9 +132,9 @@ def no_images(root: Path) -> None:
 DAMAGES = {
     missing_folder: ["camvid/val: no such folder"],
     missing_label: ["valannot/val_1.png: no such file", "partner of", "val/val_1.png"],
-    other_size: ["valannot/val_1.png: got 60x48 pixels, expected 64x48", "val/val_1.png"],
+    other_size: ["valannot/val_1.png: got values of shape (48, 60), expected (48, 64)", "val/val_1.png"],
     wrong_value: ["valannot/val_1.png: got label value 12, expected 0..11 or 255"],
-    rgb_label: ["valannot/val_1.png: got an image of 3 channels"],
+    rgb_label: ["valannot/val_1.png: got values of shape (48, 64, 3), expected (48, 64)"],
     deep_label: ["valannot/val_1.png: got", "8-bit class indices"],
     truncated_image: ["val/val_1.png: got a file that cannot be read"],
     empty_image: ["val/val_1.png: got a file that cannot be read"],

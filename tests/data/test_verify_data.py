@@ -388,13 +388,13 @@ def test_duplicate_names_and_masks_without_a_counted_pixel(verify, voc_dir: Path
     root = voc_dir / "VOCdevkit" / "VOC2012"
     names = root / "ImageSets" / "Segmentation" / "val.txt"
     first, second = names.read_text().split()[:2]
-    write_png(root / "JPEGImages" / f"{first}.png", np.zeros((4, 4, 3), np.uint8))
+    names.write_text(names.read_text() + f"{first}\n")
     path = root / "SegmentationClass" / f"{second}.png"
     with Image.open(path) as label:
         ignored = np.full(label.size[::-1], 255, np.uint8)
     write_png(path, ignored)
     assert faults_of(verify("pascal_voc", voc_dir, "--no_manifest")[1]) == {
-        str(root / "JPEGImages" / f"{first}.png"): {"duplicate name"},
+        str(root / "JPEGImages" / f"{first}.jpg"): {"duplicate name"},
         str(path): {"empty label"},
     }
 

@@ -12,6 +12,7 @@ class VolumeFacts:
     label: slices that hold this value are kept (None: any but 0). size: (H, W) of the slices, None: the source's.
     numbers: those of the cases with labels, where they are without gaps; what lies beyond is the owner's for testing.
     fold_slices: known number of slices in each validation fold, where it is known.
+    case: a case's name by its number, which the patterns of image and label volumes find in <folder>/<file>.
     """
 
     folder: str
@@ -22,16 +23,23 @@ class VolumeFacts:
     numbers: range | None
     cases_per_fold: int
     fold_slices: tuple[int, ...] | None
+    case: str
+    patterns: tuple[str, str]
 
 
 MAX_LABEL = 2  # in the label volumes of LiTS, KiTS19 and the hippocampus
 SLICE_SIZE = (512, 512)  # the paper's; nearly every CT matrix
+LITS_FILES = (r".*/volume-(\d+)\.nii(?:\.gz)?", r".*/segmentation-(\d+)\.nii(?:\.gz)?")
+KITS_FILES = (r"case_(\d+)/imaging\.nii\.gz", r"case_(\d+)/segmentation\.nii\.gz")
+HIPPOCAMPUS_FILES = (r"images(?:Tr)?/hippocampus_(\d+)\.nii\.gz", r"labels(?:Tr)?/hippocampus_(\d+)\.nii\.gz")
+LITS_SLICES, KITS_SLICES = (1320, 889, 459, 2278, 2244), (952, 1255, 1418, 1471, 616)  # as the paper's code lists them
 
-# fold_slices: the slices with tumour that the paper's code base lists per fold
 VOLUMES = {
-    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, range(131), 26, (1320, 889, 459, 2278, 2244)),
-    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, range(210), 42, (952, 1255, 1418, 1471, 616)),
-    "hippocampus": VolumeFacts("hippocampus", None, None, True, 260, None, 79, None),
+    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, range(131), 26, LITS_SLICES, "volume-{}", LITS_FILES),
+    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, range(210), 42, KITS_SLICES, "case_{}", KITS_FILES),
+    "hippocampus": VolumeFacts(
+        "hippocampus", None, None, True, 260, None, 79, None, "hippocampus_{}", HIPPOCAMPUS_FILES
+    ),
 }
 
 

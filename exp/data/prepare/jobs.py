@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -21,13 +20,16 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes for run_jobs, None for one worker (this process). At the end, also after Ctrl-C, the jobs under way
-    are finished and the others dropped; a worker ends by itself when this process is killed."""
+def worker_pool(workers: int, *, threads: bool = False) -> Iterator[Executor | None]:
+    """Processes for run_jobs, or threads, for work that mostly decodes; None for one worker (this thread).
+
+    At the end, also after Ctrl-C, the jobs under way are finished and the others dropped; a worker ends by itself when
+    this process is killed.
+    """
     if workers == 1:
         yield None
         return
-    pool = _processes(workers)
+    pool = ThreadPoolExecutor(workers) if threads else _processes(workers)
     try:
         yield pool
     finally:
@@ -38,14 +40,15 @@ def _processes(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
-@contextlib.contextmanager
-def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for run_jobs, for work that mostly decodes; at the end, also after Ctrl-C, waiting jobs are dropped."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:  # the pool's workers would wait for ever on one that was killed
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_jobs(
@@ -57,13 +60,12 @@ def run_jobs(
     """
     done, faults = [], []
     attempt = partial(_attempt, function)
-    with tqdm(total=len(jobs), desc=title, unit=unit, disable=None) as bar:
-        for job, (result, fault) in zip(jobs, map(attempt, jobs) if pool is None else _results(pool, attempt, jobs)):
-            bar.update()
-            if fault is None:
-                done.append((job, result))
-            else:
-                faults.append(fault)
+    results = map(attempt, jobs) if pool is None else _results(pool, attempt, jobs)
+    for (result, fault), job in zip(tqdm(results, title, len(jobs), unit=unit, disable=None), jobs):
+        if fault is None:
+            done.append((job, result))
+        else:
+            faults.append(fault)
     return done, faults
 
 
@@ -75,28 +77,21 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, str | None]
 
 
 def _results(pool: Executor, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """As map(), in the jobs' order. The workers that it starts inherit that Ctrl-C is held back; here one that comes
-    meanwhile is heard afterwards."""
-    resource_tracker.ensure_running()  # which would end the holding back, were it started with the first worker
-    previous, futures = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), []
+    """As map(), in the jobs' order."""
+    futures = [pool.submit(function, job) for job in jobs]
     try:
-        try:
-            for job in jobs:
-                futures.append(pool.submit(function, job))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         for future in futures:
             yield future.result()
     except BrokenProcessPool:
         waiting = [job for job, future in zip(jobs, futures) if future.exception()]
         job = _find_deadly(function, waiting[: 2 * (os.cpu_count() or 1)])  # those that were under way come first
-        if job is not None:
-            raise InputError(
-                f"{job}: got a file at which the process that reads it dies, expected a sound one; fetch it anew"
-            ) from None
-        raise InputError(
-            "got a worker process that was killed (out of memory?), expected it to end well; try fewer workers"
-        ) from None
+        if job is None:
+            problem = (
+                "got a worker process that was killed (out of memory?), expected it to end well; try fewer workers"
+            )
+        else:
+            problem = f"{job}: got a file at which the process that reads it dies, expected a sound one; fetch it anew"
+        raise InputError(problem) from None
 
 
 def _find_deadly(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any | None:
@@ -108,16 +103,6 @@ def _find_deadly(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Any | N
             except BrokenProcessPool:
                 return job
     return None
-
-
-def _start_worker() -> None:
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:  # the pool's workers would wait for ever on one that was killed
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def report_faults(faults: Iterable[str], what: str) -> None:

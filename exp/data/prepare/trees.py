@@ -16,9 +16,7 @@ def check_tree(archives: Mapping[str, Sequence[str]], data_dir: Path) -> None:
     for archive, filled in archives.items():
         folders = [folder for folder in filled if not _holds_something(data_dir / folder)]
         if folders:
-            packed = _find_packed(data_dir, folders[0], archive)
-            hint = f", which lies packed at {packed}" if packed else ""
-            missing.append(f"{', '.join(folders)} (from {archive}{hint})")
+            missing.append(f"{', '.join(folders)} (from {archive})")
     if missing:
         raise InputError(f"{data_dir}: got nothing unpacked in {'; '.join(missing)}. DATA.md shows the expected tree")
 
@@ -28,9 +26,3 @@ def _holds_something(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     return any(not path.name.startswith(".") and path.suffix not in PACKED for path in folder.iterdir())
-
-
-def _find_packed(data_dir: Path, folder: str, archive: str) -> Path | None:
-    """Where an archive lies that was not unpacked, looking in data_dir and the folders down to its content."""
-    places = [data_dir / parent for parent in (folder, *map(str, Path(folder).parents))]
-    return next((place / archive for place in places if (place / archive).is_file()), None)

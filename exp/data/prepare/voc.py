@@ -1,7 +1,8 @@
 """PASCAL VOC 2012 and SBD -> SegmentationClassTrainAug/ and trainaug.txt."""
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,13 @@ from scipy.io import loadmat
 from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.images import open_image
-from exp.files.paths import Fence, files_and_links, read_names
+from exp.files.paths import Fence, read_names
 from exp.files.text import require_file
 from exp.runtime.errors import InputError, decoding
 
 MAX_MAT = 2**20  # bytes; SBD's have some 20,000; deflate makes a GB of it at most
 BYTES_PER_LABEL = 8192  # twice what a label of VOC takes as a PNG
 NUM_CLASSES = 21
-
-
-@dataclass(frozen=True)
-class LabelJob:
-    """A label to be written: from VOC's own PNG or SBD's .mat."""
-
-    source: Path
-    target: Path
-
-    def __str__(self) -> str:
-        return str(self.source)
 
 
 def prepare_voc(data_dir: Path, workers: int) -> None:
@@ -44,19 +34,16 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
     names_file = voc / "ImageSets" / "Segmentation" / "trainaug.txt"
     labels = voc / "SegmentationClassTrainAug"
     if names_file.exists() and sorted(read_names(names_file)) != names:
-        raise InputError(
-            f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC; move it away to have "
-            "it written"
-        )
-    jobs = [LabelJob(source, labels / f"{source.stem}.png") for source in find_sources(voc, sbd, names)]
-    waiting = sum(not job.target.exists() for job in jobs)
-    print(f"{labels}: {len(jobs)} labels, {len(jobs) - waiting} of them there before (compared, not changed)")
+        raise InputError(f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC")
+    sources = list(find_sources(voc, sbd, names))
+    waiting = sum(not _target(labels, source).exists() for source in sources)
+    print(f"{labels}: {len(sources)} labels, {len(sources) - waiting} of them there before (compared, not changed)")
     require_room(labels, waiting * BYTES_PER_LABEL)
     labels.mkdir(exist_ok=True)
     remove_stale(labels)
     remove_stale(names_file.parent)
     with worker_pool(max(2, workers)) as pool:  # not in this process: on damaged files scipy can crash
-        _, faults = run_jobs(write_label, jobs, pool, "labels", "label")
+        _, faults = run_jobs(partial(write_label, labels), sources, pool, "labels", "label")
     report_faults(faults, "labels")
     if not names_file.exists():
         with replacing(names_file, durable=False, new=True) as temporary:
@@ -65,12 +52,11 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
 
 def find_sources(voc: Path, sbd: Path, names: Sequence[str]) -> Iterator[Path]:
     """Names -> VOC's own label of each, where there is one, or SBD's; InputError where a link leads elsewhere."""
-    own, others = voc / "SegmentationClass", sbd / "cls"
-    folders = {folder: (files_and_links(folder), Fence(folder)) for folder in (own, others)}
+    own, others = Fence(voc / "SegmentationClass"), Fence(sbd / "cls")
     for name in names:
-        source = own / f"{name}.png" if f"{name}.png" in folders[own][0] else others / f"{name}.mat"
-        links, fence = folders[source.parent] if source.parent in folders else ({}, Fence(others))
-        fence.check(source, is_link=links.get(source.name, False))
+        png, mat = own.folder / f"{name}.png", others.folder / f"{name}.mat"
+        source, fence = (png, own) if os.path.lexists(png) else (mat, others)
+        fence.check(source, is_link=True)
         yield source
 
 
@@ -80,15 +66,19 @@ def trainaug_names(lists: Path, sbd: Path) -> list[str]:
     return sorted(set(train) - set(read_names(lists / "val.txt")))
 
 
-def write_label(job: LabelJob) -> None:
-    """Write a label as a PNG of class indices, or compare it with the one that is there."""
-    values = read_mat(job.source) if job.source.suffix == ".mat" else read_png(job.source)
-    if job.target.exists():
-        if not np.array_equal(read_png(job.target), values):
-            raise InputError(f"{job.target}: got another label than that of {job.source}; it is left as it is")
+def write_label(labels: Path, source: Path) -> None:
+    """Write a label, from VOC's PNG or SBD's .mat, as a PNG of class indices, or compare it with the one there."""
+    values, target = read_mat(source) if source.suffix == ".mat" else read_png(source), _target(labels, source)
+    if target.exists():
+        if not np.array_equal(read_png(target), values):
+            raise InputError(f"{target}: got another label than that of {source}; it is left as it is")
         return
-    with replacing(job.target, durable=False, new=True) as temporary:
+    with replacing(target, durable=False, new=True) as temporary:
         Image.fromarray(values).save(temporary, format="PNG")
+
+
+def _target(labels: Path, source: Path) -> Path:
+    return labels / f"{source.stem}.png"
 
 
 def read_mat(path: Path) -> np.ndarray:

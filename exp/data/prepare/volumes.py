@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,90 +30,47 @@ class RawCase:
         return str(self.image)
 
 
-@dataclass(frozen=True)
-class LoneVolume:
-    """A volume whose counterpart is not there, which is left alone; that is as it should be for the owner's tests."""
+def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[tuple[Path, str, bool]]]:
+    """A data set -> its pairs of volumes by number, and the volumes without a partner, which are left alone.
 
-    path: Path
-    text: str
-    is_test: bool
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a first look at a case found: the slices to keep and their bytes on disk."""
-
-    slices: tuple[int, ...]
-    num_bytes: int
-
-
-def find_cases(name: str, data_dir: Path) -> tuple[list[RawCase], list[LoneVolume]]:
-    """A data set -> its pairs of volumes by number, and the volumes without a partner.
-
-    InputError for two files of one case.
+    Of each of those: the file, what it is, and whether that is as it should be, for the owner's test cases.
     """
     facts = VOLUMES[name]
     root = data_dir / facts.folder
     if not root.is_dir():
         raise InputError(f"{root}: no such folder (DATA.md shows the expected tree)")
-    images, labels = FINDERS[name](root)
+    images, labels = (_find_files(root, pattern, facts.case) for pattern in facts.patterns)
     pairs = [RawCase(case, images[case], labels[case]) for case in images.keys() & labels.keys()]
     alone = []
     for case in sorted(images.keys() - labels.keys()):
         is_test = facts.numbers is not None and case_number(case) not in facts.numbers
         text = "a test case, without label volume" if is_test else "an image without its label volume"
-        alone.append(LoneVolume(images[case], text, is_test))
-    for case in sorted(labels.keys() - images.keys()):
-        alone.append(LoneVolume(labels[case], "a label volume without its image", is_test=False))
+        alone.append((images[case], text, is_test))
+    alone += [
+        (labels[case], "a label volume without its image", False) for case in sorted(labels.keys() - images.keys())
+    ]
     return sorted(pairs, key=lambda case: (case_number(case.name), case.name)), alone
 
 
-def _find_lits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """volume-N.nii[.gz] and segmentation-N.nii[.gz] at any depth."""
-    named = [(re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name), path) for path in _files(root)]
-    images = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "volume")
-    labels = _by_name((f"volume-{match[2]}", path) for match, path in named if match and match[1] == "segmentation")
-    return images, labels
+def _find_files(root: Path, pattern: str, case: str) -> dict[str, Path]:
+    """The files below a folder whose <folder>/<file> fits the pattern, by their case; InputError for two of one case.
 
-
-def _find_kits(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """case_NNNNN/imaging.nii.gz and segmentation.nii.gz at any depth."""
-    files = [path for path in _files(root) if re.fullmatch(r"case_\d+", path.parent.name)]
-    images = _by_name((path.parent.name, path) for path in files if path.name == "imaging.nii.gz")
-    labels = _by_name((path.parent.name, path) for path in files if path.name == "segmentation.nii.gz")
-    return images, labels
-
-
-def _find_hippocampus(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """{images,labels}[Tr]/hippocampus_NNN.nii.gz at any depth."""
-    files = [path for path in _files(root) if re.fullmatch(r"hippocampus_\d+\.nii\.gz", path.name)]
-    images, labels = (
-        _by_name((p.name.removesuffix(".nii.gz"), p) for p in files if p.parent.name in (kind, f"{kind}Tr"))
-        for kind in ("images", "labels")
-    )
-    return images, labels
-
-
-FINDERS = {"lits": _find_lits, "kits": _find_kits, "hippocampus": _find_hippocampus}
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """The files below a folder in a fixed order; links to folders are followed, each folder visited once."""
-    visited = set()
+    Links to folders are followed, each folder is visited once.
+    """
+    found, visited = {}, set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in visited else sorted(folders)
-        if real not in visited:
-            yield from (Path(folder) / name for name in sorted(names))
+        if real in visited:
+            folders.clear()
+            continue
         visited.add(real)
-
-
-def _by_name(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for name, path in items:
-        if name in found:
-            raise InputError(f"{path}: got a second file of {name} beside {found[name]}, expected one")
-        found[name] = path
+        folders.sort()
+        for name in sorted(names):
+            if match := re.fullmatch(pattern, f"{os.path.basename(folder)}/{name}"):
+                path, key = Path(folder, name), case.format(match[1])
+                if key in found:
+                    raise InputError(f"{path}: got a second file of {key} beside {found[key]}, expected one")
+                found[key] = path
     return found
 
 
@@ -127,8 +84,8 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     root = data_dir / facts.folder
     folder = root / TRAIN
     cases, alone = find_cases(name, data_dir)
-    for volume in alone:
-        print(printable(f"{volume.path}: {volume.text}; left alone"))
+    for path, text, _ in alone:
+        print(printable(f"{path}: {text}; left alone"))
     if folder.is_dir():
         remove_stale(folder)
     if not cases and not (folder.is_dir() and list_cases(folder)):
@@ -138,10 +95,10 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     print(f"{root}: {len(cases)} cases, {len(states) - len(waiting)} of them prepared before")
     with worker_pool(workers if waiting else 1) as pool:
         scans, faults = run_jobs(partial(scan_case, facts, check_affine), waiting, pool, "looking", "case")
-        require_room(folder, sum(scan.num_bytes for _, scan in scans))
+        require_room(folder, sum(num_bytes for _, (_, num_bytes) in scans))
         folder.mkdir(exist_ok=True)
         write = partial(prepare_case, facts, check_affine, root)
-        _, more = run_jobs(write, [(raw, scan.slices) for raw, scan in scans], pool, "writing", "case")
+        _, more = run_jobs(write, [(raw, slices) for raw, (slices, _) in scans], pool, "writing", "case")
     report_faults(broken + faults + more, "cases")
 
 
@@ -154,20 +111,22 @@ def is_finished(folder: Path) -> bool:
     case = read_case(folder)
     expected = [folder / f"{index:04d}.npz" for index in case.slices]
     least = 3 * case.size[0] * case.size[1]
-    for path in expected:
-        if not path.is_file() or path.stat().st_size < least:
-            raise InputError(f"{path}: got no whole slice, expected one; remove {folder} and prepare again")
-    if list_slices(folder) != expected:
-        raise InputError(f"{folder}: got slices that are not in its case.json, expected those alone")
+    if list_slices(folder) != expected or any(path.stat().st_size < least for path in expected):
+        raise InputError(
+            f"{folder}: got other slices than its case.json names, expected those; remove it and prepare again"
+        )
     return True
 
 
-def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> Scan:
-    """A raw case -> the slices to keep; InputError if the pair does not fit together or the labels cannot be read."""
+def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> tuple[tuple[int, ...], int]:
+    """A raw case -> the slices to keep and their bytes on disk.
+
+    InputError if the pair does not fit together or the labels cannot be read.
+    """
     image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
     slices = tuple(find_slices(label, facts.label))
     height, width = facts.size or image.slice_shape
-    return Scan(slices, len(slices) * (3 * height * width + SLICE_OVERHEAD))
+    return slices, len(slices) * (3 * height * width + SLICE_OVERHEAD)
 
 
 def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[RawCase, tuple[int, ...]]) -> None:
@@ -199,8 +158,3 @@ def missing_cases(facts: VolumeFacts, names: Iterable[str]) -> str:
     """The names of the cases that there are -> the numbers that lack, in words; empty if none do, or if unknown."""
     lacking = sorted(set(facts.numbers or ()) - {case_number(name) for name in names})
     return describe_numbers(lacking, ", ") if lacking else ""
-
-
-def count_slices(folder: Path) -> dict[str, int]:
-    """The folder of prepared cases -> slices by case."""
-    return {path.name: len(read_case(path).slices) for path in list_cases(folder)}
