@@ -188,15 +188,6 @@ def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
     return text.getvalue()
 
 
-def load_entropy(path: Path) -> dict[str, float]:
-    """images.csv -> the mean entropy by image, without those that have none."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, "a row per image"), newline="")))
-        return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
-    except (csv.Error, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error!r}), expected the columns image and entropy") from None
-
-
 def load_result(path: Path) -> EvalResult:
     """<rule>.csv -> the EvalResult it was written from."""
     text = read_text(path, "the counts of an evaluation, a row per image")
