@@ -99,7 +99,8 @@ def _argmax_beside(value: PublishedValue, table: Table) -> PublishedValue | None
     if table.unit != "percent" or value.rule == "argmax" or value.column.endswith(("_std", "p")):
         return None
     place = (value.row, value.data, value.column, "argmax")
-    return next((v for v in table.values if (v.row, v.data, v.column, v.rule) == place), None)
+    known = (v for v in table.values if v.value is not None)
+    return next((v for v in known if (v.row, v.data, v.column, v.rule) == place), None)
 
 
 def summary(lines: Sequence[Line], others: Sequence[Training]) -> str:
