@@ -9,9 +9,9 @@ OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Wr
 and index.html, with the same sections in the same order: every table of the paper with the published value, the
 measured one and their difference; what a rule gains over argmax, with a bootstrap interval; misprints as notes; and
 trainings that belong to no table, with all of their rules and every loss. index.html has plots and pictures, too, and
-needs nothing else; tables.csv has the figures of all sections. Scores are computed anew from the counts of every image,
-so the same results give the same files, byte for byte. --readme FILE writes a shorter account between two marks of that
-file: what was and was not reproduced, the rules, and every loss.
+needs nothing else; tables.csv has the published tables. Scores are computed anew from the counts of every image, so the
+same results give the same files, byte for byte. --readme FILE writes a shorter account between two marks of that file:
+what was and was not reproduced, the rules, and every loss.
 
 --folds RUN RUN ... prints the mean scores over the folds of a cross-validation, by rule. RUN is the folder of a run
 (<output_dir>/<model>.<data>....) with results/<rule>.json; all were evaluated alike, each on another fold.

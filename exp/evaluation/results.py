@@ -181,15 +181,6 @@ def _csv(rows: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
-def load_entropy(path: Path) -> dict[str, float]:
-    """images.csv -> the mean entropy by image, without those that have none."""
-    expected = "the columns image and entropy"
-    text = read_text(path, expected)
-    with decoding(path, expected):
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        return {row["image"]: float(row["entropy"]) for row in rows if row["entropy"]}
-
-
 def load_result(path: Path) -> EvalResult:
     """<rule>.csv -> the EvalResult it was written from."""
     expected = "the counts of an evaluation, a row per image"

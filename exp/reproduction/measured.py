@@ -16,7 +16,6 @@ from exp.evaluation.comparison import (
     compare_rules,
     mean_interval,
     paired_differences,
-    signed_rank,
     unit_differences,
 )
 from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
@@ -24,11 +23,10 @@ from exp.evaluation.results import load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import Existing
 from exp.reproduction.job import Job
-from exp.reproduction.plans import Counterpart
+from exp.reproduction.plans import ALL, Counterpart, table_jobs
 from exp.runtime.errors import InputError
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
-LENGTH, NOISE = "iterations", "label noise"  # what trainings of a series differ in
 Interval = tuple[float, float]
 
 
@@ -57,14 +55,14 @@ class Measured:
         path = self.existing.find(job, rule)
         return None if path is None else self.load(path)
 
-    def trainings(self) -> Iterator[tuple[str, "Training"]]:
-        """Evaluations of trainings by argmax and perhaps other rules, one per folder, with the training's digest."""
-        for digest, entries in sorted(self.existing.results.items()):
-            yield from ((digest, training) for training in self._by_folder(entries))
-
-    def true_maps(self) -> Iterator["Training"]:
-        """Rules evaluated on the probabilities from which labels were drawn, one per folder."""
-        return self._by_folder(self.existing.true)
+    def trainings(self) -> tuple[list["Training"], list["Training"]]:
+        """Evaluations by argmax and perhaps other rules, one per folder: those of the paper's trainings, and others,
+        with those of true probabilities behind them."""
+        digests = {job.digest for job in table_jobs(ALL)}
+        paper, others = [], list(self._by_folder(self.existing.true))
+        for digest, entries in self.existing.results.items():
+            (paper if digest in digests else others).extend(self._by_folder(entries))
+        return sorted(paper, key=_order), sorted(others, key=_order)
 
     def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
         """Results of one training -> those with argmax and a score that every image has, one per folder."""
@@ -213,18 +211,22 @@ class Training:
     @property
     def unseeded(self) -> tuple:
         """What trainings that differ in their seed alone have in common."""
-        return *self.likeness(), self.iteration
-
-    def likeness(self, left_out: str | None = None) -> tuple:
-        """What tells a training from others, but for the seed and, if asked, for LENGTH or NOISE."""
-        config = {key: value for key, value in self.config.items() if key not in ("seed", "iteration")}
-        config |= {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
-        if left_out == LENGTH:
-            config["schedule"].pop("train_iters", None)
-        elif left_out == NOISE:
-            config["data"].pop("label_noise", None)
+        config = {key: value for key, value in self.config.items() if key != "seed"}
         test = {**self.test, "metric": self.metric, "temperature": self.temperature == 1}  # fitted: differs by seed
-        return json.dumps([config, test], sort_keys=True), self.rules, self.results[0].names
+        return json.dumps([config, test], sort_keys=True), self.rules, self.results[0].names, self.iteration
+
+
+def _order(training: Training) -> tuple:
+    seed = training.config["seed"]
+    return training.is_true, training.name, training.iteration, seed, len(training.place), training.place
+
+
+def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:
+    """Trainings that differ in their seed alone, together; of several evaluations of one seed the first."""
+    groups: dict[tuple, dict[int, Training]] = {}
+    for training in trainings:
+        groups.setdefault(training.unseeded, {}).setdefault(training.config["seed"], training)
+    return [list(group.values()) for group in groups.values()]
 
 
 def compare_seeds(trainings: Sequence[Training], rule: str) -> Comparison:
@@ -232,35 +234,14 @@ def compare_seeds(trainings: Sequence[Training], rule: str) -> Comparison:
 
     Each one's gain is averaged over the seeds, where the score is defined in all of them.
     """
-    first = trainings[0]
     values = np.mean([training.unit_gains(rule) for training in trainings], axis=0)
     values = values[~np.isnan(values)]
-    return Comparison(
-        rule=rule,
-        base="argmax",
-        metric=first.metric,
-        unit=first.unit,
-        num_units=len(values),
-        difference=float(values.mean()) if len(values) else None,
-        interval=mean_interval(values),
-        p_value=signed_rank(values),
-        wins=int((values > 0).sum()),
-        losses=int((values < 0).sum()),
-    )
-
-
-def seed_gains(trainings: Sequence[Training], rule: str) -> list[float]:
-    """What a rule gains over argmax by the metric, in each training; NaN where no image has the score."""
-    values = [training.unit_gains(rule) for training in trainings]
-    return [float(np.nanmean(gains)) if not np.isnan(gains).all() else float("nan") for gains in values]
-
-
-def seed_scores(trainings: Sequence[Training], rule: str, name: str) -> list[float]:
-    """A rule's score in each of several trainings, in percent."""
-    results = [training.results[training.rules.index(rule)] for training in trainings]
-    return [compute_scores(r.counts, r.cases)[name] for r in results]
+    difference, wins, losses = (float(values.mean()) if len(values) else None), (values > 0).sum(), (values < 0).sum()
+    alike = ("argmax", trainings[0].metric, trainings[0].unit, len(values))
+    return Comparison(rule, *alike, difference, mean_interval(values), wins=int(wins), losses=int(losses))
 
 
 def mean_score(trainings: Sequence[Training], rule: str, name: str) -> float:
     """The mean of a rule's score over several trainings, in percent."""
-    return float(np.mean(seed_scores(trainings, rule, name)))
+    results = [training.results[training.rules.index(rule)] for training in trainings]
+    return float(np.mean([compute_scores(r.counts, r.cases)[name] for r in results]))

@@ -1,4 +1,4 @@
-"""Beyond the paper's tables: losses, gains by length and noise, true probabilities, and the README's results."""
+"""Beyond the paper's tables: losses, seeds, lengths and noise, true probabilities, and the README's results."""
 
 import json
 import re
@@ -13,15 +13,14 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
 from exp.reproduction.job import Reevaluation, join_jobs
-from exp.reproduction.measured import LENGTH, NOISE, Measured, Training, compare_seeds, mean_score, seed_gains
-from exp.reproduction.report.build import build_sections, write_report
-from exp.reproduction.report.training_sections import loss_note
-from exp.reproduction.report.trainings import find_trainings
+from exp.reproduction.measured import Measured, Training, compare_seeds, group_seeds, mean_score
+from exp.reproduction.published import load_tables
+from exp.reproduction.report.build import write_report
 from exp.reproduction.report.writers import BEGIN, END, update_readme
 from exp.reproduction.runner import Runner
 from exp.runtime.errors import InputError
 from tests.reproduction.test_page import Page
-from tests.reproduction.test_report import csv_rows, write_results
+from tests.reproduction.test_report import write_results
 from tests.reproduction.test_reproduce import SMALL
 
 RULES = ("argmax", "rankseg_rma")
@@ -68,33 +67,27 @@ def output(tmp_path_factory) -> Path:
     return folder
 
 
-def test_lengths_and_noise_are_found_and_nothing_else(output: Path):
-    trainings = find_trainings(Measured(output))
-    by_length, by_noise = trainings.series
-    assert (by_length.label, by_noise.label) == (LENGTH, NOISE)
-    assert [(step.value, len(step.trainings)) for step in by_length.steps] == [(3, 2), (9, 1)]
-    assert [(step.value, step.source) for step in by_noise.steps] == [
-        (0.0, "network"),
-        (0.4, "network"),
-        (0.0, "true"),
-        (0.4, "true"),
+def test_seeds_lengths_and_noise_are_told_apart(output: Path):
+    paper, others = Measured(output).trainings()
+    assert paper == []
+    groups = group_seeds(others)
+    assert [(group[0].long_name.partition(", ce, ")[2], len(group)) for group in groups[:4]] == [
+        ("3 iterations", 2),
+        ("9 iterations", 1),
+        ("label noise 0, 3 iterations", 1),
+        ("label noise 0.4, 3 iterations", 1),
     ]
-    assert by_noise.steps[2].trainings[0].rules == ("argmax", "rankseg_rma", "rankseg_exact")
-    step = by_length.steps[0]
-    pairs = [[compute_scores(r.counts)["mIoUI"] for r in t.results] for t in step.trainings]
-    assert compare_seeds(step.trainings, "rankseg_rma").difference == pytest.approx(
+    assert [group[0].name for group in groups[4:]] == [
+        f"true probabilities, shapes_noisy_binary, label noise {level}" for level in ("0", "0.4")
+    ]
+    assert all(group[0].is_true and group[0].metric == "mDiceI" for group in groups[4:])
+    assert groups[4][0].rules == ("argmax", "rankseg_rma", "rankseg_exact")
+    seeds = groups[0]
+    pairs = [[compute_scores(r.counts)["mIoUI"] for r in t.results] for t in seeds]
+    assert compare_seeds(seeds, "rankseg_rma").difference == pytest.approx(
         np.mean([second - first for first, second in pairs])
     )
-    assert mean_score(step.trainings, "argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
-    assert len(trainings.true_maps) == 2
-    assert all(t.is_true and t.metric == "mDiceI" for t in trainings.true_maps)
-
-
-def test_an_unfinished_training_has_no_length(tmp_path: Path):
-    longer = (*(o for o in SMALL.overrides if "train_iters" not in o), "schedule.train_iters=9")
-    write_results(replace(SMALL, rules=RULES), tmp_path)
-    write_results(replace(SMALL, rules=RULES, overrides=longer), tmp_path, iteration=6)
-    assert find_trainings(Measured(tmp_path)).series == []
+    assert mean_score(seeds, "argmax", "mIoUI") == pytest.approx(np.mean([first for first, _ in pairs]))
 
 
 def test_losses_are_told(tmp_path: Path):
@@ -116,11 +109,7 @@ def test_losses_are_told(tmp_path: Path):
     exact = compute_scores(worse)["Acc"] - compute_scores(counts)["Acc"]
     assert accuracy.difference == pytest.approx(exact)
     assert accuracy.interval[0] <= exact <= accuracy.interval[1] < 0
-    note = loss_note(training)
-    assert note.startswith("Losses against argmax, the whole interval below zero: bad mIoUI -")
-    assert "good" not in note
-    kept = replace(training, results=(results[0], results[2]))
-    assert loss_note(kept) == ("No rule loses mIoUI, mIoUD or Acc against argmax with its whole interval below zero.")
+    assert replace(training, results=(results[0], results[2])).losses == []
 
 
 def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
@@ -139,7 +128,6 @@ def test_an_image_without_a_score_in_one_seed_is_left_out_of_all():
 
     found = compare_seeds([training(0, counts), training(1, lacking)], "r")
     assert found.num_units == 2
-    assert len(seed_gains([training(0, counts), training(1, lacking)], "r")) == 2
     alone = compare_seeds([training(0, counts)], "r")
     assert alone.num_units == 3
     gains = [
@@ -157,33 +145,29 @@ def test_results_of_something_else_are_passed_over(tmp_path: Path, change: dict)
         content = json.loads(path.read_text())
         if "config" in content:
             path.write_text(json.dumps({**content, "config": {**content["config"], **change}}))
-    trainings = find_trainings(Measured(tmp_path))
-    assert trainings.others == trainings.paper == ()
+    assert Measured(tmp_path).trainings() == ([], [])
     write_report(tmp_path)
 
 
 def test_the_report_has_them(output: Path):
     text = (output / "report" / "tables.md").read_text()
     assert text.index("## Other trainings") < text.index("## table1")  # of which nothing was measured
-    section = text.partition("### unet_mobilenetv3_small_100, shapes, ce: gain by length of training")[2]
-    gain = compare_seeds(find_trainings(Measured(output)).series[0].steps[0].trainings, "rankseg_rma")
-    assert (
-        f"| {gain.difference:+.2f} [{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}] | " in section.partition("###")[0]
-    )
-    assert "are means over the seeds (3: 2, 9: 1)" in section
-    noise = text.partition("shapes_noisy_binary, ce: gain by label noise")[2].partition("###")[0]
-    assert noise.count("| true | rankseg_exact |") == 2
-    assert noise.count("| network | rankseg_rma |") == 2
+    section = text.partition("### Rules beside argmax, by mIoUI over images")[2].partition("###")[0]
+    seeds = group_seeds(Measured(output).trainings()[1])[0]
+    gain = compare_seeds(seeds, "rankseg_rma")
+    each = " ".join(f"{compare_seeds([seed], 'rankseg_rma').difference:+.2f}" for seed in seeds)
+    interval = f"[{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}]"
+    assert f"| {gain.difference:+.2f} {interval} | 12 / 0 | {each} |" in section
+    assert "| unet_mobilenetv3_small_100, shapes, ce, 3 iterations, 2 seeds | argmax |" in section
+    noise = text.partition("### Rules beside argmax, by mDiceI over images")[2].partition("###")[0]
+    assert noise.count("|  | rankseg_exact |") == 2
+    assert noise.count("|  | rankseg_rma |") == 4
+    assert "Under true probabilities a rule is evaluated on those" in noise
     assert "### true probabilities, shapes_noisy_binary, label noise 0.4\n" in text
     page = Page((output / "report" / "index.html").read_text())
-    assert page.tags["table"] == 9 + 1 + 1 + 2 + 7  # published, rules, seeds, series, trainings and true probabilities
-    assert "gain by label noise, with 95 % intervals" in (output / "report" / "index.html").read_text()
+    assert page.tags["table"] == len(load_tables()) + 2 + 7  # rules; trainings and true probabilities
     latex = (output / "report" / "tables.tex").read_text()
-    assert "gain by label noise}" in latex
-    rows = [row for row in csv_rows(output) if row["table"] == "other"]
-    assert {row["of"] for row in rows} >= {"argmax", "rankseg_rma", "rankseg_rma - argmax", "rankseg_exact - argmax"}
-    gains = [row for row in rows if row["of"] == "rankseg_rma - argmax" and row["score"] == "mIoUI"]
-    assert all(row["low"] and float(row["low"]) <= float(row["difference"] or row["measured"]) for row in gains)
+    assert "\\caption{true probabilities, shapes\\_noisy\\_binary, label noise 0}" in latex
 
 
 def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path: Path):
@@ -198,16 +182,11 @@ def test_the_readme_is_renewed_between_its_marks(output: Path, script, tmp_path:
     assert "old" not in text
     write_report(output, path)
     assert path.read_text() == text
-    measured = Measured(output)
-    _, lead = build_sections(measured, find_trainings(measured))
+    lead = (output / "report" / "tables.md").read_text().split("\n\n")[1]
+    assert lead.startswith("Measured: 0 of the ")
     assert textwrap.fill(lead, 120) in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
     assert all(table in (output / "report" / "tables.md").read_text() for table in re.findall(r"(?:\|.*\n)+", text))
-    # One training without a series has two seeds: shown with the length that is the longest, and by length.
-    assert "unet_mobilenetv3_small_100, shapes, ce, 9 iterations, one seed | argmax" in text
-    assert "shapes, ce, 3 iterations, 2 seeds" not in text
-    assert text.count("| 3 | 2 | rankseg_rma |") == 1
-    assert text.count("| 0.4 | true | rankseg_exact |") == 1
 
 
 @pytest.mark.parametrize("content", ["no marks", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
@@ -235,7 +214,8 @@ def test_true_probabilities_need_no_training(script, tmp_path: Path, monkeypatch
         assert Existing(tmp_path).state(replace(job, overrides=(*job.overrides, other))).kind == UNTRAINED
     result = json.loads(next(tmp_path.glob("*/true/results/rankseg_exact.json")).read_text())
     assert result["metric"] == "mDiceI"
-    (found,) = find_trainings(Measured(tmp_path)).true_maps
+    (found,) = Measured(tmp_path).trainings()[1]
+    assert found.is_true
     assert [r.rule for r in found.results] == ["argmax", "rankseg_rma", "rankseg_exact"]
 
 

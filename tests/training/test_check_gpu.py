@@ -125,7 +125,7 @@ def test_networks(tmp_path: Path):
 def test_every_network_of_the_paper_can_be_measured():
     """Its YAMLs go together, and the plans need no other network or crop."""
     from exp.models import build_model
-    from exp.reproduction.plans import table_cells
+    from exp.reproduction.plans import table_jobs
 
     measured = set()
     for model, data in gpu_networks.NETWORKS:
@@ -133,7 +133,7 @@ def test_every_network_of_the_paper_can_be_measured():
         classes, channels = gpu_networks.data_facts(config)
         assert build_model(config.model, classes, channels, pretrained=False).num_classes == classes
         measured.add((config.model.name, config.data.crop_size))
-    assert measured == {(cell.config.model.name, cell.config.data.crop_size) for cell in table_cells("all")}
+    assert measured == {(job.config.model.name, job.config.data.crop_size) for job in table_jobs("all")}
 
 
 def test_a_step_in_a_group_is_that_of_one_process(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Plots and pictures of a training or a series, from its results and the files of its run."""
+"""Plots and pictures of a training, from its results and the files of its run."""
 
 import io
 import json
@@ -8,24 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from exp.evaluation.metrics import EvalResult, class_scores, image_scores
-from exp.evaluation.results import IMAGES, load_entropy
+from exp.evaluation.metrics import image_scores
 from exp.files.images import open_image
 from exp.files.text import read_json
-from exp.reproduction.measured import Training, compare_seeds, read_times
+from exp.reproduction.measured import Training, read_times
 from exp.reproduction.report import plots
-from exp.reproduction.report.trainings import Series
 from exp.runtime.errors import InputError
 
 PANEL_WIDTH = 1000  # pixels
 SHOWN_RULES = ("argmax", "rankseg_rma")  # of the validations in training
 KINDS = {"gain": "largest gain", "loss": "largest loss", "random": "at random"}
-NO_ENTROPY = "Gain against the network's uncertainty: these results came without the entropy of the images."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its caption. kind: of the file. place: where the page has it: plots, wide or gallery."""
+    """An image with its caption. kind: of the file. place: where the page has it: plots or gallery."""
 
     data: bytes
     caption: str
@@ -33,79 +30,24 @@ class Picture:
     place: str = "plots"
 
 
-def illustrate(source: Training | Series | None) -> tuple[list[Picture], list[str]]:
-    """What a section is about -> its plots and pictures, and remarks on those that cannot be drawn."""
-    if source is None:
-        return [], []
-    if isinstance(source, Series):
-        return [_series_plot(source)], []
-    pictures, remarks = _comparisons(source) if len(source.results) > 1 else ([], [])
-    run = source.folder.parent
-    pictures += [*_calibration(source.folder), *_times(source.folder), *_curves(run / "log.jsonl")]
-    return [*pictures, *_gallery(run / "pictures")], remarks
+def illustrate(training: Training) -> Iterator[Picture]:
+    """A training -> its plots, and the pictures of --save_pred."""
+    if len(training.results) > 1:
+        yield from _comparisons(training)
+    yield from _calibration(training.folder)
+    yield from _times(training.folder)
+    yield from _curves(training.folder.parent / "log.jsonl")
+    yield from _gallery(training.folder.parent / "pictures")
 
 
-def _series_plot(series: Series) -> Picture:
-    """Gains of every rule, under each source of probabilities, along what varies."""
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
-    for step in series.steps:
-        for rule in step.trainings[0].rules[1:]:
-            found = compare_seeds(step.trainings, rule)
-            if found.interval is not None:
-                name = f"{rule}, {step.source}" if step.source else rule
-                lines.setdefault(name, []).append((step.value, found.difference, *found.interval))
-    svg = plots.gains_along(lines, series.label, series.training.metric)
-    return Picture(svg, f"{series.title}, with 95 % intervals", place="wide")
-
-
-def _comparisons(training: Training) -> tuple[list[Picture], list[str]]:
-    """The first further rule beside argmax: scores and gains of the images, by size and by uncertainty."""
-    base, other = training.results[:2]
-    rule, metric = other.rule, training.metric
-    first, second = (image_scores(result.counts)[metric] for result in (base, other))
-    both = ~(np.isnan(first) | np.isnan(second))
-    sizes, objects, score = gains_of_objects(base, other, metric)
-    area = "area of a class in an image, %"
-    pictures = [
-        Picture(
-            plots.scatter_scores(first[both], second[both], rule, metric), f"{metric} of each image under both rules"
-        ),
-        Picture(plots.histogram_gains((second - first)[both], rule, metric), f"Gains of {rule}"),
-        Picture(
-            plots.gains_by(objects, sizes, area, rule, score, log=True),
-            f"Gain of {rule} against the size of objects: a dot for each class in each image",
-        ),
-    ]
-    entropy = _entropy(training.folder / IMAGES, base)
-    if entropy is None:
-        return pictures, [NO_ENTROPY]
-    known = both & ~np.isnan(entropy)
-    svg = plots.gains_by((second - first)[known], entropy[known], "mean entropy of the image, nats", rule, metric)
-    return [*pictures, Picture(svg, f"Gain of {rule} against the network's uncertainty")], []
-
-
-def _entropy(path: Path, result: EvalResult) -> np.ndarray | None:
-    """(N,) the mean entropy of the images, NaN where one has none; None without a file of the same images."""
-    if not path.is_file():
-        return None
-    by_name = load_entropy(path)
-    values = np.array([by_name.get(name, np.nan) for name in result.names])
-    return None if np.isnan(values).all() else values
-
-
-def gains_of_objects(base: EvalResult, other: EvalResult, metric: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Two rules -> of each class in each image's label its share of the counted pixels, in percent, (K,); what its
-    score gains, in percent points, (K,); and which score that is: the metric's. With two classes the foreground alone.
-
-    By class, as the mean over an image's classes tells little of size where all classes are in all images.
-    """
-    score = metric.removeprefix("m")[:-1]
-    sizes = base.counts[:, 0] + base.counts[:, 2]  # TP + FN
-    chosen = sizes > 0
-    chosen[:, 0] &= sizes.shape[1] > 2
-    shares = 100 * sizes / np.maximum(sizes.sum(1, keepdims=True), 1)
-    first, second = (class_scores(result.counts)[score] for result in (base, other))
-    return shares[chosen], (second - first)[chosen], score
+def _comparisons(training: Training) -> Iterator[Picture]:
+    """The first further rule beside argmax: scores and gains of the images."""
+    rule, metric = training.rules[1], training.metric
+    base, other = (image_scores(result.counts)[metric] for result in training.results[:2])
+    both = ~(np.isnan(base) | np.isnan(other))
+    svg = plots.scatter_scores(base[both], other[both], rule, metric)
+    yield Picture(svg, f"{metric} of each image under both rules")
+    yield Picture(plots.histogram_gains((other - base)[both], rule, metric), f"Gains of {rule}")
 
 
 def _calibration(folder: Path) -> Iterator[Picture]:

@@ -37,8 +37,8 @@ def _section(section: Section) -> str:
     parts += [_table(section)] if section.rows else []
     if section.footnotes:
         parts.append(f"<ol>{''.join(f'<li>{_prose(text)}</li>' for text in section.footnotes)}</ol>")
-    pictures, remarks = illustrate(section.source)
-    parts += [f"<p>{_prose(note)}</p>" for note in (*section.notes, *remarks)]
+    parts += [f"<p>{_prose(note)}</p>" for note in section.notes]
+    pictures = illustrate(section.source) if section.source else ()
     for place, members in groupby(pictures, key=lambda picture: picture.place):
         parts.append(f'<div class="{place}">{"".join(map(_figure, members))}</div>')
     return f'<section id="{section.key}"><h3>{escape(section.title)}</h3>{"".join(parts)}</section>'

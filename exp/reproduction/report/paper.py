@@ -1,20 +1,46 @@
 """The paper's tables as sections: published values beside measured ones."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from exp.reproduction.measured import PAIRED, Measured
+from exp.reproduction.measured import PAIRED, Interval, Measured, Training
 from exp.reproduction.plans import find_counterpart
 from exp.reproduction.published import PublishedValue, Table
-from exp.reproduction.report.sections import Cell, Line, Section, format_interval, format_number
-from exp.reproduction.report.trainings import Trainings
+from exp.reproduction.report.sections import Cell, Section, format_interval, format_number
 
 GROUP = "Published tables"
 HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
+CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
 
 
-def published_section(table: Table, measured: Measured) -> Section:
+@dataclass(frozen=True)
+class Line:
+    """A line of a published table. of: the rule, or what it gains over argmax. reason: why it cannot be measured."""
+
+    table: str
+    row: str
+    data: str
+    score: str
+    of: str
+    published: float
+    measured: float | None
+    interval: Interval | None = None
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+
+    @property
+    def is_gain(self) -> bool:
+        return self.of.endswith("- argmax")
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.measured is None or self.score == "p" else self.measured - self.published
+
+
+def published_section(table: Table, lines: Sequence[Line]) -> Section:
     """A published table -> its section: errata as footnotes, and what is not measured with its reason or command."""
-    lines = table_lines(table, measured)
     footnotes: dict[str, int] = {}
     rows = []
     for line in lines:
@@ -45,7 +71,6 @@ def published_section(table: Table, measured: Measured) -> Section:
         lead=f"{table.setting}. In {table.unit}." if table.setting else f"In {table.unit}.",
         footnotes=tuple(footnotes),
         notes=tuple(notes),
-        lines=tuple(lines),
     )
 
 
@@ -74,15 +99,17 @@ def _argmax_beside(value: PublishedValue, table: Table) -> PublishedValue | None
     if table.unit != "percent" or value.rule == "argmax" or value.column.endswith(("_std", "p")):
         return None
     place = (value.row, value.data, value.column, "argmax")
-    return next((v for v in table.values if (v.row, v.data, v.column, v.rule) == place), None)
+    known = (v for v in table.values if v.value is not None)
+    return next((v for v in known if (v.row, v.data, v.column, v.rule) == place), None)
 
 
-def summary(lines: Sequence[Line], trainings: Trainings) -> str:
+def summary(lines: Sequence[Line], others: Sequence[Training]) -> str:
     """Of all published values how many were measured, and how often the other trainings agree with the paper."""
-    published = [line for line in lines if line.published is not None and not line.is_gain]
+    published = [line for line in lines if not line.is_gain]
     known = sum(line.measured is not None for line in published)
     parts = [f"Measured: {known} of the {len(published)} published figures."]
-    pairs = [c for t in trainings.others for c in t.comparisons if (c.rule, c.metric) == ("rankseg_rma", t.metric)]
+    ours = [(c, t.metric) for t in others if not t.is_true for c in t.comparisons if c.rule == "rankseg_rma"]
+    pairs = [c for c, metric in ours if c.metric == metric]
     if pairs:
         metrics = " or ".join(dict.fromkeys(c.metric for c in pairs))
         above = sum(c.interval is not None and c.interval[0] > 0 for c in pairs)
@@ -98,3 +125,15 @@ def summary(lines: Sequence[Line], trainings: Trainings) -> str:
         "images are slices of volumes. Where there are several seeds, scores and each image's gain are means over them."
     )
     return " ".join(parts)
+
+
+def csv_text(lines: Iterable[Line]) -> str:
+    """Lines at full precision; empty where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for line in lines:
+        numbers = (line.published, line.measured, line.difference, *(line.interval or (None, None)))
+        texts = ("" if number is None else repr(float(number)) for number in numbers)
+        writer.writerow([line.table, line.row, line.data, line.score, line.of, *texts, " ".join(line.notes)])
+    return text.getvalue()

@@ -8,17 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito, 2008.
-BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#999999"
-PINK, SKY = "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 MANY = 2000  # dots; as a picture within the SVG, which one path per dot would bloat
-SERIES = (
-    (BLUE, "o", "-"),
-    (ORANGE, "s", "--"),
-    (GREEN, "^", "-."),
-    (BLACK, "D", ":"),
-    (PINK, "v", "-"),
-    (SKY, "P", "--"),
-)
+SERIES = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
          "svg.fonttype": "path"}  # fmt: skip
 
@@ -60,22 +52,6 @@ def histogram_gains(gains: np.ndarray, rule: str, metric: str) -> bytes:
         return _svg(figure)
 
 
-def gains_by(gains: np.ndarray, values: np.ndarray, label: str, rule: str, metric: str, log: bool = False) -> bytes:
-    """(N,) gains and a property of each -> dots, and the mean gain of each fifth. log: the property's axis is."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _draw()
-        axes.axhline(0, color=GREY, linewidth=1)
-        axes.scatter(values, gains, s=12, color=BLUE, linewidths=0, alpha=0.6, rasterized=len(values) > MANY)
-        groups = [g for g in np.array_split(np.argsort(values, kind="stable"), 5) if len(g)]
-        places, means = [values[g].mean() for g in groups], [gains[g].mean() for g in groups]
-        axes.plot(places, means, color=ORANGE, marker="s", linestyle="--", label="mean of each fifth")
-        axes.set_xscale("log" if log and len(values) else "linear")
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"{metric}, {rule} - argmax")
-        axes.legend(frameon=False)
-        return _svg(figure)
-
-
 def reliability(confidence: Sequence[float | None], accuracy: Sequence[float | None], pixels: Sequence[int]) -> bytes:
     """Mean confidence, accuracy and pixels of the bins (None without pixels) -> the reliability diagram."""
     with matplotlib.rc_context(STYLE):
@@ -99,27 +75,6 @@ def bars(milliseconds: Mapping[str, float]) -> bytes:
         axes.bar_label(drawn, fmt="%.1f", padding=3)
         axes.margins(x=0.15)
         axes.set_xlabel("milliseconds per image")
-        return _svg(figure)
-
-
-def gains_along(series: Mapping[str, Sequence[tuple[float, float, float, float]]], label: str, metric: str) -> bytes:
-    """By name (value, gain, low, high) of what varies -> lines with intervals as bars, side by side; six at most."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _draw(4.6, 3.6)
-        axes.axhline(0, color=GREY, linewidth=1)
-        values = sorted({value for points in series.values() for value, *_ in points})
-        places = {value: place for place, value in enumerate(values)}
-        drawn = list(zip(series.items(), SERIES))
-        for number, ((name, points), (colour, marker, dash)) in enumerate(drawn):
-            aside = 0.05 * (number - (len(drawn) - 1) / 2)
-            lengths = [[gain - low for _, gain, low, _ in points], [high - gain for _, gain, _, high in points]]
-            axes.errorbar([places[value] + aside for value, *_ in points], [gain for _, gain, *_ in points],
-                          np.maximum(lengths, 0), color=colour, marker=marker, markersize=5, linestyle=dash, capsize=2,
-                          linewidth=1, label=name)  # fmt: skip
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"{metric} against argmax")
-        axes.legend(frameon=False, fontsize=7)
         return _svg(figure)
 
 

@@ -1,4 +1,4 @@
-"""The report as plain data: sections with a table each, as text and as lines of figures, which the writers lay out."""
+"""The report as plain data: sections with a table each, which the writers lay out."""
 
 import re
 from collections.abc import Iterable
@@ -6,36 +6,10 @@ from dataclasses import dataclass
 
 from exp.evaluation.comparison import Comparison
 from exp.reproduction.measured import Interval, Training
-from exp.reproduction.report.trainings import Series
 
 NOTHING = "–"  # noqa: RUF001
 WIDE = 60  # characters, from which on a column breaks its lines
 NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}|not available")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of tables.csv. of: the rule, or what it gains over argmax. reason: why it cannot be measured."""
-
-    table: str
-    row: str
-    data: str
-    score: str
-    of: str
-    published: float | None
-    measured: float | None
-    interval: Interval | None = None
-    notes: tuple[str, ...] = ()
-    reason: str | None = None
-
-    @property
-    def is_gain(self) -> bool:
-        return self.of.endswith("- argmax")
-
-    @property
-    def difference(self) -> float | None:
-        known = self.published is not None and self.measured is not None and self.score != "p"
-        return self.measured - self.published if known else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +25,7 @@ class Section:
     """A table under a title. In its texts, what stands between backticks is code.
 
     key: unlike any other section's, for links. group: the heading that it stands under with others. lead: above the
-    table. lines: what tables.csv has of it. source: what the page draws plots and shows pictures of.
+    table. source: what the page draws plots and shows pictures of.
     """
 
     key: str
@@ -62,8 +36,7 @@ class Section:
     lead: str = ""
     footnotes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    lines: tuple[Line, ...] = ()
-    source: Training | Series | None = None
+    source: Training | None = None
 
     @property
     def flush_right(self) -> tuple[bool, ...]:

@@ -1,7 +1,5 @@
-"""Sections as Markdown, LaTeX and CSV, and into a README between two marks. The HTML page is in page.py."""
+"""Sections as Markdown and LaTeX, and into a README between two marks. The HTML page is in page.py."""
 
-import csv
-import io
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,7 +11,6 @@ from exp.files.text import read_text
 from exp.reproduction.report.sections import Cell, Section
 from exp.runtime.errors import InputError
 
-CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "–": "--",  # noqa: RUF001
          "±": r"$\pm$"}  # fmt: skip
@@ -96,18 +93,6 @@ def _latex_prose(text: str) -> str:
     for inside, plain in zip(code[::2], code[1::2]):
         parts += [f"\\texttt{{{latex_text(inside)}}}".replace("/", "/\\allowbreak "), latex_text(plain)]
     return "".join(parts)
-
-
-def csv_text(sections: Iterable[Section]) -> str:
-    """Every section's lines at full precision; empty where nothing was measured."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
-    for line in (line for section in sections for line in section.lines):
-        numbers = (line.published, line.measured, line.difference, *(line.interval or (None, None)))
-        texts = ("" if number is None else repr(float(number)) for number in numbers)
-        writer.writerow([line.table, line.row, line.data, line.score, line.of, *texts, " ".join(line.notes)])
-    return text.getvalue()
 
 
 def update_readme(path: Path, sections: Iterable[Section], lead: str) -> None:
