@@ -21,6 +21,7 @@ class TestConfig:
     crop_size: tuple[int, int] | None = None  # null: the training crop
     stride: tuple[int, int] | None = None  # null: ceil(2/3 crop)
     window_batch: int = 4  # windows that go through the network together
+    images_per_forward: int = 1  # whose windows share these: more than 1 keeps a GPU busy where an image is one window
     weights: Literal["raw", "ema"] = "raw"  # ema: the moving average of optim.ema_decay
     amp: Literal["off", "bf16", "fp16"] = "off"  # of the forward pass; the softmax is computed in float32 always
     scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
@@ -33,7 +34,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         require_positive(self, "crop_size", "stride", most=MAX_CROP)
         require_positive(self, "scales", most=MAX_SCALE)
-        require_positive(self, "window_batch")
+        require_positive(self, "window_batch", "images_per_forward")
         require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
         require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
         unknown = [name for name in self.metrics if name not in METRIC_NAMES]

@@ -38,6 +38,7 @@ FREE_KEYS = {
 }
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
 LATER_KEYS = {"schedule": {"tf32": "conv"}}
+LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
@@ -82,8 +83,9 @@ class ExperimentConfig:
         """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
         plain = _plain(dataclasses.asdict(self))
         del plain["given_test"]
-        if not self.test.metrics:  # a later key: results that never asked for it stay comparable with older ones
-            del plain["test"]["metrics"]
+        for key, default in LATER_TEST_KEYS.items():  # results that never asked for it stay comparable with older ones
+            if plain["test"][key] == default:
+                del plain["test"][key]
         return plain
 
 

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,7 @@ class Evaluator:
     dist: Dist
     calibration: bool = False
     metrics: Sequence[str] = ()
+    images_per_forward: int = 1
     cache_bytes: int = 0  # of probabilities, which a process keeps in host memory from a first pass for the second
 
     def __call__(self, model: nn.Module, sink: MaskWriter | None = None) -> Evaluation:
@@ -136,11 +138,8 @@ class Evaluator:
         clock, cache, rows = Clock(self.dist.device), {}, {}
         thresholds = gather_thresholds(self.rules, self._first_pass(model, clock, cache), self.dist.gather)
         counted: deque[tuple[int, list[Callable[[], Any]]]] = deque()
-        for batch in self._batches("evaluating", clock):
-            index = batch.indices[0]
-            prob = cache.pop(index, None)
-            prob = self._forward(model, batch.image, clock) if prob is None else self._to_device(prob)
-            preds = {}
+        for batch, prob in self._probabilities(model, "evaluating", clock, cache):
+            index, preds = batch.indices[0], {}
             for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
                 with clock(clock.timing.decisions, name):
                     preds[name] = rule(prob)[0]
@@ -170,9 +169,8 @@ class Evaluator:
     ) -> Iterator[tuple[Tensor, str | None]]:
         """Probabilities and case of this process's images; `cache` gets as many of the former as there is room for."""
         room = self.cache_bytes
-        for batch in self._batches("gathering thresholds", clock):
+        for batch, prob in self._probabilities(model, "gathering thresholds", clock, {}):
             index = batch.indices[0]
-            prob = self._forward(model, batch.image, clock)
             with clock(clock.timing.steps, "pool"):
                 yield prob, self.dataset.samples[index].case
             if prob.nbytes <= room:
@@ -185,13 +183,29 @@ class Evaluator:
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dist.device, non_blocking=True)
 
-    def _forward(self, model: nn.Module, image: Tensor, clock: Clock) -> Tensor:
-        clock.timing.num_forwards += 1
+    def _probabilities(
+        self, model: nn.Module, what: str, clock: Clock, cache: dict[int, Tensor]
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """This process's images with their (1, C, H, W) probabilities, cached or images_per_forward at a time."""
+        batches = self._batches(what, clock)
+        while group := list(islice(batches, self.images_per_forward)):
+            new = [batch for batch in group if batch.indices[0] not in cache]
+            found = dict(zip((batch.indices[0] for batch in new), self._forward(model, new, clock)))
+            for batch in group:
+                index = batch.indices[0]
+                yield batch, found.pop(index) if index in found else self._to_device(cache.pop(index))
+
+    def _forward(self, model: nn.Module, batches: Sequence[Batch], clock: Clock) -> list[Tensor]:
+        if not batches:
+            return []
+        clock.timing.num_forwards += len(batches)
         with clock(clock.timing.steps, "forward"):
-            (prob,) = self.inference.unchecked(model, [self.normalize(self._to_device(image))])
-        if prob.device.type != "cuda":  # elsewhere _fetch looks at the sum
-            require_finite(prob.sum().item())
-        return prob
+            images = [self.normalize(self._to_device(batch.image)) for batch in batches]
+            probs = self.inference.unchecked(model, images)
+        if probs[0].device.type != "cuda":  # elsewhere _fetch looks at the sums
+            for prob in probs:
+                require_finite(prob.sum().item())
+        return probs
 
     def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
         """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its
@@ -282,5 +296,6 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
         dist=dist,
         calibration=config.test.calibration,
         metrics=config.test.metrics,
+        images_per_forward=config.test.images_per_forward,
         cache_bytes=int(config.test.prob_cache_gb * 2**30),
     )

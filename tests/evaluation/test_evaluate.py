@@ -257,3 +257,17 @@ def test_a_large_image_of_many_classes_fits_in_six_gib():
     assert done.returncode == 0, done.stderr
     print(done.stdout, done.stderr[-600:])
     assert float(done.stdout) < 6
+
+
+def test_images_that_share_forward_passes_are_evaluated_alike(camvid_dir: Path):
+    rules = {"argmax": registry.argmax, "pooled": PooledRule("dataset", "dice", 0.1)}
+    alone, shared = evaluator(camvid_dir, rules), evaluator(camvid_dir, rules)
+    shared = dataclasses.replace(
+        shared, images_per_forward=2, inference=dataclasses.replace(shared.inference, window_batch=100)
+    )
+    alone = dataclasses.replace(alone, inference=dataclasses.replace(alone.inference, window_batch=100))
+    first, second = Counting(), Counting()
+    expected, found = alone(first), shared(second)
+    for one, other in zip(expected.results, found.results, strict=True):
+        assert np.array_equal(one.counts, other.counts)
+    assert (first.calls, second.calls) == (2 * 3, 2 * 2)  # two passes over three images: one by one, and two and one
