@@ -23,23 +23,25 @@ def own_folder(folder: Path, doing: str) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path, locked = folder / LOCK, False
-    while not locked:
-        with open(path, "a+", encoding="utf-8", errors="replace") as file:
-            _lock(file, path)
-            # False where the owner before removed the file between the opening and the locking.
-            locked = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            if locked:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}: {' '.join(sys.argv)})\n")
-                file.flush()
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-    for parent in made:
-        if any(parent.iterdir()):
-            break
-        parent.rmdir()
+    try:
+        while not locked:
+            with open(path, "a+", encoding="utf-8", errors="replace") as file:
+                _lock(file, path)
+                # False where the owner before removed the file between the opening and the locking.
+                locked = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+                if locked:
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing}: {' '.join(sys.argv)})\n")
+                    file.flush()
+                    try:
+                        yield
+                    finally:
+                        path.unlink(missing_ok=True)
+    finally:
+        for parent in made:
+            if not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
 
 
 def _lock(file: TextIO, path: Path) -> None:

@@ -245,7 +245,7 @@ def test_limits_of_a_files_size_are_told_by_the_real_writers(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stdout
-    assert all("not written (File too large)" in line for line in lines)
+    assert all("not written (" in line and "File too large" in line for line in lines), lines
     assert list(tmp_path.iterdir()) == []
 
 

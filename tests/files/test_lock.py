@@ -66,6 +66,9 @@ def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path):
     with own_folder(run, "training"):
         pass
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError), own_folder(run, "training"):
+        raise InputError("wrong flags")
+    assert list(tmp_path.iterdir()) == []
     with own_folder(run, "training"):
         (run / "log").write_text("kept")
     assert [p.name for p in run.iterdir()] == ["log"]

@@ -281,7 +281,7 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
     )
     assert status == 2
     assert f"{path}: got a checkpoint of another model" in err
-    assert "6 classes -> 11" in err
+    assert "classes [" in err
 
 
 @pytest.mark.parametrize(
