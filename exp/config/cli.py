@@ -88,13 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --test-only: fit the temperature of the logits on the training images, or on every other image "
         "(case) of the evaluation's, and store it for test.temperature=fitted",
     )
-    parser.add_argument(
-        "--save_pred",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write panels of the N images with the largest gain, the N with the largest loss, and N at random",
-    )
+    parser.add_argument("--save_pred", type=int, default=0, metavar="N", help="panels: N gains, N losses, N at random")
     parser.add_argument("--save_masks", action="store_true", help="write every rule's labels as the data set's files")
     parser.add_argument("--save_prob", type=int, default=0, metavar="N", help="write N images' probabilities as .npy")
     add_device(parser)
