@@ -64,11 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar="NAME",
                 help=f"configs/{group}/NAME.yaml, or a path ending in .yaml (default: {default})",
             )
-    _add_run_flags(parser)
-    return parser
-
-
-def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", metavar="DIR", help="the folder that holds the data sets (see DATA.md)")
     parser.add_argument(
         "--output_dir",
@@ -93,29 +88,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="with --test-only: fit the temperature of the logits on the training images, or on every other image "
         "(case) of the evaluation's, and store it for test.temperature=fitted",
     )
-    parser.add_argument(
-        "--save_pred",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write panels (image, ground truth, each rule, differences) of the N images with the largest gain of the "
-        "last rule over the first, the N with the largest loss, and N at random",
-    )
-    parser.add_argument(
-        "--save_masks",
-        action="store_true",
-        help="write every rule's labels of every image in the format of the data set's label files",
-    )
-    parser.add_argument(
-        "--save_prob",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write the probability maps of the first N images, (C, H, W) float32 .npy",
-    )
+    parser.add_argument("--save_pred", type=int, default=0, metavar="N", help="panels: N gains, N losses, N at random")
+    parser.add_argument("--save_masks", action="store_true", help="write every rule's labels as the data set's files")
+    parser.add_argument("--save_prob", type=int, default=0, metavar="N", help="write N images' probabilities as .npy")
     add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
+    return parser
 
 
 def build_script_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -76,7 +76,6 @@ class PredictConfig:
         require_entry(self, "rule", RULE_TABLE)
         if isinstance(self.unassigned, int):
             require(0 <= self.unassigned < IGNORE_INDEX, "unassigned", self.unassigned, "a class")
-        require(self.thresholds != "", "thresholds", self.thresholds, "a file or null")
         for key in ("threshold", "pruning_prob"):
             value = getattr(self, key)
             require(value is None or 0 <= value < 1, key, value, "a value in [0, 1)")

@@ -96,7 +96,6 @@ def _plain(value: Any) -> Any:
 
 
 def dump_config(config: ExperimentConfig) -> str:
-    """The resolved config as YAML."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
 
 

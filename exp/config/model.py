@@ -29,7 +29,6 @@ class ModelConfig:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a value in [0, 1)")
         fits = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.encoder, re.ASCII)
         require(bool(fits), "encoder", self.encoder, "a name of timm or segmentation_models_pytorch")
-        require(self.pretrained != "", "pretrained", self.pretrained, "true, false or a file")
         require_entry(self, "decoder", DECODER_TABLE)
         entry = DECODER_TABLE[self.decoder]
         given, num = self.decoder_channels, entry.num_widths

@@ -8,10 +8,7 @@ from exp.config.checks import require, require_positive
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, in iterations or epochs, and how often to log, save and validate.
-
-    The learning-rate schedule (warm-up, polynomial decay) is in configs/optim.
-    """
+    """How long to train, in iterations or epochs, and how often to log, save and validate."""
 
     name: str
     batch_size: int  # over all processes together

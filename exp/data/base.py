@@ -1,5 +1,6 @@
 """Sample and the base of the data sets: files -> checked arrays."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,9 @@ class SegmentationDataset(Dataset):
             self.samples, self.unpaired = error.samples, error.unpaired
         if not self.samples and not lenient:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
-        names = [sample.name for sample in self.samples]
-        if len(set(names)) < len(names) and not lenient:
-            twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(sample.name for sample in self.samples)
+        twice = next((name for name, count in counts.items() if count > 1), None)
+        if twice is not None and not lenient:
             raise InputError(f"{self.root}: got '{twice}' twice in split '{split}', expected each sample once")
         self._label_table = label_table(len(self.classes), self.label_map)
 

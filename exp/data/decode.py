@@ -1,5 +1,6 @@
 """Image files -> arrays; what cannot be read to its end is an InputError that names the file."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -21,9 +22,12 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray:
     data = read_bytes(path)
     if data.startswith(PNG_START) and data[PNG_BIT_DEPTH : PNG_BIT_DEPTH + 1] == b"\x10":
         raise InputError(f"{path}: got 16 bits a channel, expected 8")
-    colour = channels == 3
+    colour, pixels = channels == 3, None
     with open_image(path, data) as image:  # which compares the number of pixels with the limit
-        pixels = _decode_whole(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE)
+        if any(data.startswith(start) and data.endswith(end) for start, end in WHOLE):
+            flag = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
+            with suppress(cv2.error):
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
             return np.atleast_3d(np.array(image.convert("RGB" if colour else "L")))
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if colour else pixels[..., None]
@@ -36,13 +40,3 @@ def read_label(path: Path) -> np.ndarray:
     """
     with open_image(path) as image:
         return np.array(image)
-
-
-def _decode_whole(data: bytes, flag: int) -> np.ndarray | None:
-    """A PNG or JPEG with its end in place -> OpenCV's pixels; None for anything else."""
-    if not any(data.startswith(start) and data.endswith(end) for start, end in WHOLE):
-        return None
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        return None

@@ -173,8 +173,7 @@ def worker_deaths_named() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise InputError(
-            f"schedule.num_workers: a process that loads images died ({reason}); where memory runs out the system "
-            "kills one: try fewer of them, or smaller crops"
+            f"schedule.num_workers: a process that loads images died ({reason}); out of memory? try fewer of them"
         ) from None
 
 

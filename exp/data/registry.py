@@ -1,6 +1,6 @@
 """The data sets by name: a data YAML -> the data set, its augmentation, its normalisation."""
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from exp.config.data import DataConfig
@@ -8,14 +8,9 @@ from exp.config.families import DATASET_TABLE
 from exp.data.base import SegmentationDataset
 from exp.data.transforms import CenterCrop, Normalize, RandomCrop
 
-
-def _import(code: str) -> type[SegmentationDataset]:
-    """'module.Class' below exp/data/sets -> the class."""
-    module, _, name = code.rpartition(".")
-    return getattr(import_module(f"exp.data.sets.{module}"), name)
-
-
-DATASETS: dict[str, type[SegmentationDataset]] = {name: _import(row.code) for name, row in DATASET_TABLE.items()}
+DATASETS: dict[str, type[SegmentationDataset]] = {
+    name: resolve_name(f"exp.data.sets.{row.code}") for name, row in DATASET_TABLE.items()
+}
 
 
 def build_dataset(config: DataConfig, data_dir: str | None, split: str, seed: int = 0) -> SegmentationDataset:

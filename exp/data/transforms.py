@@ -101,14 +101,9 @@ class CenterCrop:
     crop_size: tuple[int, int]  # height, width
 
     def __call__(self, image: np.ndarray, label: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, columns = self.box(*label.shape)
-        return image[rows, columns], label[rows, columns]
-
-    def box(self, height: int, width: int) -> tuple[slice, slice]:
-        """The rows and columns that are kept."""
-        tops = (max(0, (side - crop) // 2) for side, crop in zip((height, width), self.crop_size))
+        tops = [max(0, (side - crop) // 2) for side, crop in zip(label.shape, self.crop_size)]
         rows, columns = (slice(top, top + crop) for top, crop in zip(tops, self.crop_size))
-        return rows, columns
+        return image[rows, columns], label[rows, columns]
 
 
 @dataclass(frozen=True)

@@ -182,12 +182,10 @@ def find_duplicates(dataset: SegmentationDataset) -> list[Finding]:
 
 def find_identical(images: Iterable[Path], hashes: dict[Path, str]) -> list[Finding]:
     """Images whose content an earlier one has too."""
-    first: dict[str, Path] = {}
-    findings = []
-    for path in images:
-        if path in hashes and first.setdefault(hashes[path], path) != path:
-            findings.append(Finding("identical images", path, f"got the content of {first[hashes[path]]}"))
-    return findings
+    images = [path for path in images if path in hashes]
+    first = {hashes[path]: path for path in reversed(images)}
+    pairs = [(path, first[hashes[path]]) for path in images]
+    return [Finding("identical images", path, f"got the content of {one}") for path, one in pairs if path != one]
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:

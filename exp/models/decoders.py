@@ -93,10 +93,8 @@ def _dpt(config: ModelConfig, encoder: dict[str, Any]) -> Parts:
         raise InputError(f"model.encoder: got {name}, expected a ViT of timm with decoder dpt")
     readout = "cat" if getattr(vit, "num_prefix_tokens", 0) else "ignore"
     net = smp.DPT(**encoder, decoder_readout=readout, decoder_fusion_channels=config.decoder_channels)
-    if net.encoder.output_stride != config.output_stride:
-        raise InputError(
-            f"model.output_stride: got {config.output_stride}, expected {name}'s {net.encoder.output_stride}"
-        )
+    if (stride := net.encoder.output_stride) != config.output_stride:
+        raise InputError(f"model.output_stride: got {config.output_stride}, expected {name}'s {stride}")
     # The norm and the classifier behind the last block are not run; DDP wants a gradient for every parameter.
     net.encoder.model.prune_intermediate_layers(len(vit.blocks), prune_norm=True, prune_head=True)
     net.decoder.fusion_blocks = nn.ModuleList(Fusion(block) for block in net.decoder.fusion_blocks)

@@ -171,7 +171,7 @@ def test_what_lies_in_the_way_is_refused_and_kept(prepare, tmp_path: Path):
     own.write_text("mine")
     status, out, err = prepare("lits", tmp_path)
     assert status == 2
-    assert "volume-3: got something else under a case's name" in out
+    assert "volume-3/case.json: no such file, expected what scripts/prepare_data.py writes" in out
     assert "got 1 cases that could not be prepared" in err
     assert own.read_text() == "mine"
     assert (tmp_path / "lits" / "train" / "volume-4" / "case.json").is_file()

@@ -36,7 +36,7 @@ def prepare_voc(data_dir: Path, workers: int) -> None:
     if names_file.exists() and sorted(read_names(names_file)) != names:
         raise InputError(f"{names_file}: got a list of other images, expected the {len(names)} of SBD and VOC")
     sources = list(find_sources(voc, sbd, names))
-    waiting = sum(not _target(labels, source).exists() for source in sources)
+    waiting = sum(not (labels / f"{source.stem}.png").exists() for source in sources)
     print(f"{labels}: {len(sources)} labels, {len(sources) - waiting} of them there before (compared, not changed)")
     require_room(labels, waiting * BYTES_PER_LABEL)
     labels.mkdir(exist_ok=True)
@@ -68,17 +68,13 @@ def trainaug_names(lists: Path, sbd: Path) -> list[str]:
 
 def write_label(labels: Path, source: Path) -> None:
     """Write a label, from VOC's PNG or SBD's .mat, as a PNG of class indices, or compare it with the one there."""
-    values, target = read_mat(source) if source.suffix == ".mat" else read_png(source), _target(labels, source)
+    values, target = (read_mat if source.suffix == ".mat" else read_png)(source), labels / f"{source.stem}.png"
     if target.exists():
         if not np.array_equal(read_png(target), values):
             raise InputError(f"{target}: got another label than that of {source}; it is left as it is")
         return
     with replacing(target, durable=False, new=True) as temporary:
         Image.fromarray(values).save(temporary, format="PNG")
-
-
-def _target(labels: Path, source: Path) -> Path:
-    return labels / f"{source.stem}.png"
 
 
 def read_mat(path: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exp.data.prepare.facts import MAX_LABEL, VOLUMES, VolumeFacts
 from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
-from exp.data.slice_files import CASE_FILE, Case, case_number, list_cases, list_slices, read_case, write_case
+from exp.data.slice_files import Case, case_number, list_cases, list_slices, read_case, write_case
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.nifti import find_slices, open_pair, read_image, read_labels
 from exp.runtime.errors import InputError, describe_numbers, printable
@@ -106,8 +106,6 @@ def is_finished(folder: Path) -> bool:
     """Whether a case's folder is there; InputError if it is not whole (it appears whole, but disks fail)."""
     if not folder.exists():
         return False
-    if not (folder / CASE_FILE).is_file():
-        raise InputError(f"{folder}: got something else under a case's name, expected a free name or a prepared case")
     case = read_case(folder)
     expected = [folder / f"{index:04d}.npz" for index in case.slices]
     least = 3 * case.size[0] * case.size[1]
