@@ -54,7 +54,7 @@ class Existing:
         """The JSON of a rule on the finished training of a job, evaluated under the job's test and rule YAMLs."""
         config = job.config.to_dict()
         if job.reevaluation is not None and job.reevaluation.true:
-            return self.find_true(config["data"], job.rule_config(rule))
+            return self._find_true(config["data"], job.rule_config(rule))
         test = config["test"]
         if test["temperature"] == "fitted":
             test["temperature"] = self.temperatures.get(job.digest)
@@ -66,7 +66,7 @@ class Existing:
                 return path
         return None
 
-    def find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
+    def _find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
         """The JSON of a rule on the true probabilities of a data config's validation images."""
         for path, content in self.true:
             found = content["config"]

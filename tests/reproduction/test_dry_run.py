@@ -82,11 +82,8 @@ def test_a_dry_run_tells_the_costs_where_speeds_were_measured(script, tmp_path: 
     assert "cost table2: 0.0 device hours, without 40 of 40, whose speed is not known\n" in printed
 
 
-@pytest.mark.parametrize("networks", [{"x": {}}, {"x": network((0, 4), 1, 1)}, {"x": network((4, 4), -1, 1)}, {"x": 3}])
-def test_damaged_speeds_are_told(tmp_path: Path, networks: dict):
-    path = write_speeds(tmp_path / "speeds.json", **networks)
-    with pytest.raises(InputError, match="expected measured speeds of networks"):
-        load_speeds(path)
+def test_damaged_speeds_are_told(tmp_path: Path):
+    path = tmp_path / "speeds.json"
     path.write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         load_speeds(path)

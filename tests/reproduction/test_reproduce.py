@@ -68,7 +68,7 @@ def test_trainings_are_shared_between_tables():
     digests = {job.digest for job in table1}
     for table in ("readme_natural", "table4", "table6"):
         assert {job.digest for job in table_jobs(table)} <= digests
-    assert len({job.digest for job in all_jobs}) == len(all_jobs) == 21 + 40 + 9 * 3
+    assert len({job.digest for job in all_jobs}) == len(all_jobs)
     upernet = next(c for c in all_jobs if c.model == plans.UPERNET and c.data == "pascal_voc" and c.seed == 0)
     assert {"argmax", "rankseg_rma_paper", "rankseg_rma_paper_prob", "rankseg_rma_paper_weight_prob"} < set(
         upernet.rules

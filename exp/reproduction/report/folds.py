@@ -23,12 +23,19 @@ def report_folds(runs: Sequence[Path], output: Path | None) -> str:
     """Run folders -> what is printed of their means; with `output` these and each fold's scores are written, JSON."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--folds: got a run more than once, expected each once")
-    summary = summarize(runs)
+    results = {run: load_run(run) for run in runs}
+    rules = [rule for rule in results[runs[0]] if all(rule in result for result in results.values())]
+    if not rules:
+        found = "; ".join(f"{run}: {', '.join(result)}" for run, result in results.items())
+        raise InputError(f"--folds: got no rule that all runs have, expected one ({found})")
+    folds = {rule: {str(run): result[rule]["metrics"] for run, result in results.items()} for rule in rules}
+    for rule in rules:
+        check_alike({run: result[rule] for run, result in results.items()})
+    means = {rule: average_folds(list(scores.values())) for rule, scores in folds.items()}
     if output:
-        content = {rule: {**v, "mean": finite_or_null(v["mean"])} for rule, v in summary.items()}
+        content = {rule: {"mean": finite_or_null(means[rule]), "folds": folds[rule]} for rule in rules}
         write_atomically(output, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    means = [values["mean"] for values in summary.values()]
-    return f"mean over {len(runs)} folds\n{format_scores(list(summary), means, ('mIoU', 'mDice'))}"
+    return f"mean over {len(runs)} folds\n{format_scores(rules, list(means.values()), ('mIoU', 'mDice'))}"
 
 
 def load_run(run: Path) -> dict[str, dict[str, Any]]:
@@ -61,29 +68,7 @@ def settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     config = content.get("config", {})
     found = {f"{group}.{key}": v for group in config for key, v in config[group].items()}
     found = {key: value for key, value in found.items() if key not in OWN}
-    if TEMPERATURE in found and found[TEMPERATURE] == fitted_temperature(run):
+    fitted = run / "results" / "temperature.json"
+    if fitted.is_file() and read_json(fitted, "a fitted temperature").get("temperature") == found.get(TEMPERATURE):
         found[TEMPERATURE] = "fitted"
     return found
-
-
-def fitted_temperature(run: Path) -> float | None:
-    """The temperature that was fitted for the run's network; None if none was."""
-    path = run / "results" / "temperature.json"
-    return read_json(path, "a fitted temperature").get("temperature") if path.is_file() else None
-
-
-def summarize(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Run folders -> by rule that all of them have: its mean scores, and those of each fold."""
-    results = {run: load_run(run) for run in runs}
-    first, *others = results.values()
-    rules = [rule for rule in first if all(rule in other for other in others)]
-    if not rules:
-        found = "; ".join(f"{run}: {', '.join(content)}" for run, content in results.items())
-        raise InputError(f"--folds: got no rule that all runs have, expected one ({found})")
-    summary = {}
-    for rule in rules:
-        contents = {run: content[rule] for run, content in results.items()}
-        check_alike(contents)
-        folds = {str(run): content["metrics"] for run, content in contents.items()}
-        summary[rule] = {"mean": average_folds(list(folds.values())), "folds": folds}
-    return summary

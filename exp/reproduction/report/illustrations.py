@@ -101,13 +101,9 @@ def _gallery(folder: Path) -> Iterator[Picture]:
     """The panels of --save_pred, smaller."""
     for kind, title in KINDS.items():
         for path in sorted((folder / kind).glob("*.png")):
-            yield Picture(_small_panel(path), f"{path.stem}, {title}", "jpeg", "gallery")
-
-
-def _small_panel(path: Path) -> bytes:
-    with open_image(path) as image:
-        picture = image.convert("RGB")
-    picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=80)
-    return buffer.getvalue()
+            with open_image(path) as image:
+                picture = image.convert("RGB")
+            picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
+            buffer = io.BytesIO()
+            picture.save(buffer, format="JPEG", quality=80)
+            yield Picture(buffer.getvalue(), f"{path.stem}, {title}", "jpeg", "gallery")
