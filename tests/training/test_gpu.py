@@ -33,9 +33,11 @@ def test_steps_are_the_cpus_but_for_rounding(gpu: torch.device, optim: dict, acc
     for i in range(5):
         torch.testing.assert_close(other(batch(i).to(gpu)).loss.cpu(), one(batch(i)).loss, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other.grad_norm.cpu(), one.grad_norm, rtol=1e-3, atol=1e-5)
+    # Adam divides by a gradient's size: where that is rounding alone, a bias in front of batch norm, so is the step.
+    atol = 1e-4 if "momentum" in optim else 2 * 5 * optim["lr"]
     for own, expected in ((other.raw_model, one.raw_model), (other.ema, one.ema)):
         for name, value in own.state_dict().items():
-            torch.testing.assert_close(value.cpu(), expected.state_dict()[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(value.cpu(), expected.state_dict()[name], rtol=1e-3, atol=atol)
 
 
 def test_found_inf_reaches_the_fused_kernels(gpu: torch.device):

@@ -75,7 +75,10 @@ def measure(check: Check, name: str, settings: tuple[str, ...], loader: Callable
         "Images per second", network=NETWORK, setting=name, workers="none: a batch on the device", **{"images/s": whole}
     )
     for workers in WORKERS[:2] if check.tiny else WORKERS:
-        if workers > (os.cpu_count() or 1) or check.left() < 5:
+        if check.left() < 5:
+            check.say(f"{NETWORK}, {name}: no time was left to try {workers} workers")
+            return
+        if workers > (os.cpu_count() or 1):
             break
         found = rate(step, loader(workers), 2 * workers + 4, seconds)
         check.row(

@@ -51,7 +51,7 @@ THEN = tuple(
     )
 )
 MEDICAL_NETWORKS = ("deeplabv3plus_resnet50d", "unet_resnet50d", "deeplabv3plus_resnet18d", "unet_resnet18d")
-NETWORKS = tuple(dict.fromkeys((*FIRST, *THEN, *((model, MEDICAL) for model in MEDICAL_NETWORKS))))
+NETWORKS = tuple(dict.fromkeys((*FIRST, *((model, MEDICAL) for model in MEDICAL_NETWORKS), *THEN)))
 VARIANTS = {  # besides the defaults, which are measured for all networks
     "float32": ("schedule.tf32=off",),
     "TF32": ("schedule.tf32=all",),
