@@ -131,9 +131,8 @@ def rankseg_rma(
         out, tau = _solve_streamed(prob, valid, rule, allow_overlap, binary, return_tau)
     elif _on_cpu(prob):
         out, tau = _solve_small(prob, valid, rule, allow_overlap, binary, return_tau)
-    elif _is_fused(prob):
-        with torch.cuda.device(prob.device):  # kernels are launched on the current device
-            out, tau = _solve_fused(prob, valid, rule, allow_overlap, binary, return_tau)
+    elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
+        out, tau = found
     else:
         out, tau = _solve_batched(prob, valid, rule, allow_overlap, binary)
     out = out.reshape(batch, classes, *spatial) if allow_overlap else out.reshape(batch, *spatial)
@@ -729,6 +728,7 @@ FUSED_TILES = {  # kernel: elements of a tile, warps
 FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
 FUSED_PARTS = 256  # partial sums that are added up at a time
 FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
+_UNUSABLE: list[Exception] = []  # why the fused kernels cannot be compiled here, once that has been seen
 FUSED_DIRECT = True  # whether kernels are launched without Triton; False once that has failed
 
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
@@ -776,7 +776,7 @@ def _runtime() -> object | None:
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return triton.knobs.runtime if version >= (3, 6) else None
+    return triton.knobs.runtime if (3, 6) <= version <= (3, 8) else None  # those whose launchers were tried
 
 
 def _is_direct() -> bool:
@@ -812,9 +812,25 @@ def _is_recent(device: torch.device) -> bool:
 
 def _is_fused(prob: Tensor) -> bool:
     """Whether the fused kernels solve this map: on an NVIDIA device from Ampere on, if Triton is installed."""
-    if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None:
+    if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None or _UNUSABLE:
         return False
     return _is_recent(prob.device) and _load_triton()
+
+
+def _try_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+    """As `_solve_fused`; None where it is not for this map, or where its kernels cannot be compiled."""
+    if not _is_fused(prob):
+        return None
+    try:
+        with torch.cuda.device(prob.device):  # kernels are launched on the current device
+            return _solve_fused(prob, valid, rule, masks, binary, want_tau)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # without Python's headers, a writable cache, or a compiler that knows the device
+        _UNUSABLE.append(error)
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"rankseg_rma goes without its CUDA kernels, more slowly: {reason}", RuntimeWarning, stacklevel=3)
+        return None
 
 
 def _collapse(prob: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -885,7 +901,7 @@ class _Fused:
         """One program for each chunk of the pixels and each group of classes from `first` on."""
         return (self.batch * -(-(self.classes - first) // self.group) * self.chunks,)
 
-    def launch(self, kernel, grid: tuple[int], *args, **options) -> None:
+    def enqueue(self, kernel, grid: tuple[int], *args, **options) -> None:
         """Without Triton if it has compiled the kernel for such arguments; what was launched is noted."""
         key = compiled = None
         if self.direct:
@@ -909,14 +925,14 @@ class _Fused:
 
     def survey(self) -> None:
         prob, valid = self.prob, self.valid
-        self.launch(
+        self.enqueue(
             _survey, self.over_chunks(0),
             prob, valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
             SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
             **self.tile("_survey"), **self.kinds,
         )  # fmt: skip
         step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
-        self.launch(
+        self.enqueue(
             _begin, (self.rows,),
             prob, valid, *self.parts, self.chunks, self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s,
             self.cut, self.first, _limit_bits(self.rule.pruning_prob, prob.dtype), step, *self.map,
@@ -926,12 +942,12 @@ class _Fused:
     def refine(self) -> None:
         """FUSED_PASSES passes, and what the last one makes known."""
         for turn in range(FUSED_PASSES):
-            self.launch(
+            self.enqueue(
                 _tally, self.over_chunks(self.first),
                 self.prob, self.valid, *self.parts, self.chunks, self.open, self.cut, self.first, *self.map,
                 CHUNK=self.chunk, UNROLL=FUSED_UNROLL, **self.tile("_tally"), **self.kinds,
             )  # fmt: skip
-            self.launch(
+            self.enqueue(
                 _advance, (self.rows,),
                 *self.parts, self.chunks, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut,
                 self.shared_n, self.shared_s, self.names, self.held, self.lead, self.tau, self.classes,
@@ -941,7 +957,7 @@ class _Fused:
 
     def mask(self, out: Tensor) -> None:
         """Sets of the classes from `first` on -> `out`, contiguous."""
-        self.launch(
+        self.enqueue(
             _mask, self.over_chunks(self.first),
             self.prob, self.valid, out.view(torch.uint8) if out.dtype == torch.bool else out, self.chunks, self.cut,
             self.first, *self.map, CHUNK=self.chunk, **self.tile("_mask"), **self.kinds,
@@ -954,14 +970,14 @@ class _Fused:
         empty = undecided - 1 if given == "max_score" else given
         tile = self.tile("_claim")
         tiles = -(-self.size // tile["PIXELS"])
-        self.launch(
+        self.enqueue(
             _claim, (self.batch * tiles,),
             self.prob, self.valid, out, tiles, self.cut, self.names, self.held, self.shared_n, self.shared_s,
             undecided, empty, *self.map, LAST=self.last, SCORED=rule.method != "prob", **tile, **self.kinds,
         )  # fmt: skip
         tile = self.tile("_contend")
         tiles = -(-self.size // tile["PIXELS"])
-        self.launch(
+        self.enqueue(
             _contend, (self.batch * tiles,),
             self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
             self.shared_n, self.shared_s, undecided, *self.map, LAST=self.last, METHOD=rule.method,

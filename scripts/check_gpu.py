@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 NO_DEVICE = "no CUDA device here: nothing was checked (--dry_run lists the parts)"
+FILES = ("results.jsonl", "results.md", "log.txt", "speeds.json")
 GRACE = 15  # seconds that a part may take beyond its share before it is ended
 
 
@@ -264,8 +265,9 @@ def run_parts(args: argparse.Namespace) -> bool:
     """All parts asked for, one after the other -> whether all is right."""
     end, output = time.monotonic() + 60 * args.minutes, args.output
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "results.md", "log.txt", "speeds.json"):
-        (output / name).unlink(missing_ok=True)
+    from exp.files.atomic import move_aside
+
+    move_aside([output / name for name in FILES])  # an earlier check's, or anybody's
     command = shlex.join(["python", "scripts/check_gpu.py", *sys.argv[1:]])
     write_row(output, {"machine": {"command": f"`{command}`", **describe_machine(args.device)}})
     for place, name in enumerate(args.parts):

@@ -142,7 +142,7 @@ class Evaluator:
             index, preds = batch.indices[0], {}
             for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
                 with clock(clock.timing.decisions, name):
-                    preds[name] = rule(prob)[0]
+                    preds[name] = self._decide(rule, prob)
             counted.append((index, self._count(preds, prob, batch.label[0], clock)))
             del prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
@@ -206,6 +206,13 @@ class Evaluator:
             for prob in probs:
                 require_finite(prob.sum().item())
         return probs
+
+    def _decide(self, rule: Rule, prob: Tensor) -> Tensor:
+        try:
+            return rule(prob)[0]
+        except ValueError:  # a rule may find non-finite probabilities on a GPU before anybody else has looked
+            require_finite(prob.sum().item())
+            raise
 
     def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
         """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its

@@ -55,3 +55,8 @@ def _lock(file: TextIO, path: Path) -> None:
     except (BlockingIOError, PermissionError):
         owner = owner or "another process"
         raise InputError(f"{path.parent}: {owner} is at work there, expected no other; {path} is its lock") from None
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: got a file system that keeps no locks ({error}), expected one that does: else "
+            "two programs could write there at once (docs/robustness.md)"
+        ) from None

@@ -36,7 +36,7 @@ class Fence:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._real, self._folders = _real(folder), {}
+        self.folder, self._real, self._folders = folder, _real(folder), {}
 
     def check(self, path: Path, *, is_link: bool) -> None:
         """InputError for a file, listed below the folder, that lies elsewhere."""

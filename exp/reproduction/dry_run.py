@@ -81,7 +81,9 @@ def estimate_hours(job: Job, speeds: Mapping[str, Any]) -> float | None:
     if job.reevaluation is not None and job.reevaluation.true:
         return 0.0
     height, width = config.data.crop_size
-    network = speeds["networks"].get(f"{job.model}@{height}x{width}", speeds["networks"].get(job.model))
+    known = speeds["networks"]
+    others = (speed for name, speed in known.items() if name.partition("@")[0] == job.model)
+    network = known.get(f"{job.model}@{height}x{width}") or next(others, None)
     images = count_images(config.data)
     windows = count_windows(config.data, config.test)
     if network is None or network["amp"] != config.schedule.amp or images is None or windows is None:

@@ -137,6 +137,10 @@ def _read_facts(path: Path) -> tuple[str | None, int | None]:
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two groups of a config are alike but for their YAMLs' names and where a thresholds file lay."""
+    """Whether two groups of a config are alike but for their YAMLs' names and where a thresholds file lay.
+
+    A key that is null is as good as absent: it may be younger than the other group's file.
+    """
     left_out = ("name", "thresholds")
-    return {k: v for k, v in one.items() if k not in left_out} == {k: v for k, v in other.items() if k not in left_out}
+    first, second = ({k: v for k, v in g.items() if k not in left_out and v is not None} for g in (one, other))
+    return first == second

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,9 @@ def run_and_report(main: Callable[[], None]) -> int:
 
 def _is_output_gone() -> bool:
     """Whether the reader of stdout has left; what is still to be written goes nowhere then."""
-    try:
-        sys.stdout.flush()
+    poll = select.poll()  # a flush says nothing: what could not be written may be dropped by then
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

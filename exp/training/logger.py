@@ -143,7 +143,7 @@ class RunLogger(NullLogger):
             yield
         except OSError as error:
             if name not in self._unwritten:
-                say(f"warning: {self._run_dir / name}: cannot be written: {error}; training goes on without")
+                say(f"warning: {self._run_dir / name}: cannot be written: {error}; training continues without")
             self._unwritten.add(name)
 
     def message(self, text: str) -> None:
@@ -157,7 +157,7 @@ class RunLogger(NullLogger):
 
 
 def say(text: str) -> None:
-    """A line to stderr; where that cannot be written, on a full disk say, training goes on without."""
+    """A line to stderr; where that cannot be written, on a full disk say, training continues without."""
     with suppress(OSError):
         print(printable(text), file=sys.stderr, flush=True)
 

@@ -114,7 +114,7 @@ class Watch:
         parts = self.dist.gather((own_loss, [self.names[i] for i in batch.indices]))
         suspects = [name for own, names in parts if own or not some_loss for name in names]
         what = "loss" if some_loss else "gradient"
-        text = f"iteration {done}: got a {what} that is no number, nothing updated; its images: {', '.join(suspects)}"
+        text = f"iteration {done}: got a {what} that is non-finite, nothing updated; its images: {', '.join(suspects)}"
         if self.dist.is_main:
             say(f"warning: {text}")
         if faults.in_row >= self.limit + (SCALER_TRIES if searching else 0):

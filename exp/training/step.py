@@ -22,7 +22,7 @@ SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every ov
 
 @dataclass
 class Faults:
-    """Steps that were left out because loss or gradient was no number: in a row, and in all; damaged images skipped."""
+    """Steps that were left out for a non-finite loss or gradient: in a row, and in all; damaged images skipped."""
 
     in_row: int = 0
     steps: int = 0
@@ -32,7 +32,7 @@ class Faults:
         """What a run says of its faults; None if it had none."""
         if not (self.steps or self.images):
             return None
-        return f"{self.steps} steps left out (loss or gradient no number), {self.images} damaged images skipped"
+        return f"{self.steps} steps left out (loss or gradient non-finite), {self.images} damaged images skipped"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Outcome:
     """What a step came to, still on the device.
 
     loss: (), this process's share, detached. marks: (3,) of 0 and 1: nothing was updated, for the loss or the gradient
-    of some process was no number; some process's loss was none; this one's was none.
+    of some process was non-finite; some process's loss was none; this one's was none.
     """
 
     loss: Tensor
@@ -78,7 +78,7 @@ class TrainStep:
     def __call__(self, batch: Batch) -> Outcome:
         """(B, channels, H, W) images and (B, H, W) labels -> what came of them; no wait.
 
-        Where loss or gradient is no number, weights, optimiser, average and statistics of norm layers stay as they
+        Where loss or gradient is non-finite, weights, optimiser, average and statistics of norm layers stay as they
         were, which the device decides by itself; the learning rate goes on. So on every rank.
         """
         self.optimizer.zero_grad(set_to_none=True)

@@ -128,7 +128,8 @@ def peak_memory(name: str, shape: tuple[int, int, int]) -> float:
 
 def _grow(name: str, shape: tuple[int, int, int]) -> float:
     import torch
-    from benchmark_rules import resident
+
+    from scripts.benchmarks.benchmark_rules import resident
 
     torch.set_num_threads(1)
     small = make_image(shape[0], 8, 8)
@@ -157,11 +158,11 @@ def bench_counts(shape: tuple[int, int, int], rounds: int) -> dict[str, dict[str
 
 def bench_calibration(shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
     """(C, H, W) -> milliseconds of the calibration counts, of argmax, and of torchmetrics' ECE alone."""
-    from benchmark_rules import SHAPES as RULE_SHAPES
-    from benchmark_rules import realistic_map
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     from exp.evaluation.calibration import count_calibration
+    from scripts.benchmarks.benchmark_rules import SHAPES as RULE_SHAPES
+    from scripts.benchmarks.benchmark_rules import realistic_map
 
     pruned = {size[1:]: share for size, share in filter(None, RULE_SHAPES.values())}.get(shape, 0.0)
     prob = realistic_map((1, *shape), pruned)

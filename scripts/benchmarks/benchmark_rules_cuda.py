@@ -16,12 +16,15 @@ import argparse
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmark_rules import build_package_rules, realistic_map, sort_rma
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.benchmarks.benchmark_rules import build_package_rules, realistic_map, sort_rma
 
 if TYPE_CHECKING:
     from torch import Tensor

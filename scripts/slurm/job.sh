@@ -1,5 +1,5 @@
 # Sourced by the sbatch files beside it: finds the program and starts it on every node of the job.
-# Interrupted or requeued, a job goes on from the run's newest checkpoint: the same command is the right one.
+# Interrupted or requeued, a job resumes from the run's newest checkpoint: the same command is the right one.
 set -euo pipefail
 
 # print_header FILE: its opening comment, which is its --help.

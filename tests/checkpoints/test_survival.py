@@ -206,7 +206,9 @@ def test_curves_that_cannot_be_written_end_no_training(program, tmp_path: Path, 
     monkeypatch.setattr(loggers, "append_line", full)
     status, printed, err = program(*TINY, "--output_dir", tmp_path, "--predict_yaml", "argmax")
     assert status == 0
-    assert err.count("log.jsonl: cannot be written: [Errno 28] No space left on device; training goes on without") == 1
+    assert (
+        err.count("log.jsonl: cannot be written: [Errno 28] No space left on device; training continues without") == 1
+    )
     assert "mIoUI" in printed
 
 
@@ -329,8 +331,8 @@ def test_steps_without_numbers_are_named_by_their_images(program, tmp_path: Path
     flags = [*TINY, "schedule.train_iters=9", "schedule.nonfinite_limit=3", "--output_dir", tmp_path]
     status, _, err = program(*flags)
     assert status == 2
-    assert "iteration 1: got a loss that is no number, nothing updated; its images: shapes_train_000" in err
-    assert "iteration 3: got a loss that is no number" in err.splitlines()[-1]
+    assert "iteration 1: got a loss that is non-finite, nothing updated; its images: shapes_train_000" in err
+    assert "iteration 3: got a loss that is non-finite" in err.splitlines()[-1]
     assert "3 such steps in a row (schedule.nonfinite_limit)" in err.splitlines()[-1]
 
 

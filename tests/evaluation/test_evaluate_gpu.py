@@ -13,6 +13,7 @@ from exp.evaluation.inference import Inference
 from exp.rules.pooled import PooledRule
 from exp.rules.registry import build_rule
 from exp.runtime.distributed import Dist
+from exp.runtime.errors import InputError
 from rankseg_rma import rankseg_rma
 from tests.config.test_config import compose
 from tests.conftest import TINY, TINY_RUN
@@ -81,6 +82,18 @@ def test_a_run_is_evaluated_as_on_the_cpu_but_for_ties(gpu: torch.device, progra
         own = read_counts(results / f"{name}.csv")
         ties = {image: change for image in own if (change := abs(own[image] - expected[name][image]).sum() // 2)}
         assert sum(ties.values()) <= 8, (name, ties)
+
+
+def test_a_network_that_overflows_is_told_by_its_key(gpu: torch.device, camvid_dir: Path):
+    """On a GPU a rule meets the non-finite probabilities before anybody has looked at their sum."""
+
+    class Overflowing(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.mean(1, keepdim=True).expand(-1, 11, -1, -1) * torch.inf
+
+    on_gpu = dataclasses.replace(evaluator(camvid_dir, {"rankseg_rma": rankseg_rma}), dist=Dist(0, 1, gpu))
+    with pytest.raises(InputError, match=r"test\.amp: got an image whose logits are non-finite"):
+        on_gpu(Overflowing())
 
 
 def read_counts(path: Path) -> dict[str, np.ndarray]:

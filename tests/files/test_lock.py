@@ -1,5 +1,6 @@
 """One owner a folder, and locks whose owner is gone."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -94,3 +95,13 @@ def test_a_file_that_is_no_lock_is_left_alone(tmp_path: Path):
     with pytest.raises(InputError, match=r"\.lock: got a file that is no lock"), own_folder(tmp_path, "training"):
         pass
     assert (tmp_path / ".lock").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("exp.files.lock.fcntl.lockf", refuse)
+    refused = pytest.raises(InputError, match=r"a file system that keeps no locks .*No locks available")
+    with refused, own_folder(tmp_path / "run", "training"):
+        pass

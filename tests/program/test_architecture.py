@@ -62,7 +62,7 @@ def test_imports_go_down_the_house_only(name: str):
 
 
 @pytest.mark.parametrize("top", ["exp", "scripts", "tests"])
-def test_a_stranger_finds_the_room(top: str):
+def test_no_folder_is_crowded(top: str):
     folders = [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir() and path.name != "__pycache__")]
     for folder in folders:
         entries = [path.name for path in folder.iterdir() if path.name != "__pycache__"]

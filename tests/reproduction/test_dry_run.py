@@ -36,7 +36,7 @@ def test_a_training_costs_its_images_and_its_windows(tmp_path: Path):
     assert found == pytest.approx((80_000 * 8 / 16 + 500 * 9 / 90) / 3600)
     both = {UPERNET: network((64, 64), 1, 1), f"{UPERNET}@512x1024": network((512, 1024), 16, 90)}
     assert hours(job, tmp_path, **both) == found
-    assert hours(job, tmp_path, **{UPERNET: network((256, 1024), 32, 180)}) == pytest.approx(found)
+    assert hours(job, tmp_path, **{f"{UPERNET}@256x1024": network((256, 1024), 32, 180)}) == pytest.approx(found)
     flipped = replace(job, overrides=("test.flip=true", "test.scales=[0.5,1]"))
     assert count_windows(flipped.config.data, flipped.config.test) == 2 * (1 + 9)
     again = replace(job, reevaluation=Reevaluation("again"))

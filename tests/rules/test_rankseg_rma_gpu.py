@@ -417,3 +417,25 @@ def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
         apart[..., ::2],
         last[:, :, 1 : width + 1, 2 : outer[1] + 2].permute(0, 3, 1, 2),
     ]
+
+
+def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.MonkeyPatch):
+    """As where Python's headers are missing: a warning once, and PyTorch's own operations decide."""
+
+    def fail(*args: object) -> None:
+        raise OSError("no Python.h")
+
+    prob = torch.rand(1, 4, 9, 11, generator=torch.Generator().manual_seed(0)).softmax(1)
+    expected = rankseg_rma(prob)
+    monkeypatch.setattr(module, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(module, "_is_fused", lambda x: not module._UNUSABLE)
+    monkeypatch.setattr(module, "_UNUSABLE", [])
+    monkeypatch.setattr(module, "_solve_fused", fail)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with pytest.warns(RuntimeWarning, match=r"without its CUDA kernels, more slowly: no Python\.h"):
+        assert torch.equal(rankseg_rma(prob), expected)
+    assert torch.equal(rankseg_rma(prob), expected)
+    monkeypatch.setattr(module, "_UNUSABLE", [])
+    monkeypatch.setattr(module, "_solve_fused", lambda *args: module._check_range(2.0, 2.0, torch.float32))
+    with pytest.raises(ValueError, match="finite probabilities"):
+        rankseg_rma(prob)

@@ -69,7 +69,9 @@ def test_parts_that_crash_hang_or_find_something_cost_the_others_nothing(tmp_pat
     monkeypatch.setattr(check_gpu.subprocess, "Popen", popen)
     args = check_gpu.parse_args(["--output", str(tmp_path), "--device", "cpu", "--parts", *programs])
     args.minutes = 0.3
+    (tmp_path / "log.txt").write_text("the user's own")
     assert not check_gpu.run_parts(args)
+    assert [path.read_text() for path in tmp_path.glob("older/log.*.txt")] == ["the user's own"]
     outcomes = {row["part"]: row["outcome"] for row in read_rows(tmp_path) if "outcome" in row}
     assert outcomes["tests"] == "crashed with status -11"
     assert outcomes["rules"].startswith("ended after ")

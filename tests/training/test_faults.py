@@ -82,7 +82,7 @@ def test_bad_steps_are_named_counted_and_stop_the_run_in_a_row(what: str, capsys
     err = capsys.readouterr().err
     assert done == 4
     assert [rows[i][1]["train/steps_left_out"] for i in (0, 1)] == [1, 2]
-    text = f"warning: iteration 2: got a {what} that is no number, nothing updated; its images: a, b, c, d"
+    text = f"warning: iteration 2: got a {what} that is non-finite, nothing updated; its images: a, b, c, d"
     assert err.count(text) == 1
     assert step.faults == Faults(in_row=1, steps=2)
     with pytest.raises(InputError, match=rf"iteration 2: got a {what} .* 3 such steps in a row .*nonfinite_limit"):

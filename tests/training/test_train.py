@@ -228,7 +228,7 @@ def test_a_validation_stops_the_training():
 def test_a_loss_that_is_no_number_ends_the_run():
     step = build()
     nn.init.constant_(step.raw_model.head.weight, float("nan"))
-    with pytest.raises(InputError, match=r"optim\.lr: iteration 2: got a loss that is no number"):
+    with pytest.raises(InputError, match=r"optim\.lr: iteration 2: got a loss that is non-finite"):
         run_loop(step, [batch(i) for i in range(4)])
 
 

@@ -223,10 +223,10 @@ def measure(
     }
     check.row("Time and peak memory", **facts, **row)
     if dtype == torch.float32 and "ours" in times and check.device.type == "cuda":
-        judge_aims(check, name, metric, times, aim)
+        report_aims(check, name, metric, times, aim)
 
 
-def judge_aims(check: Check, name: str, metric: str, times: dict[str, float], aim: float | None) -> None:
+def report_aims(check: Check, name: str, metric: str, times: dict[str, float], aim: float | None) -> None:
     """Say which of the aims were met; missing one is slow, not wrong."""
     ours, row = times["ours"], {"map": name, "metric": metric, "ours, ms": times["ours"], "aim, ms": aim}
     row["aim met"] = None if aim is None else str(ours <= aim)

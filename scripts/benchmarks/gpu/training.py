@@ -198,10 +198,13 @@ def check_nccl(check: Check) -> None:
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
             command += ["-m", "scripts.benchmarks.gpu.training", str(path), check.device.type]
             limit = max(10.0, check.left() - 2)
+            process = subprocess.Popen(command, cwd=ROOT)
             try:
-                status = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
+                status = process.wait(limit)
             except subprocess.TimeoutExpired:
                 status = f"no end within {limit:.0f} s"
+                process.terminate()  # torchrun then ends its processes, which are in sessions of their own
+                process.wait(30)
             if not path.is_file():
                 check.wrong(f"{processes} process(es): {status}, no result")
                 continue
@@ -230,11 +233,17 @@ def run_in_group(path: Path, device_name: str) -> None:
     torch.backends.cudnn.deterministic = True
     dist = distributed._join(rank, world_size, device, distributed.STEP_TIMEOUT, StopRequest())
     wrong = [] if collectives_work(dist) else ["a collective returned other values than expected"]
+
+    def say(what: str) -> None:
+        print(f"rank {rank}, {time.strftime('%T')}: {what}", flush=True)
+
+    say("joined")
     losses, model = three_steps(dist, alone=False)
+    say("three steps in the group")
     kinds = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
     if rank == 0:
         expected, reference = three_steps(distributed.Dist(0, 1, device), alone=True)
-        # Over all weights: some norm layers begin at 0 and after three steps are no larger than rounding's part in them.
+        # Over all weights: some norm layers begin at 0, and after three steps rounding is a tenth of them.
         own, other = (torch.cat([v.double().flatten() for v in m.state_dict().values()]) for m in (model, reference))
         change = ((own - other).norm() / other.norm()).item()
         loss_change = max(abs(a - b) / b for a, b in zip(losses, expected))
@@ -246,7 +255,9 @@ def run_in_group(path: Path, device_name: str) -> None:
         row = {"backend": torch_dist.get_backend(), "norm layers": ", ".join(kinds)}
         row |= {"loss, relative difference": loss_change, "weights, relative difference": change}
         path.write_text(json.dumps({"row": row, "wrong": wrong}))
+    say("leaving")
     distributed._leave(dist)
+    say("left")
 
 
 def collectives_work(dist: Dist) -> bool:
