@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_entry, require_positive
 from exp.config.data import IGNORE_INDEX
-from exp.config.families import RULE_TABLE
+from exp.config.families import METRIC_TABLE, RULE_TABLE
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TestConfig:
     flip: bool = False  # every scale also mirrored
     temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
     calibration: bool = True  # count the calibration errors
-    metrics: tuple[str, ...] = ()  # of METRIC_NAMES, besides Acc, IoU and Dice
+    metrics: tuple[str, ...] = ()  # of METRIC_TABLE, besides Acc, IoU and Dice
     prob_cache_gb: float = 1.0  # a process keeps that many probabilities for the rules that need a second pass
 
     def __post_init__(self) -> None:
@@ -37,8 +37,8 @@ class TestConfig:
         require_positive(self, "window_batch", "images_per_forward")
         require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")
         require(self.prob_cache_gb >= 0, "prob_cache_gb", self.prob_cache_gb, "0 or more")
-        unknown = [name for name in self.metrics if name not in METRIC_NAMES]
-        require(not unknown, "metrics", self.metrics, f"some of {', '.join(METRIC_NAMES)}")
+        unknown = [name for name in self.metrics if name not in METRIC_TABLE]
+        require(not unknown, "metrics", self.metrics, f"some of {', '.join(METRIC_TABLE)}")
         require(len(set(self.metrics)) == len(self.metrics), "metrics", self.metrics, "each metric once")
         if self.temperature != "fitted":
             require_positive(self, "temperature")
@@ -51,9 +51,6 @@ class TestConfig:
         crop = self.crop_size or train_crop
         stride = self.stride or tuple(math.ceil(2 * side / 3) for side in crop)
         return dataclasses.replace(self, crop_size=crop, stride=stride)
-
-
-METRIC_NAMES = {"boundary_iou": "BIoU"}  # further metrics -> what their scores are called; exp/evaluation/metrics.py
 
 
 @dataclass(frozen=True)

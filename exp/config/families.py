@@ -1,6 +1,7 @@
 """What a YAML can name, one table a family: each name, and the keys of the YAML that it takes.
 
-The code behind the names: exp/rules/registry.py, exp/training/losses.py, exp/models/decoders.py and exp/data/sets/.
+The code behind the names: exp/rules/registry.py, exp/training/losses.py, exp/models/decoders.py,
+exp/data/sets/ and exp/evaluation/metrics.py.
 docs/contributing.md leads through adding one.
 """
 
@@ -95,3 +96,6 @@ DATASET_TABLE = {  # configs/data, key `dataset`
     "shapes_noisy": DataSetEntry(code="shapes.ShapesNoisy", needs=NOISE),
     "shapes_noisy_binary": DataSetEntry(code="shapes.ShapesNoisyBinary", needs=NOISE),
 }
+METRIC_TABLE = {
+    "boundary_iou": "BIoU"
+}  # configs/test, key `metrics`: further metrics, and what their scores are called

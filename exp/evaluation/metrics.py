@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from exp.config.data import IGNORE_INDEX
-from exp.config.evaluation import METRIC_NAMES
+from exp.config.families import METRIC_TABLE
 from exp.rules.pooled import histogram
 
 SCORES = ("Acc", "IoU", "Dice")
@@ -142,7 +142,7 @@ def class_scores(counts: np.ndarray, metrics: Sequence[str] = ()) -> dict[str, n
         scores = {"Acc": 100 * tp / (tp + fn), "IoU": 100 * tp / (tp + fp + fn), "Dice": 200 * tp / (2 * tp + fp + fn)}
         for row, metric in enumerate(metrics):
             part, whole = (counts[..., 3 + 2 * row + i, :].astype(np.float64) for i in range(2))
-            scores[METRIC_NAMES[metric]] = 100 * part / whole
+            scores[METRIC_TABLE[metric]] = 100 * part / whole
     return scores
 
 
@@ -203,7 +203,7 @@ def split_cases(counts: np.ndarray, cases: Sequence[str] | None) -> tuple[tuple[
 
 
 def score_names(metrics: Sequence[str]) -> tuple[str, ...]:
-    return (*SCORES, *(METRIC_NAMES[metric] for metric in metrics))
+    return (*SCORES, *(METRIC_TABLE[metric] for metric in metrics))
 
 
 def compute_scores(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exp.config.evaluation import METRIC_NAMES
+from exp.config.families import METRIC_TABLE
 from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
 from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 from exp.evaluation.metrics import EvalResult, case_scores, count_names, image_scores, per_class_scores, split_cases
@@ -188,7 +188,7 @@ def load_result(path: Path) -> EvalResult:
     with decoding(path, expected):
         header, *rows = csv.reader(io.StringIO(text, newline=""))
         classes = tuple(name.removeprefix("tp.") for name in header if name.startswith("tp."))
-        metrics = tuple(name for name in METRIC_NAMES if f"{name}.part.{classes[0]}" in header)
+        metrics = tuple(name for name in METRIC_TABLE if f"{name}.part.{classes[0]}" in header)
         kinds, first = count_names(metrics), header.index(f"tp.{classes[0]}")
         if header[0] != "image" or len(header) != first + len(kinds) * len(classes):
             raise ValueError(f"columns {header[:6]}")
@@ -208,7 +208,7 @@ def format_results(
     The second table has the worst cases (and, with cases, the 3D scores) of the score by which rules are compared.
     """
     scores = [result.scores() for result in results]
-    further = [f"m{METRIC_NAMES[name]}" for name in results[0].metrics]
+    further = [f"m{METRIC_TABLE[name]}" for name in results[0].metrics]
     blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")], further)]
     if comparisons:
         holm = ", after Holm over the rules" if len(results) > 2 else ""

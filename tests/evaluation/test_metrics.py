@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exp.config.evaluation import METRIC_NAMES
+from exp.config.families import METRIC_TABLE
 from exp.evaluation.metrics import (
     METRICS,
     average_folds,
@@ -303,7 +303,7 @@ def test_a_perfect_prediction_has_a_boundary_iou_of_one_hundred():
 
 
 def test_the_tables_of_metrics_have_the_same_names():
-    assert METRICS.keys() == METRIC_NAMES.keys()
+    assert METRICS.keys() == METRIC_TABLE.keys()
 
 
 def test_a_further_metric_is_a_function_and_its_line(monkeypatch):
@@ -315,7 +315,7 @@ def test_a_further_metric_is_a_function_and_its_line(monkeypatch):
         return torch.stack([tp, tp + fn])
 
     monkeypatch.setitem(METRICS, "upper", upper)
-    monkeypatch.setitem(METRIC_NAMES, "upper", "Up")
+    monkeypatch.setitem(METRIC_TABLE, "upper", "Up")
     generator = torch.Generator().manual_seed(0)
     maps = torch.randint(0, 3, (2, 6, 8, 10), generator=generator)
     maps[1, 2, :4] = 255
