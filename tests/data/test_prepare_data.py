@@ -250,6 +250,16 @@ def group_lives(group: int) -> bool:
     return True
 
 
+def test_ctrl_c_while_workers_start_is_heard():
+    class Starting:
+        def submit(self, function: object, job: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(jobs._results(Starting(), print, [1]))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_ctrl_c_drops_what_waits():
     ran = []
 

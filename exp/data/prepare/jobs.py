@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -41,7 +42,6 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:  # the pool's workers would wait for ever on one that was killed
@@ -77,9 +77,18 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, str | None]
 
 
 def _results(pool: Executor, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """As map(), in the jobs' order."""
-    futures = [pool.submit(function, job) for job in jobs]
+    """As map(), in the jobs' order.
+
+    The workers that it starts inherit that Ctrl-C is held back; here one that comes meanwhile is heard afterwards.
+    """
+    resource_tracker.ensure_running()  # which would end the holding back, were it started with the first worker
+    previous, futures = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), []
     try:
+        try:
+            for job in jobs:
+                futures.append(pool.submit(function, job))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         for future in futures:
             yield future.result()
     except BrokenProcessPool:

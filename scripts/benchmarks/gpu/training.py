@@ -60,6 +60,7 @@ def check_tests(check: Check) -> None:
             check.row("Tests", test=name.removeprefix("tests/"), outcome=outcome.lower())
         elif line.startswith(("FAILED tests/", "ERROR tests/")):
             check.wrong(line.strip()[:400])
+    process.stdout.close()
     status = process.wait()
     check.say(", ".join(f"{number} {outcome.lower()}" for outcome, number in counts.items()) or "no test was run")
     if status != 0:
