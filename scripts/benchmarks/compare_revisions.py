@@ -70,27 +70,25 @@ def checkout(revision: str, folder: Path) -> Path:
 
 def run(tree: Path, name: str, data_dir: Path | None, output: Path) -> Path:
     """Train and evaluate in a revision's tree -> the run's folder."""
-    processes, flags, settings = RUNS[name]
-    launch = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    call(tree, [*launch, *program(tree, flags, settings, data_dir, output)])
+    call(tree, program(tree, name, data_dir, output))
     return next(path.parent for path in output.glob("*/results"))
 
 
 def evaluate_again(tree: Path, name: str, data_dir: Path | None, trained: Path, output: Path) -> Path:
     """A tree evaluates what another one trained, in a copy of that run's folder -> the folder of the new results."""
-    _, flags, settings = RUNS[name]
     shutil.copytree(trained, output / trained.name)
     shutil.rmtree(output / trained.name / "results")
-    call(tree, [*program(tree, flags, settings, data_dir, output), "--test-only"])
+    call(tree, [*program(tree, name, data_dir, output), "--test-only"])
     return output / trained.name
 
 
-def program(
-    tree: Path, flags: tuple[str, ...], settings: tuple[str, ...], data_dir: Path | None, output: Path
-) -> list[str]:
+def program(tree: Path, name: str, data_dir: Path | None, output: Path) -> list[str]:
+    """On as many processes each time: another number of threads rounds otherwise."""
+    processes, flags, settings = RUNS[name]
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     data = ["--data_dir", str(data_dir.resolve())] if data_dir and flags else []
-    rules = ["--predict_yaml", *RULES]
-    return [f"{tree}/exp/main.py", *data, *flags, *rules, "--output_dir", str(output), "--set", *settings]
+    rules = ["--predict_yaml", *RULES, "--output_dir", str(output)]
+    return [*launch, f"{tree}/exp/main.py", *data, *flags, *rules, "--set", *settings]
 
 
 def call(tree: Path, arguments: list[str]) -> None:
