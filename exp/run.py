@@ -23,7 +23,7 @@ from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, 
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig, dump_config
 from exp.config.families import DECODER_TABLE
 from exp.data.base import SegmentationDataset
-from exp.data.loader import SkipDamaged, build_train_loader, count_iterations, describe_images
+from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
 from exp.data.registry import build_dataset
 from exp.evaluation.evaluator import Evaluation, Evaluator, build_evaluator
 from exp.evaluation.masks import MaskWriter
@@ -34,10 +34,10 @@ from exp.models import Segmentor, build_model
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.training.logger import build_logger
+from exp.training.logger import Logger, build_logger
 from exp.training.loop import train
 from exp.training.saving import Saving, restore
-from exp.training.step import build_step, seed_everything
+from exp.training.step import TrainStep, build_step, seed_everything
 from exp.training.validation import ScoreHistory, Validation
 
 CHECKPOINTS = "checkpoints"
@@ -219,52 +219,59 @@ class TrainingSession:
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
         with build_logger(self.folder, start, end, dist.is_main) as logger:
             logger.message(self._describe(raw_model, start, end))
-            saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
-            validation = Validation(
-                model=step.ema.module if config.test.weights == "ema" else raw_model,
-                evaluator=self.evaluator,
-                metric=config.test.metric,
-                history=history,
-                save_best=saving.save_best if config.schedule.val_iters else None,
+            return self._run_loop(step, batches, history, start, end, logger)
+
+    def _run_loop(
+        self, step: TrainStep, batches: Loader, history: ScoreHistory, start: int, end: int, logger: Logger
+    ) -> tuple[Trained, Evaluation]:
+        """Iterations start to end and their validations, then the evaluation of what came out."""
+        config = self.config
+        saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
+        validation = Validation(
+            model=step.ema.module if config.test.weights == "ema" else step.raw_model,
+            evaluator=self.evaluator,
+            metric=config.test.metric,
+            history=history,
+            save_best=saving.save_best if config.schedule.val_iters else None,
+            logger=logger,
+            dist=self.dist,
+            sink=lambda at: mask_writer(trained_until(at), self.folder) if self.save_masks and at == end else None,
+        )
+        schedule, scores = config.schedule, history.scores
+
+        def trained_until(iteration: int) -> Trained:
+            return _trained(config, self.evaluator, validation.model, iteration, config.to_dict())
+
+        def due(iteration: int) -> bool:
+            regular = schedule.val_iters is not None and iteration % schedule.val_iters == 0
+            return iteration not in scores and iteration > 0 and (regular or iteration == end)
+
+        # A checkpoint is written before its validation; a run that was interrupted in between makes up for that.
+        stop, done = due(start) and validation(start), start
+        if not stop:
+            done = train(
+                step,
+                batches,
+                schedule,
+                start=start,
+                end=end,
+                seed=config.seed,
+                save_iters=saving.intervals,
+                names=[sample.name for sample in self.dataset.samples],
+                save=saving,
+                validate=validation,
                 logger=logger,
-                dist=dist,
-                sink=lambda at: mask_writer(trained_until(at), self.folder) if self.save_masks and at == end else None,
             )
-            schedule, scores = config.schedule, history.scores
-
-            def trained_until(iteration: int) -> Trained:
-                return _trained(config, self.evaluator, validation.model, iteration, config.to_dict())
-
-            def due(iteration: int) -> bool:
-                regular = schedule.val_iters is not None and iteration % schedule.val_iters == 0
-                return iteration not in scores and iteration > 0 and (regular or iteration == end)
-
-            # A checkpoint is written before its validation; a run that was interrupted in between makes up for that.
-            stop, done = due(start) and validation(start), start
-            if not stop:
-                done = train(
-                    step,
-                    batches,
-                    schedule,
-                    start=start,
-                    end=end,
-                    seed=config.seed,
-                    save_iters=saving.intervals,
-                    names=[sample.name for sample in self.dataset.samples],
-                    save=saving,
-                    validate=validation,
-                    logger=logger,
-                )
-            if due(done):
-                validation(done)
-            saving.export_last(done)
-            saving(done)  # again: the checkpoint says that its weights are evaluated, and that nothing is left to do
-            if faults := step.faults.describe():
-                logger.message(faults)
-            trained = trained_until(done)
-            if self.save_masks and done < end:  # that it is the last one showed only after the validation
-                return trained, evaluate(trained, self.folder, save_masks=True)
-            return trained, validation.evaluate(done)
+        if due(done):
+            validation(done)
+        saving.export_last(done)
+        saving(done)  # again: the checkpoint says that its weights are evaluated, and that nothing is left to do
+        if faults := step.faults.describe():
+            logger.message(faults)
+        trained = trained_until(done)
+        if self.save_masks and done < end:  # that it is the last one showed only after the validation
+            return trained, evaluate(trained, self.folder, save_masks=True)
+        return trained, validation.evaluate(done)
 
     def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
         """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""

@@ -73,10 +73,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class NullLogger:
+class Logger:
     """The logger of the ranks other than 0: a context manager that writes nothing."""
 
-    def __enter__(self) -> "NullLogger":
+    def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, *exception: object) -> None: ...
@@ -90,7 +90,7 @@ class NullLogger:
     def message(self, text: str) -> None: ...
 
 
-class RunLogger(NullLogger):
+class RunLogger(Logger):
     """Rank 0's logger: <run>/log.jsonl is appended to, <run>/tensorboard holds the events.
 
     A progress bar where stderr is a terminal; elsewhere, such as in a file, a line every logging step.
@@ -162,5 +162,5 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> NullLogger:
-    return RunLogger(run_dir, start, total) if is_main else NullLogger()
+def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> Logger:
+    return RunLogger(run_dir, start, total) if is_main else Logger()

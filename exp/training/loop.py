@@ -9,7 +9,7 @@ from exp.config.training import ScheduleConfig
 from exp.data.loader import Batch
 from exp.runtime.errors import InputError
 from exp.runtime.interrupt import Interrupted
-from exp.training.logger import Meter, NullLogger, say
+from exp.training.logger import Logger, Meter, say
 from exp.training.step import SCALER_TRIES, Outcome, TrainStep, seed_everything
 
 
@@ -25,7 +25,7 @@ def train(
     save_iters: Sequence[int],
     save: Callable[[int], None],
     validate: Callable[[int], bool],
-    logger: NullLogger,
+    logger: Logger,
 ) -> int:
     """Train from iteration `start` to `end` on this process's batches -> the iterations done (fewer if stopped).
 

@@ -12,7 +12,7 @@ from exp.evaluation.masks import MaskWriter
 from exp.evaluation.pictures import predict_panel
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.training.logger import NullLogger
+from exp.training.logger import Logger
 
 LOGGED_PICTURES = 3
 
@@ -74,7 +74,7 @@ class Validation:
     metric: str
     history: ScoreHistory
     save_best: Callable[[int], None] | None
-    logger: NullLogger
+    logger: Logger
     dist: Dist
     sink: Callable[[int], MaskWriter | None] = lambda iteration: None
     last: tuple[int, Evaluation] | None = None

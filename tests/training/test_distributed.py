@@ -15,7 +15,7 @@ from exp.models import build_model
 from exp.runtime import distributed
 from exp.runtime.distributed import Dist, pick_device
 from exp.runtime.errors import InputError
-from exp.training.logger import NullLogger
+from exp.training.logger import Logger
 from exp.training.loop import train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_optimizer, build_scheduler
@@ -51,7 +51,7 @@ def random_batches(dist: Dist) -> list[Batch]:
     return [Batch(image[share], label[share], tuple(share)) for share in shares]
 
 
-class Losses(NullLogger):
+class Losses(Logger):
     def __init__(self) -> None:
         self.values: list[float] = []
 

@@ -17,7 +17,7 @@ from exp.data.loader import Batch
 from exp.evaluation.inference import Inference, autocast
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.training.logger import Meter, NullLogger
+from exp.training.logger import Logger, Meter
 from exp.training.loop import train
 from exp.training.losses import build_criterion
 from exp.training.optim import build_ema, build_optimizer, build_scheduler
@@ -148,7 +148,7 @@ def test_inference_runs_the_network_alone_under_autocast():
         assert not torch.is_autocast_enabled("cpu")
 
 
-class Recorder(NullLogger):
+class Recorder(Logger):
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict]] = []
 
@@ -164,7 +164,7 @@ def run_loop_of(
     *,
     validate=lambda iteration: False,
     limit: int = 2,
-    logger: NullLogger | None = None,
+    logger: Logger | None = None,
     save: tuple[int, ...] = (3,),
     **changes: object,
 ) -> int:
@@ -182,7 +182,7 @@ def run_loop_of(
         save_iters=save,
         save=saved.append,
         validate=validate,
-        logger=logger or NullLogger(),
+        logger=logger or Logger(),
     )
 
 
