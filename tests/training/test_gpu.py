@@ -33,10 +33,12 @@ def test_steps_are_the_cpus_but_for_rounding(gpu: torch.device, optim: dict, acc
     for i in range(5):
         torch.testing.assert_close(other(batch(i).to(gpu)).loss.cpu(), one(batch(i)).loss, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other.grad_norm.cpu(), one.grad_norm, rtol=1e-3, atol=1e-5)
-    # Adam divides by a gradient's size: where that is rounding alone, a bias in front of batch norm, so is the step.
-    atol = 1e-4 if "momentum" in optim else 2 * 5 * optim["lr"]
+    # Adam divides by a gradient's size. That of a bias in front of batch norm is rounding alone, and so is its step,
+    # which moves the norm's mean: these two may differ by all of five steps, nothing else by more than rounding.
+    drifting = () if "momentum" in optim else ("encoder.0.bias", "encoder.1.running_mean")
     for own, expected in ((other.raw_model, one.raw_model), (other.ema, one.ema)):
         for name, value in own.state_dict().items():
+            atol = 2 * 5 * optim["lr"] if name.endswith(drifting) else 1e-4
             torch.testing.assert_close(value.cpu(), expected.state_dict()[name], rtol=1e-3, atol=atol)
 
 
