@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from exp.runtime.errors import run_and_report
+from exp.runtime.interrupt import SIGNALS
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +77,16 @@ def device(request) -> "torch.device":
     import torch
 
     return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("gpu")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A program that leaves because it was asked to ignores further signals; in this process the next test is to have
+    them, and what it starts inherits what is ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
