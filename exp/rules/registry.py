@@ -13,7 +13,7 @@ from exp.config.families import RULE_TABLE
 from exp.rules.exact import rankseg_exact
 from exp.rules.pooled import PooledRule, Thresholds, load_thresholds
 from exp.runtime.errors import InputError
-from rankseg_rma import rankseg_rma
+from rankseg_rma import rankseg_levelset, rankseg_rma
 
 Rule = Callable[[Tensor], Tensor]
 
@@ -61,6 +61,7 @@ RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and option
     "rankseg_rma": rankseg_rma_on_one_thread,
     "rankseg_rma_pooled": PooledRule,
     "rankseg_rma_fixed": lambda prob, *, thresholds: thresholds.decide(prob),  # which come from other images
+    "rankseg_levelset": rankseg_levelset,
     "rankseg_package": rankseg_package,
     "rankseg_exact": rankseg_exact,
 }

@@ -1,0 +1,215 @@
+"""`rankseg_levelset` against its model, worked out in float64 without levels, and its interface."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rankseg_rma as module
+from rankseg_rma import rankseg_levelset, rankseg_rma
+from tests.rules.test_rankseg_rma import smooth_map, softmax_map
+
+
+def expected_score(p: list[float], chosen: tuple[int, ...], metric: str) -> float:
+    """The exact expectation for the set `chosen` where the class is {j : p_j > u}, u uniform: a sum over the p_j."""
+    total, below = 0.0, 0.0
+    for u in sorted(set(p)):
+        here = {j for j, value in enumerate(p) if value >= u}  # for every u from the value before up to this one
+        both = len(here & set(chosen))
+        score = 2 * both / (len(here) + len(chosen)) if metric == "dice" else both / len(here | set(chosen))
+        total, below = total + (u - below) * score, u
+    return total
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_a_mask_is_the_best_of_all_sets(metric):
+    """Of all 2^8 of them, in 60 maps; a set that is worse is so by less than levels round."""
+    generator = torch.Generator().manual_seed(0)
+    found_empty = 0
+    for trial in range(60):
+        p = torch.rand(8, generator=generator).pow(1 + trial % 4)
+        values = p.tolist()
+        sets = [c for n in range(9) for c in itertools.combinations(range(8), n)]
+        scores = {c: expected_score(values, c, metric) if c else 1 - max(values) for c in sets}
+        mask = rankseg_levelset(p[None, None], metric, allow_overlap=True, pruning_prob=0)[0, 0]
+        chosen = tuple(mask.nonzero()[:, 0].tolist())
+        found_empty += not chosen
+        assert scores[chosen] > max(scores.values()) - 0.005
+    assert 0 < found_empty < 60
+
+
+def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Tensor, Tensor]:
+    """(C, d) -> (d,) labels and (C, d) gains, from the distinct probabilities themselves."""
+    p = prob.double()
+    high = p.amax(1)
+    names = (high > pruning_prob).nonzero()[:, 0]
+    q = p[names] * high[names, None]
+    q = q / q.sum(0)
+    gains = []
+    for row in q:
+        u, count = row.unique(return_counts=True)  # ascending
+        du = u.diff(prepend=u.new_zeros(1))
+        size = count.flip(0).cumsum(0).flip(0).double()  # pixels above every u between the value before and this one
+        both, union = torch.minimum(size[:, None], size), torch.maximum(size[:, None], size)
+        score = both / union if metric == "iou" else 2 * both / (size[:, None] + size)
+        n = size[(score * du).sum(1).argmax()]
+        at = torch.searchsorted(u, row)
+        if metric == "iou":
+            won = (du / size.clamp_min(n)).cumsum(0)
+            lost = du * size.clamp_max(n) / size.clamp_min(n) ** 2
+            gains.append((won - (lost.sum() - lost.cumsum(0)))[at])
+        else:
+            won = (2 * du / (size + n)).cumsum(0)
+            gains.append((won - (2 * du * size.clamp_max(n) / (size + n) ** 2).sum())[at])
+    present = q.amax(1)
+    gain = torch.stack(gains) / (1 + present.sum() - present)[:, None]
+    return names[gain.argmax(0)], gain
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+@pytest.mark.parametrize("shape", [(1, 5, 40, 50), (1, 21, 40, 30), (1, 3, 9, 12, 10)])
+def test_labels_maximise_the_gain(metric, shape):
+    """Levels may turn a pixel whose two best gains are all but equal, and few of those."""
+    coarse = torch.randn(
+        *shape[:2], 5, 5, *([5] if len(shape) == 5 else []), generator=torch.Generator().manual_seed(1)
+    )
+    mode = "trilinear" if len(shape) == 5 else "bilinear"
+    prob = torch.nn.functional.interpolate(4 * coarse, shape[2:], mode=mode).softmax(1)
+    label, gain = reference(prob[0].flatten(1), metric)
+    got = rankseg_levelset(prob, metric)[0].flatten()
+    assert (got != prob[0].flatten(1).max(0).indices).sum() > 5  # not argmax
+    assert (got != label).double().mean() < 0.02
+    names = (prob[0].flatten(1).amax(1) > 0.1).nonzero()[:, 0]
+    lost = gain.max(0).values - gain.gather(0, torch.searchsorted(names, got)[None])[0]
+    assert lost.max() < 0.05 * gain.abs().max()
+    assert lost.mean() < 1e-4 * gain.abs().max()
+
+
+def test_a_large_image_is_counted_on_a_grid(monkeypatch):
+    prob = smooth_map(1, 6, 400, 500)
+    assert prob[0, 0].numel() > 4 * module.LEVEL_SAMPLES
+    on_a_grid = rankseg_levelset(prob)
+    monkeypatch.setattr(module, "LEVEL_SAMPLES", 2**30)
+    on_all_pixels = rankseg_levelset(prob)
+    assert 0 < (on_a_grid != on_all_pixels).double().mean() < 0.002
+
+
+def test_a_class_that_is_hardly_there_takes_nothing():
+    """0.15 on a whole object: RankSEG-RMA is sure of 15 % of it, and lets it win pixels of the class that is there."""
+    prob = torch.full((1, 3, 40, 40), 0.0)
+    prob[:, 0] = 1.0
+    prob[0, :, 10:30, 10:30] = torch.tensor([0.05, 0.8, 0.15])[:, None, None]
+    prob[0, :, 10:30, 10:13] = torch.tensor([0.45, 0.4, 0.15])[:, None, None]
+    prob[0, :, 25:30, 15:30] = torch.tensor([0.25, 0.6, 0.15])[:, None, None]
+    assert (rankseg_rma(prob, contested="all") == 2).any() or (rankseg_rma(prob) == 2).any()
+    label = rankseg_levelset(prob)[0]
+    assert not (label == 2).any()
+    assert (label[10:30, 13:30] == 1).all()
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_extremes(metric):
+    certain = torch.nn.functional.one_hot(torch.randint(4, (2, 30, 20)), 4).movedim(-1, 1).float()
+    assert torch.equal(rankseg_levelset(certain, metric), certain.argmax(1))
+    assert torch.equal(rankseg_levelset(certain, metric, allow_overlap=True), certain.bool())
+    assert not rankseg_levelset(torch.full((1, 4, 9, 9), 0.25), metric).any()  # equal gains: the first class
+    flat = torch.full((1, 25, 9, 9), 0.03)  # all pruned
+    flat[:, 7] = 0.05
+    assert (rankseg_levelset(flat, metric) == 7).all()
+    assert not rankseg_levelset(torch.zeros(1, 3, 5, 5), metric).any()
+    one = torch.full((1, 3, 5, 5), 0.01)
+    one[:, 2] = 0.98
+    assert (rankseg_levelset(one, metric) == 2).all()
+    none = torch.zeros(1, 5, 5, dtype=torch.bool)
+    assert not rankseg_levelset(softmax_map(1, 3, 5, 5), metric, allow_overlap=True, valid=none).any()
+    assert rankseg_levelset(softmax_map(1, 3, 5, 5), metric, valid=none).shape == (1, 5, 5)
+
+
+def test_two_classes_take_the_mask_of_the_second():
+    prob = smooth_map(3, 2, 40, 50)
+    masks = rankseg_levelset(prob, allow_overlap=True)
+    assert torch.equal(rankseg_levelset(prob), masks[:, 1].long())
+    faint = torch.stack([torch.full((20, 20), 0.7), torch.full((20, 20), 0.3)])[None]
+    assert not rankseg_levelset(faint).any()  # 0.3 for all of it, 0.7 for nothing
+    assert rankseg_levelset(faint.flip(1)).all()
+
+
+@pytest.mark.parametrize("spatial", [(7,), (5, 6), (3, 4, 5)])
+@pytest.mark.parametrize("dtype", module.DTYPES)
+def test_shapes_dtypes_and_numpy(spatial, dtype):
+    prob = softmax_map(2, 4, *spatial).to(dtype)
+    before = prob.clone()
+    labels, masks = rankseg_levelset(prob), rankseg_levelset(prob, allow_overlap=True)
+    assert (labels.shape, labels.dtype) == ((2, *spatial), torch.int64)
+    assert (masks.shape, masks.dtype) == (prob.shape, torch.bool)
+    assert torch.equal(labels[1], rankseg_levelset(prob[1], in_batch=False))
+    assert torch.equal(masks[1], rankseg_levelset(prob[1], in_batch=False, allow_overlap=True))
+    assert torch.equal(prob, before)
+    if dtype != torch.bfloat16:
+        array = rankseg_levelset(prob.numpy())
+        assert isinstance(array, np.ndarray)
+        assert np.array_equal(array, labels.numpy())
+
+
+@pytest.mark.parametrize("classes", [2, 5, 21])
+def test_layouts_and_threads_give_identical_bits(classes):
+    prob = smooth_map(2, classes, 200, 190)
+    wanted = rankseg_levelset(prob)
+    cropped = torch.nn.functional.pad(prob, (3, 2, 1, 4))[..., 1:-4, 3:-2]
+    for same in (
+        prob.to(memory_format=torch.channels_last),
+        cropped,
+        prob.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert not same.is_contiguous()
+        assert torch.equal(rankseg_levelset(same), wanted)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(rankseg_levelset(prob), wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_pixels_that_are_not_valid_count_nowhere(overlap):
+    prob = smooth_map(1, 4, 60, 50)
+    valid = torch.zeros(1, 60, 50, dtype=torch.bool)
+    valid[:, :40] = True
+    got = rankseg_levelset(prob, allow_overlap=overlap, valid=valid)
+    assert torch.equal(got[..., :40, :], rankseg_levelset(prob[:, :, :40], allow_overlap=overlap))
+    assert not overlap or not got[..., 40:, :].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prob": torch.full((1, 3, 4, 4), 1.5)}, ValueError, "finite probabilities"),
+        ({"prob": torch.full((1, 3, 4, 4), float("nan"))}, ValueError, "finite probabilities"),
+        ({"prob": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}, TypeError, "int64"),
+        ({"prob": torch.zeros(1, 1, 4, 4)}, ValueError, "one class"),
+        ({"opt_metric": "acc"}, ValueError, "opt_metric"),
+        ({"pruning_prob": 2}, ValueError, "pruning_prob"),
+        ({"valid": torch.ones(1, 3, 3, dtype=torch.bool)}, ValueError, "valid must have the shape"),
+    ],
+)
+def test_errors_say_what_was_got_and_expected(change, error, message):
+    with pytest.raises(error, match=message):
+        rankseg_levelset(**{"prob": softmax_map(1, 3, 4, 4), **change})
+
+
+def test_work_is_not_shared_in_small_parts(monkeypatch):
+    """On a busy machine each parallel region waits for a core: few of them, however large the map."""
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        rankseg_levelset(smooth_map(1, 19, 256, 512))
+    grain = 2**15  # elements from which on PyTorch shares an operation among threads
+    calls = [e for e in profiler.events() if e.input_shapes and e.name.startswith("aten::")]
+    pieces = [
+        e for e in calls if e.name in ("aten::mul", "aten::addcmul", "aten::index_select", "aten::amax", "aten::sum")
+    ]
+    large = [e for e in pieces if any(np.prod(shape) >= grain for shape in e.input_shapes if shape)]
+    assert len(pieces) > 100
+    assert len(large) < 10
