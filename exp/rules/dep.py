@@ -62,7 +62,7 @@ def rankseg_dep(
     pruning_prob: float = 0.5,
     valid=None,
     *,
-    contested: str = "holders",
+    contested: str = "all",
     assignment: str = "sets",
     binary_threshold: bool = True,
 ):
