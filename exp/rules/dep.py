@@ -22,6 +22,8 @@ cell would be a pixel, they are exact.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,9 +34,7 @@ from rankseg_rma import _check_options, _check_prob, _check_range, _check_valid,
 
 CELLS = 32  # cells of the grid per theta
 EXACT = 2**14  # pixels of a map whose sums are exact for every theta
-# Pixels worked on at a time. On a CPU they are fewer than PyTorch shares among threads (2^15): on a busy machine a
-# thread that waits for another at every short step takes many times as long as one alone.
-CPU_TILE, OTHER_TILE = 2**15 - 1, 2**24
+CPU_TILE, OTHER_TILE = 2**15, 2**24  # pixels worked on at a time: on a CPU they stay in the cache
 ROUNDS = 20
 TINY = 1e-30
 ASSIGNMENTS = ("sets", "first_order")
@@ -75,7 +75,8 @@ def rankseg_dep(
         n pixels that the class has alone; a pixel in no set what `unassigned` says, by the same growth. "first_order":
         every pixel gets the unpruned class of the largest p_j / (n + mu_j) - lambda, n and lambda of the class's whole
         set; `unassigned` and `contested` then say nothing.
-    The others, and the types, are those of `rankseg_rma`; so are the errors. On a CPU one thread does nearly all.
+    The others, the types and the errors are those of `rankseg_rma`; `contested` is "all" here, as in the authors' code.
+    On a CPU one thread does it all.
     """
     _check_options("dice", "rma_score", unassigned, contested, pruning_prob)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
@@ -99,22 +100,37 @@ def rankseg_dep(
     shape, dtype = ((batch, classes, *spatial), torch.bool) if allow_overlap else ((batch, *spatial), torch.int64)
     out = torch.empty(shape, dtype=dtype, device=prob.device)
     tau = torch.zeros(batch, classes, dtype=torch.int64, device=prob.device)
-    for b in range(batch):
-        image = _Image(prob[b], None if valid is None else valid[b], options)
-        target = out[b].view(*out[b].shape[: -len(spatial)], spatial[0], -1)
-        if allow_overlap:
-            image.write_sets(target)
-        elif binary:
-            image.write_foreground(target)
-        else:
-            image.write_labels(target)
-        if return_tau:
-            tau[b] = torch.tensor(image.sizes())
+    with _one_thread():
+        for b in range(batch):
+            image = _Image(prob[b], None if valid is None else valid[b], options)
+            target = out[b].view(*out[b].shape[: -len(spatial)], spatial[0], -1)
+            if allow_overlap:
+                image.write_sets(target)
+            elif binary:
+                image.write_foreground(target)
+            else:
+                image.write_labels(target)
+            if return_tau:
+                tau[b] = torch.tensor(image.sizes())
     if not in_batch:
         out, tau = out[0], tau[0]
     if as_numpy:
         out, tau = out.numpy(), tau.numpy()
     return (out, tau) if return_tau else out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps what is computed on a CPU to the calling thread.
+
+    On a busy machine a thread that waits for others at the end of every short step takes many times as long as alone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def expected_sizes(prob: Tensor, theta: float, step: int | None = None) -> Tensor:
