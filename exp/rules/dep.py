@@ -172,6 +172,7 @@ class _Grid:
             for left in range(0, columns, wide)
         ]
         self.centres, self.sums, spread = self._axis(rows)
+        self.others = [self._along(length) for length in shape[1:]]
         self.left = spread.ne(0).int().argmax(1)  # of the two cells that a row lies between
         self.right = (self.left + 1).clamp_max(len(self.centres) - 1)
         weight = spread.gather(1, self.right[:, None]) * (self.right > self.left)[:, None]
@@ -191,16 +192,22 @@ class _Grid:
         spread.scatter_(1, left[:, None], (1 - share)[:, None]).scatter_(1, left[:, None] + 1, share[:, None])
         return centres, sums, spread
 
+    def _along(self, length: int) -> tuple[Tensor, ...]:
+        """The matrices from an axis's values to the kernel's sums at each of its pixels, to be multiplied in turn."""
+        centres, sums, spread = self._axis(length)
+        kernel = self._kernel(centres)
+        return (kernel,) if self.step == 1 else (sums.T, kernel @ spread.T)
+
     def _kernel(self, centres: Tensor) -> Tensor:
         return torch.exp(-((centres[:, None] - centres) ** 2) / (2 * self.theta**2))
 
     def smooth(self, x: Tensor) -> Tensor:
         """(cells, rest) sums over cells of the first axis -> the kernel's sums at their centres and every column."""
         x = x.view(len(x), *self.shape[1:])
-        for axis in range(1, x.dim()):
-            centres, sums, spread = self._axis(x.shape[axis])
+        for axis, matrices in enumerate(self.others, 1):
             x = x.movedim(axis, -1)
-            x = (x @ sums.T) @ (self._kernel(centres) @ spread.T)
+            for matrix in matrices:
+                x = x @ matrix
             x = x.movedim(-1, axis)
         return (self._kernel(self.centres) @ x.reshape(len(x), -1)).to(self.dtype)
 
