@@ -1,4 +1,4 @@
-"""RankSEG-DEP: probabilities -> labels for the per-image Dice, the pixels of a class being dependent.
+"""RankSEG-DEP: probabilities -> labels for the per-image Dice or IoU, the pixels of a class being dependent.
 
 Source: Wang & Dai, "On the Relaxation of Conditional Independence Assumption for Image Segmentation", NeurIPS 2026.
 
@@ -16,13 +16,21 @@ one more in all denominators costs. Iterating from a level set of p settles in a
 Where a map is one tile, single pixels then join or leave for as long as F grows. Against all n the F found is lower by
 2e-7 of itself on average and 1e-4 at most (1,500 maps of 4 to 576 pixels, theta 1 to 300).
 
+IoU. The expected IoU is, with the same step, F(S) = sum over S of p_j / (n + e_j), e_j being the expected size of what
+the class has outside S, given j: the sum of p there + sqrt(v_j) / p_j (K * sqrt(v) there)_j. A pixel k outside adds
+
+    p_k / (n + e_k) - (1 - p_k) L + sqrt(v_k) (K * (w sqrt(v) / p in S))_k, w_j = p_j / (n + e_j)^2, L = sum over S of w
+
+the first term exactly, the others to first order. A set that holds the pixels with a positive sum, and no others, is a
+fixed point; it is no level set. The iteration starts from {p > half of the largest p}, and the best set seen is kept.
+
 K is a product over the axes. Where theta allows, its sums are taken over cells of theta / CELLS pixels a side and
 interpolated between the cells' centres: mu_j is then within 1e-3 of itself. On maps of up to EXACT pixels, and where a
 cell would be a pixel, they are exact.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,12 +46,14 @@ CPU_TILE, OTHER_TILE = 2**15, 2**24  # pixels worked on at a time: on a CPU they
 ROUNDS = 20
 TINY = 1e-30
 ASSIGNMENTS = ("sets", "first_order")
+Tile = tuple[slice, slice]  # rows and columns of an (n, rest) plane
 
 
 @dataclass(frozen=True)
 class _Options:
     """The keywords of `rankseg_dep` that the solution of an image needs."""
 
+    metric: str
     theta: float
     pruning_prob: float
     unassigned: str | int
@@ -54,6 +64,7 @@ class _Options:
 @torch.no_grad()
 def rankseg_dep(
     prob,
+    opt_metric: str = "dice",
     theta: float = 300.0,
     allow_overlap: bool = False,
     in_batch: bool = True,
@@ -68,24 +79,27 @@ def rankseg_dep(
 ):
     """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels, as `rankseg_rma` and with its keywords.
 
+    opt_metric: "dice" as published, or "iou", this project's derivation.
     theta: reach of the dependence, in pixels (voxels, however thick), of every spatial axis alike.
     pruning_prob: a class whose largest probability in an image does not exceed it gets no set there.
     assignment: how sets become labels. "sets", as published: a pixel in one set gets its class; a pixel in several sets
         the class of the largest growth p_j / (n + 1 + mu_j) - sum over i of p_i / ((n + mu_i) (n + 1 + mu_i)), i in the
         n pixels that the class has alone; a pixel in no set what `unassigned` says, by the same growth. "first_order":
         every pixel gets the unpruned class of the largest p_j / (n + mu_j) - lambda, n and lambda of the class's whole
-        set; `unassigned` and `contested` then say nothing.
+        set; `unassigned` and `contested` then say nothing. For IoU both take the growth to first order, of the file's
+        first lines.
     The others, the types and the errors are those of `rankseg_rma`; `contested` is "all" here, as in the authors' code.
     On a CPU one thread does it all.
     """
-    _check_options("dice", "rma_score", unassigned, contested, pruning_prob)
+    _check_options(opt_metric, "rma_score", unassigned, contested, pruning_prob)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
         raise TypeError(f"theta must be a number of pixels above 0, got {theta!r}")
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a number of pixels above 0, got {theta}")
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be one of {ASSIGNMENTS}, got {assignment!r}")
-    options = _Options(theta, pruning_prob, 0 if unassigned == "first" else unassigned, contested, assignment)
+    label = 0 if unassigned == "first" else unassigned
+    options = _Options(opt_metric, theta, pruning_prob, label, contested, assignment)
     as_numpy = _is_numpy(prob)
     prob, valid = _check_prob(prob, in_batch), _check_valid(valid, in_batch)
     if not in_batch:
@@ -143,7 +157,7 @@ def expected_sizes(prob: Tensor, theta: float, step: int | None = None) -> Tenso
     found = _Class(plane, None, grid)
     mu = torch.empty(plane.shape, dtype=_working(prob.dtype), device=prob.device)
     for tile in grid.tiles:
-        mu[tile] = found.read(tile)[1] + found.mass
+        mu[tile] = found.read(tile)[1]
     return mu.view(prob.shape)
 
 
@@ -201,8 +215,12 @@ class _Grid:
     def _kernel(self, centres: Tensor) -> Tensor:
         return torch.exp(-((centres[:, None] - centres) ** 2) / (2 * self.theta**2))
 
-    def smooth(self, x: Tensor) -> Tensor:
-        """(cells, rest) sums over cells of the first axis -> the kernel's sums at their centres and every column."""
+    def field(self, values: Iterable[Tensor]) -> Tensor:
+        """A plane's tiles -> (cells, rest) sums under the kernel at the first axis's centres and every column."""
+        x = torch.zeros(len(self.centres), math.prod(self.shape[1:]), dtype=self.wide, device=self.device)
+        for (rows, columns), value in zip(self.tiles, values):
+            cells = slice(rows.start // self.step, (rows.stop - 1) // self.step + 1)
+            x[cells, columns] += self.sums[cells, rows] @ value.to(self.wide)
         x = x.view(len(x), *self.shape[1:])
         for axis, matrices in enumerate(self.others, 1):
             x = x.movedim(axis, -1)
@@ -211,51 +229,98 @@ class _Grid:
             x = x.movedim(-1, axis)
         return (self._kernel(self.centres) @ x.reshape(len(x), -1)).to(self.dtype)
 
+    def at(self, field: Tensor, tile: Tile) -> Tensor:
+        """A field's values at the pixels of a tile."""
+        rows, columns = tile
+        if self.step == 1:
+            return field[tile].clone()
+        first, last = (field[:, columns].index_select(0, cell[rows]) for cell in (self.left, self.right))
+        return first.lerp_(last, self.weight[rows])
+
 
 class _Class:
-    """One class of an image: (n, rest) probabilities, their sum, and what the sizes mu_j exceed it by."""
+    """One class of an image: (n, rest) probabilities, their sum, and the field of the sizes mu_j."""
 
     def __init__(self, plane: Tensor, valid: Tensor | None, grid: _Grid) -> None:
-        self.plane, self.grid, self.mass = plane, grid, 0.0
-        sums = torch.zeros(len(grid.centres), plane.shape[1], dtype=grid.wide, device=plane.device)
-        for rows, columns in grid.tiles:
-            p = self._probabilities((rows, columns))
-            root = (p * (1 - p)).clamp_min_(0).sqrt_()
-            if valid is not None:
-                p, root = p * valid[rows, columns], root.mul_(valid[rows, columns])
-            self.mass += p.sum().item()
-            cells = slice(rows.start // grid.step, (rows.stop - 1) // grid.step + 1)
-            sums[cells, columns] += grid.sums[cells, rows] @ root.to(grid.wide)
-        self.field = grid.smooth(sums)
+        self.plane, self.grid = plane, grid
+        self.masks = [None if valid is None else valid[tile] for tile in grid.tiles]
+        every = [1.0 if mask is None else mask for mask in self.masks]
+        self.mass = sum((p * mask).sum().item() for p, mask in zip(self.tiles(), every))
+        self.field = grid.field(_ratio(p).mul_(p).mul_(mask) for p, mask in zip(self.tiles(), every))
 
-    def _probabilities(self, tile: tuple[slice, slice]) -> Tensor:
+    def probabilities(self, tile: Tile) -> Tensor:
         return self.plane[tile].to(self.grid.dtype).contiguous()
 
-    def read(self, tile: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-        """The tile's p and mu - mass."""
-        rows, columns = tile
-        p, grid = self._probabilities(tile), self.grid
-        ratio = (1 - p).clamp_min_(0).div_(p.clamp_min(TINY)).sqrt_()
-        if grid.step == 1:
-            return p, ratio.mul_(self.field[tile])
-        first, last = (self.field[:, columns].index_select(0, cell[rows]) for cell in (grid.left, grid.right))
-        return p, ratio.mul_(first.lerp_(last, grid.weight[rows]))
+    def tiles(self) -> Iterator[Tensor]:
+        """The probabilities, tile by tile."""
+        return map(self.probabilities, self.grid.tiles)
+
+    def read(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The tile's p and mu."""
+        p = self.probabilities(tile)
+        return p, _ratio(p).mul_(self.grid.at(self.field, tile)).add_(self.mass)
+
+    def above(self, scores: Iterable[Tensor], price: float) -> list[Tensor]:
+        """Tiles of scores -> 1.0 at valid pixels whose score is larger than the price, 0.0 at the others.
+
+        On a CPU these are far faster to write and sum than bool.
+        """
+        own = [torch.gt(score, price, out=torch.empty_like(score)) for score in scores]
+        return [part if mask is None else part.mul_(mask) for part, mask in zip(own, self.masks)]
+
+    def as_plane(self, own: list[Tensor]) -> Tensor:
+        """A set's tiles -> (n, rest) bool."""
+        plane = torch.empty_like(self.plane, dtype=torch.bool)
+        for tile, part in zip(self.grid.tiles, own):
+            plane[tile] = part
+        return plane
 
 
-class _Set(NamedTuple):
-    """The pixels of one class's set as an (n, rest) bool plane, their number, and the price of one more."""
+def _ratio(p: Tensor) -> Tensor:
+    """sqrt(v) / p."""
+    return (1 - p).clamp_min_(0).div_(p.clamp_min(TINY)).sqrt_()
 
-    own: Tensor
+
+class _DiceGain(NamedTuple):
+    """What pixels add to a class: p / (size + mu) - price."""
+
+    found: _Class
     size: float
     price: float
 
+    def at(self, tile: Tile) -> Tensor:
+        p, mu = self.found.read(tile)
+        return p.div(mu.add_(self.size)).sub_(self.price)
 
-def _best_set(found: _Class, valid: Tensor | None, high: float) -> _Set:
+
+class _IoUGain(NamedTuple):
+    """As _DiceGain, for IoU: p / (n + e) - (1 - p) price + sqrt(v) inner, with n + e = base + sqrt(v) / p outer."""
+
+    found: _Class
+    base: float
+    outer: Tensor
+    price: float
+    inner: Tensor
+
+    def at(self, tile: Tile) -> Tensor:
+        p, grid = self.found.probabilities(tile), self.found.grid
+        ratio = _ratio(p)
+        whole = grid.at(self.outer, tile).mul_(ratio).add_(self.base).clamp_min_(TINY)
+        return grid.at(self.inner, tile).mul_(ratio.mul_(p)).add_(p / whole).sub_((1 - p) * self.price)
+
+
+class _Set(NamedTuple):
+    """The pixels of one class's set as an (n, rest) bool plane, their number, and what one more would add."""
+
+    own: Tensor
+    size: float
+    more: _DiceGain | _IoUGain
+
+
+def _best_dice_set(found: _Class, high: float) -> _Set:
     """The iteration of the file's first lines, from {p > 0.8 high / (1 + high)}, high being the largest p."""
-    tiles = [(p, excess.add_(found.mass)) for p, excess in map(found.read, found.grid.tiles)]
-    masks = [None if valid is None else valid[tile] for tile in found.grid.tiles]
-    start = 0.8 * high / (1 + high)
-    own = [_above(p, start, mask) for (p, _), mask in zip(tiles, masks)]
+    tiles = list(map(found.read, found.grid.tiles))
+    own = found.above((p for p, _ in tiles), 0.8 * high / (1 + high))
     best_value, sizes = -1.0, [-1.0, -1.0]
     for _ in range(ROUNDS):
         size, value, price = _measure(tiles, own)
@@ -264,15 +329,12 @@ def _best_set(found: _Class, valid: Tensor | None, high: float) -> _Set:
         if sizes[-2:] == [size, size]:  # the same denominators twice and as many pixels: the same set
             break
         sizes.append(size)
-        own = [_above(p / (mu + size), price, mask) for (p, mu), mask in zip(tiles, masks)]
+        own = found.above((p / (mu + size) for p, mu in tiles), price)
     own, size, price = best
     if len(tiles) == 1:
-        own = [_one_by_one(*tiles[0], own[0], masks[0])]
+        own = [_one_by_one(*tiles[0], own[0], found.masks[0])]
         size, _, price = _measure(tiles, own)
-    plane = torch.empty_like(found.plane, dtype=torch.bool)
-    for tile, part in zip(found.grid.tiles, own):
-        plane[tile] = part
-    return _Set(plane, size, price)
+    return _Set(found.as_plane(own), size, _DiceGain(found, size, price))
 
 
 def _measure(tiles: list[tuple[Tensor, Tensor]], own: list[Tensor]) -> tuple[float, float, float]:
@@ -308,10 +370,38 @@ def _one_by_one(p: Tensor, mu: Tensor, own: Tensor, mask: Tensor | None) -> Tens
     return own
 
 
-def _above(score: Tensor, price: float, mask: Tensor | None) -> Tensor:
-    """1.0 where the score is larger than the price, else 0.0; on a CPU far faster to write and sum than bool."""
-    own = torch.gt(score, price, out=torch.empty_like(score))
-    return own if mask is None else own.mul_(mask)
+def _best_iou_set(found: _Class, high: float) -> _Set:
+    """The fixed point of {what one more would add > 0}, from {p > high / 2}; the best set seen."""
+    own, best_value, worse = found.above(found.tiles(), high / 2), -1.0, 0
+    for _ in range(ROUNDS):
+        value, more = _linearise(found, own)
+        worse += 1
+        if value > best_value:
+            best_value, best, worse = value, (own, more), 0
+        following = found.above(map(more.at, found.grid.tiles), 0.0)
+        if worse == 2 or all(torch.equal(one, other) for one, other in zip(own, following)):
+            break
+        own = following
+    own, more = best
+    return _Set(found.as_plane(own), sum(part.sum().item() for part in own), more)
+
+
+def _linearise(found: _Class, own: list[Tensor]) -> tuple[float, _IoUGain]:
+    """Tiles of a set, 1.0 or 0.0 -> its F of IoU, and what one more pixel would add to it."""
+    grid = found.grid
+    out = [1 - part if mask is None else (1 - part).mul_(mask) for part, mask in zip(own, found.masks)]
+    base = sum((part.sum() + (p * rest).sum()).item() for p, part, rest in zip(found.tiles(), own, out))
+    outer = grid.field(_ratio(p).mul_(p).mul_(rest) for p, rest in zip(found.tiles(), out))
+    value, price, weights = 0.0, 0.0, []
+    for tile, p, part in zip(grid.tiles, found.tiles(), own):
+        ratio = _ratio(p)
+        whole = grid.at(outer, tile).mul_(ratio).add_(base).clamp_min_(TINY)
+        score = p.div(whole).mul_(part)
+        value += score.sum().item()
+        weight = score.div_(whole)
+        price += weight.sum().item()
+        weights.append(weight.mul_(ratio))
+    return value, _IoUGain(found, base, outer, price, grid.field(weights))
 
 
 class _Running:
@@ -337,7 +427,6 @@ class _Image:
         self.high = self._maxima()
         limit = torch.tensor(options.pruning_prob, dtype=prob.dtype).item()
         self.kept = [c for c, high in enumerate(self.high) if high > limit]
-        self.classes: dict[int, _Class] = {}
         self.sets: dict[int, _Set] = {}
 
     def _maxima(self) -> list[float]:
@@ -353,14 +442,13 @@ class _Image:
         return highs
 
     def _class(self, c: int) -> _Class:
-        if c not in self.classes:
-            self.classes[c] = _Class(_plane(self.prob[c]), self.valid, self.grid)
-        return self.classes[c]
+        return _Class(_plane(self.prob[c]), self.valid, self.grid)
 
     def _set(self, c: int) -> _Set:
         """The set of a class that is not pruned."""
         if c not in self.sets:
-            self.sets[c] = _best_set(self._class(c), self.valid, self.high[c])
+            solve = _best_dice_set if self.options.metric == "dice" else _best_iou_set
+            self.sets[c] = solve(self._class(c), self.high[c])
         return self.sets[c]
 
     def sizes(self) -> list[int]:
@@ -387,13 +475,11 @@ class _Image:
             self._write_by_sets(out)
 
     def _write_first_order(self, out: Tensor) -> None:
-        scores = {c: (self._set(c).size, self._set(c).price) for c in self.kept}
-        scores = scores or dict.fromkeys(range(len(self.prob)), (0.0, 0.0))  # all pruned: all compete
+        gains = {c: self._set(c).more for c in self.kept} or self._of_empty_sets()
         for tile in self.grid.tiles:
             best = _Running()
-            for c, (size, price) in scores.items():
-                p, excess = self._class(c).read(tile)
-                best.offer(c, p / (excess + (size + self._class(c).mass)) - price)
+            for c, gain in gains.items():
+                best.offer(c, gain.at(tile))
             out[tile] = best.label
 
     def _write_by_sets(self, out: Tensor) -> None:
@@ -401,32 +487,40 @@ class _Image:
         for c in self.kept:
             for tile in self.grid.tiles:
                 holders[tile] += self._set(c).own[tile]
-        alone = {c: self._alone(c, holders) for c in self.kept}
+        gains = {c: self._alone(c, holders) for c in self.kept} or self._of_empty_sets()
         pruned = [c for c in range(len(self.prob)) if c not in self.kept][:1]
-        scores = alone or {c: (self._class(c).mass, 0.0) for c in range(len(self.prob))}  # all pruned: all compete
         for tile in self.grid.tiles:
             number, holder, anyone = holders[tile], _Running(), _Running()
-            for c, (base, loss) in scores.items():
-                p, excess = self._class(c).read(tile)
-                growth = p.div(excess.add_(base + 1)).sub_(loss)
+            for c, gain in gains.items():
+                growth = gain.at(tile)
                 anyone.offer(c, growth)
-                if c in alone:
+                if c in self.kept:
                     holder.offer(c, growth.masked_fill(~self._set(c).own[tile], -math.inf))
             contested = holder.label
-            if self.options.contested == "all" and alone:
+            if self.options.contested == "all" and self.kept:
                 contested = torch.where(number > 1, anyone.label, contested)
                 for c in pruned:  # its score is 0, and it stands for all of them
                     contested = contested.masked_fill((number > 1) & (anyone.score < 0), c)
             unassigned = self.options.unassigned
             out[tile] = torch.where(number > 0, contested, anyone.label if unassigned == "max_score" else unassigned)
 
-    def _alone(self, c: int, holders: Tensor) -> tuple[float, float]:
-        """n + mass, n being the pixels that a class alone holds, and what it loses there if n + mass grows by one."""
-        own, found = self._set(c).own, self._class(c)
-        single = [(own[tile] & (holders[tile] == 1)).to(self.grid.dtype) for tile in self.grid.tiles]
-        base, loss = found.mass + sum(part.sum().item() for part in single), 0.0
-        for tile, part in zip(self.grid.tiles, single):
-            p, excess = found.read(tile)
-            whole = excess.add_(base)
-            loss += part.mul_(p).div_(whole).div_(whole + 1).sum().item()
-        return base, loss
+    def _of_empty_sets(self) -> dict[int, _DiceGain | _IoUGain]:
+        """What the first pixel would add to every class: all compete where all are pruned."""
+        nothing = [torch.zeros_like(_plane(self.prob[0])[tile], dtype=self.grid.dtype) for tile in self.grid.tiles]
+        return {c: self._growth(self._class(c), nothing) for c in range(len(self.prob))}
+
+    def _alone(self, c: int, holders: Tensor) -> _DiceGain | _IoUGain:
+        """What one more pixel would add to those that a class alone holds."""
+        own, found = self._set(c).own, self._set(c).more.found
+        return self._growth(found, [(own[t] & (holders[t] == 1)).to(self.grid.dtype) for t in self.grid.tiles])
+
+    def _growth(self, found: _Class, own: list[Tensor]) -> _DiceGain | _IoUGain:
+        """Tiles of a set, 1.0 or 0.0 -> what one more pixel would add to it; for IoU to first order."""
+        if self.options.metric == "iou":
+            return _linearise(found, own)[1]
+        size, loss = sum(part.sum().item() for part in own), 0.0
+        for tile, part in zip(self.grid.tiles, own):
+            p, mu = found.read(tile)
+            whole = mu.add_(size)
+            loss += p.mul(part).div_(whole).div_(whole + 1).sum().item()
+        return _DiceGain(found, size + 1, loss)

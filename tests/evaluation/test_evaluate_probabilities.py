@@ -199,7 +199,7 @@ def test_a_volume_as_one_unit_has_three_dimensions(script, tmp_path: Path, volum
     assert evaluate(script, tmp_path, *flags)[0] == 0
     rows = read_rows(tmp_path / "out" / "results" / "rankseg_dep.csv")
     for row, (prob, label) in zip(rows, volumes.values(), strict=True):
-        check_counts(row, rankseg_dep(prob[None], 2)[0], label, 3)
+        check_counts(row, rankseg_dep(prob[None], theta=2)[0], label, 3)
 
 
 def test_slices_along_another_axis(script, tmp_path: Path, volumes: dict):
