@@ -341,20 +341,22 @@ def test_layout_and_threads_change_nothing(monkeypatch):
     assert (rankseg_dep(part) != labels).float().mean() < 1e-3  # sums are rounded elsewhere, single pixels stay
 
 
+@pytest.mark.parametrize("metric", ["dice", "iou"])
 @pytest.mark.parametrize("shape", [(40, 50), (150, 170)])
-def test_what_is_not_valid_does_not_count(shape: tuple[int, int]):
+def test_what_is_not_valid_does_not_count(shape: tuple[int, int], metric: str):
     """A padded map has, within, the labels and sizes of the map alone."""
     prob = smooth_map(4, shape)
     padded = pad(prob, (13, 5, 2, 24), value=0.25)
     valid = pad(torch.ones(1, *shape, dtype=torch.bool), (13, 5, 2, 24))
-    alone, tau = rankseg_dep(prob, theta=60.0, return_tau=True)
-    labels, padded_tau = rankseg_dep(padded, theta=60.0, return_tau=True, valid=valid)
-    inside = labels[valid].view(1, *shape)
-    assert (inside != alone).float().mean() < (2e-3 if shape[0] > 100 else 1e-6)  # other cells
+    alone, tau = rankseg_dep(prob, opt_metric=metric, theta=60.0, return_tau=True)
+    labels, padded_tau = rankseg_dep(padded, opt_metric=metric, theta=60.0, return_tau=True, valid=valid)
+    differing = (labels[valid].view(1, *shape) != alone).float().mean()
+    assert differing < (1e-3 if shape[0] > 100 else 1e-6)  # other cells
     assert (padded_tau - tau).abs().max() <= 2e-3 * tau.max()
-    masks = rankseg_dep(padded, theta=60.0, valid=valid, allow_overlap=True)
+    masks = rankseg_dep(padded, metric, 60.0, valid=valid, allow_overlap=True)
     assert not masks.masked_select(~valid[:, None]).any()
-    assert (rankseg_dep(padded, theta=60.0)[valid].view(1, *shape) != alone).float().mean() > 0.003  # it would count
+    counted = rankseg_dep(padded, metric, 60.0)[valid].view(1, *shape)
+    assert (counted != alone).float().mean() > 3 * differing + 1e-4  # it would matter
 
 
 def test_two_classes_take_the_foregrounds_set():
