@@ -65,12 +65,15 @@ class PredictConfig:
     unassigned: Literal["max_score", "first"] | int | None = None
     to_nonoverlap_method: Literal["rma_score", "weight_prob", "prob"] | None = None
     contested: Literal["holders", "all"] | None = None
+    theta: float | None = None  # pixels over which a class's pixels depend on each other
+    assignment: Literal["sets", "first_order"] | None = None
     solver: Literal["BA", "TRNA"] | None = None
     scope: Literal["case", "dataset"] | None = None  # the pixels that share their thresholds
     thresholds: str | None = None  # a file that a rule of scope: dataset wrote; with --set, for it is nobody's default
 
     def __post_init__(self) -> None:
         require_entry(self, "rule", RULE_TABLE)
+        require_positive(self, "theta")
         if isinstance(self.unassigned, int):
             require(0 <= self.unassigned < IGNORE_INDEX, "unassigned", self.unassigned, "a class")
         for key in ("threshold", "pruning_prob"):

@@ -226,7 +226,7 @@ def evaluate_maps(
     rows = []
     for unit in units():
         prob = to_tensor(unit, len(classes))
-        label = torch.from_numpy(unit.label.reshape(-1, unit.label.shape[-1]))
+        label = torch.from_numpy(unit.label)
         preds = [rule(prob)[0] for rule in bind_rules(rules, thresholds, unit.case).values()]
         counts = count_rules(preds, label, len(classes)).numpy()
         rows.append((unit.name, unit.case, counts, count_calibration(prob, label).numpy()))
@@ -238,8 +238,8 @@ def evaluate_maps(
 
 
 def to_tensor(unit: Unit, num_classes: int) -> Tensor:
-    """(C, ..., W) probabilities -> (1, C, pixels / W, W), which is all one to a rule; float64 stays, else float32."""
+    """(C, *spatial) probabilities -> (1, C, *spatial); float64 stays, else float32."""
     if len(unit.prob) != num_classes:
         raise InputError(f"{unit.source}: got {len(unit.prob)} classes, expected {num_classes}")
     dtype = np.float64 if unit.prob.dtype == np.float64 else np.float32
-    return torch.from_numpy(np.require(unit.prob, dtype, "W")).reshape(1, num_classes, -1, unit.prob.shape[-1])
+    return torch.from_numpy(np.require(unit.prob, dtype, "W"))[None]

@@ -121,7 +121,7 @@ class Thresholds:
         return (n + mu) / (n + mu - s).clamp_min(1e-30) ** 2
 
     def decide(self, prob: Tensor) -> Tensor:
-        """(B, C, H, W) probabilities -> (B, H, W) int64 labels, without a copy of the map."""
+        """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels, without a copy of the map."""
         kept = torch.tensor(self.kept)
         if prob.shape[1] == 2:
             return (prob[:, 1] > self.threshold[1]).long() if self.kept[1] else torch.zeros_like(prob[:, 1]).long()
@@ -131,9 +131,10 @@ class Thresholds:
         gain = gain / gain.max()
         base = (-gain * torch.tensor(self.threshold, dtype=torch.float64)).masked_fill(~kept, -torch.inf)
         gain, base = (v.to(prob.device, prob.dtype, non_blocking=True)[:, None, None] for v in (gain, base))
-        rows = max(1, DECIDED // (prob.shape[1] * prob.shape[3]))
-        labels = [torch.addcmul(base, piece, gain).max(dim=1).indices for piece in prob.split(rows, dim=2)]
-        return torch.cat(labels, dim=1)
+        plane = prob.flatten(2, -2)  # rows of an image; of a volume, those of all slices
+        rows = max(1, DECIDED // (plane.shape[1] * plane.shape[3]))
+        labels = [torch.addcmul(base, piece, gain).max(dim=1).indices for piece in plane.split(rows, dim=2)]
+        return torch.cat(labels, dim=1).view(prob[:, 0].shape)
 
 
 def solve(pool: Pool, opt_metric: str, pruning_prob: float) -> Thresholds:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from exp.data.sets.shapes import Shapes, ShapesNoisy
+from exp.rules.dep import rankseg_dep
 from exp.rules.pooled import PooledRule, gather_thresholds
 from tests.conftest import ROOT, TINY, TINY_RUN, write_png
 
@@ -190,6 +191,15 @@ def test_volumes_as_one_unit(script, tmp_path: Path, volumes: dict):
     assert [row["image"] for row in rows] == list(volumes)
     for row, (prob, label) in zip(rows, volumes.values(), strict=True):
         check_counts(row, rankseg_rma(prob[None])[0], label, 3)
+
+
+def test_a_volume_as_one_unit_has_three_dimensions(script, tmp_path: Path, volumes: dict):
+    """RankSEG-DEP measures distances: those between slices, too."""
+    flags = ["--predict_yaml", "rankseg_dep", "--unit", "case", "--set", "predict.theta=2"]
+    assert evaluate(script, tmp_path, *flags)[0] == 0
+    rows = read_rows(tmp_path / "out" / "results" / "rankseg_dep.csv")
+    for row, (prob, label) in zip(rows, volumes.values(), strict=True):
+        check_counts(row, rankseg_dep(prob[None], theta=2)[0], label, 3)
 
 
 def test_slices_along_another_axis(script, tmp_path: Path, volumes: dict):
