@@ -53,7 +53,10 @@ NOISE = ("label_noise", "label_spread")
 RULE_TABLE = {  # configs/predict, key `rule`
     "argmax": RuleEntry(),
     "threshold": RuleEntry(needs=("threshold",), two_classes=True),
-    "rankseg_rma": RuleEntry(needs=("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested")),
+    "rankseg_rma": RuleEntry(
+        needs=("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
+        may_have=("sees_padding",),
+    ),
     "rankseg_rma_pooled": RuleEntry(needs=("opt_metric", "pruning_prob", "scope")),
     "rankseg_rma_fixed": RuleEntry(may_have=("thresholds",)),  # by --set; the rule's builder asks for it
     "rankseg_package": RuleEntry(needs=("opt_metric", "pruning_prob", "solver"), two_classes=True),

@@ -247,7 +247,9 @@ def test_facts_of_volumes_that_do_not_fit_are_refused(changes: dict, message: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n", r"val\.txt: got '/JPEGImages.* leads out"),
+        ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n", r"SegmentationClassAug: no such folder"),
+        ("/JPEGImages/a.jpg /../a.png\n", r"val\.txt: got '\.\./a\.png', which leads out"),
+        ("/JPEGImages/a.jpg /A/a.png\n/JPEGImages/b.jpg /B/b.png\n", r"val\.txt: got paths in several folders"),
         ("a 1\n", r"a 1\.jpg: no such file"),
         ("../../secret\n", "leads out of the data folder"),
         ("/etc/passwd\n", "leads out of the data folder"),
@@ -260,6 +262,19 @@ def test_voc_lists_that_hold_anything_but_names_are_refused(voc_dir: Path, text:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         PascalVOC(voc_dir, "val")
+
+
+def test_voc_reads_a_list_of_paths_as_the_papers_code_has_it(voc_dir: Path):
+    """train_aug.txt with an image and a label a line, the labels in SegmentationClassAug."""
+    root = voc_dir / "VOCdevkit" / "VOC2012"
+    (root / "SegmentationClassTrainAug").rename(root / "SegmentationClassAug")
+    names = [f"2007_trainaug_{i:06d}" for i in (3, 0, 5)]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names]
+    (root / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join(lines) + "\n")
+    dataset = build_dataset(data_config("pascal_voc", train_split="train_aug"), str(voc_dir), "train")
+    assert [sample.name for sample in dataset.samples] == names
+    assert {sample.label.parent for sample in dataset.samples} == {root / "SegmentationClassAug"}
+    assert set(np.unique(dataset[0].label)) > {0}
 
 
 def test_lists_with_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path: Path):
