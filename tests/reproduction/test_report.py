@@ -109,6 +109,23 @@ def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
     assert float(one(output, **own, score="p")["measured"]) == pytest.approx(expected)
 
 
+def test_the_shipped_rule_stands_beside_the_papers(output: Path):
+    """The published figure is compared with the paper's own rule; of the same pass, ours is shown."""
+    own = {"table": "table1", "row": plans.UPERNET, "data": "pascal_voc", "score": "mIoUI"}
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
+    scores = {
+        rule: json.loads((folder / f"{rule}.json").read_text())["metrics"]["mIoUI"]
+        for rule in ("argmax", "rankseg_rma_paper", "rankseg_rma")
+    }
+    row = one(output, **own, of="rankseg_rma")
+    assert float(row["measured"]) == pytest.approx(scores["rankseg_rma_paper"], rel=1e-12)
+    assert float(row["shipped"]) == pytest.approx(scores["rankseg_rma"], rel=1e-12)
+    gain = one(output, **own, of="rankseg_rma - argmax")
+    assert float(gain["shipped"]) == pytest.approx(scores["rankseg_rma"] - scores["argmax"], rel=1e-9)
+    assert one(output, **own, of="argmax")["shipped"] == ""
+    assert "| measured - published | 95 % interval | shipped rule |" in (output / "report" / "tables.md").read_text()
+
+
 def test_gains_have_the_interval_of_the_evaluation(output: Path):
     folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
     measured = Measured(output)
