@@ -38,7 +38,12 @@ FREE_KEYS = {
     "data": ("val_split", "val_samples", "damaged"),
 }
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
-LATER_KEYS = {"schedule": {"tf32": "conv"}, "data": {"augmentation": "corner"}, "optim": {"warmup": "from_start"}}
+LATER_KEYS = {
+    "data": {"augmentation": "corner"},
+    "loss": {"both_classes": None},
+    "optim": {"warmup": "from_start"},
+    "schedule": {"tf32": "conv"},
+}
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
 LATER_PREDICT_KEYS = {"sees_padding": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}

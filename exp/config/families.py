@@ -65,9 +65,9 @@ RULE_TABLE = {  # configs/predict, key `rule`
 LOSS_TABLE = {  # configs/loss, key `loss`
     "ce": Entry(),
     "focal": Entry(needs=("gamma",)),
-    "jaccard": Entry(needs=OVERLAP),
-    "dice": Entry(needs=OVERLAP),
-    "tversky": Entry(needs=(*OVERLAP, "alpha", "beta")),
+    "jaccard": Entry(needs=OVERLAP, may_have=("both_classes",)),
+    "dice": Entry(needs=OVERLAP, may_have=("both_classes",)),
+    "tversky": Entry(needs=(*OVERLAP, "alpha", "beta"), may_have=("both_classes",)),
 }
 DECODER_TABLE = {  # configs/model, key `decoder`
     "deeplabv3": DecoderEntry(needs=("atrous_rates",), strides=(8, 16), pools=True),

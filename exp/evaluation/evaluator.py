@@ -101,7 +101,7 @@ class Clock:
 class Evaluation:
     """What one evaluation found, the same on every rank.
 
-    calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
+    calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 4, bins); None if not asked for.
     entropy: with it, (N,) how uncertain the network is of each image (mean_entropy).
     thresholds: those of each pooled rule, for further images.
     """
