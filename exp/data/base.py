@@ -152,6 +152,14 @@ def colours(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(tuple(bytes.fromhex(colour)) for colour in text.split())
 
 
+def numbered_colours(num: int) -> tuple[tuple[int, int, int], ...]:
+    """Different colours for classes that have none of their owner: VOC's scheme, the bits of the number, reversed."""
+    bits = [[(index >> (3 * place + channel) & 1) << (7 - place) for place in range(8)]
+            for index in range(num) for channel in range(3)]  # fmt: skip
+    values = list(map(sum, bits))
+    return tuple(zip(values[::3], values[1::3], values[2::3]))
+
+
 def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """(H, W) values of one channel -> (H, W, 3) uint8 grey, from the window's low end (black) to its high one."""
     low, high = window
