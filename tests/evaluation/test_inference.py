@@ -164,6 +164,7 @@ def test_padding_lies_where_it_is_to_and_may_be_kept(size: tuple[int, int], padd
     torch.testing.assert_close(whole, Position()(padded).softmax(1))
     assert kept.place(*size) == (slice(above, above + height), slice(left, left + width))
     torch.testing.assert_close(kept.inside(whole, *size), Position()(image).softmax(1))
+    assert {view.shape[-2:] for view in kept.logits(Position(), image)} == {size}  # of labels, for a temperature
     prob = Inference((8, 10), (6, 7), 3, flip=flip, padding=padding)(WindowMean(), image)
     assert prob.shape == (1, 3, *size)
     torch.testing.assert_close(prob, kept.inside(kept(WindowMean(), image), *size))
