@@ -98,14 +98,13 @@ class Predictor:
         return image if self.channels == 3 else show_values(image[..., 0], self.window)
 
     def slices(self, volume: Volume) -> Iterator[np.ndarray]:
-        """A volume -> its slices in order, (H, W) int16 values clipped to the window."""
-        low, high = (round(bound) for bound in self.window)
-        for values in read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale):
-            yield values.clip(low, high)
+        """A volume -> its slices in order, (H, W) int16 values."""
+        yield from read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale)
 
     def resize(self, values: np.ndarray) -> np.ndarray:
-        """(H, W) values of a slice -> (H', W', 1), as the network sees it."""
-        return resize_image(values, self.volumes.size or values.shape)[..., None]
+        """(H, W) values of a slice -> (H', W', 1), as the network sees it: clipped to the window after all else."""
+        low, high = (round(bound) for bound in self.window)
+        return resize_image(values, self.volumes.size or values.shape).clip(low, high)[..., None]
 
     def maps(self, sources: Sequence[Source]) -> Iterator[tuple[Tensor, str]]:
         """The probabilities of every image and slice, and its source's name: what pooled rules want to see first."""

@@ -428,6 +428,20 @@ def test_from_the_owners_files_to_scores(script, program, tmp_path: Path, name: 
 
 
 @pytest.mark.slow
+def test_what_was_trained_on_cityscapes_is_evaluated_by_night(program, tmp_path: Path):
+    write_cityscapes(tmp_path / "data", {"train": 4, "val": 1}, (48, 64))
+    write_night(tmp_path / "data", "dark_zurich", 2)
+    tiny = ["--model_yaml", "unet_mobilenetv3_small_100", "--data_dir", tmp_path / "data", "--output_dir", tmp_path]
+    tiny += ["--set", "model.decoder_channels=[8,8,8,8,8]", "data.crop_size=[32,32]", "schedule.train_iters=1"]
+    tiny += ["schedule.batch_size=2", "schedule.num_workers=0", "--predict_yaml", "argmax", "--data_yaml"]
+    assert program(*tiny, "cityscapes")[0] == 0
+    weights = next(tmp_path.glob("*.cityscapes.*/checkpoints/last.safetensors"))
+    status, _, err = program(*tiny, "dark_zurich", "--test-only", "--model_checkpoint", weights)
+    assert status == 0, err
+    assert next(tmp_path.glob("*.dark_zurich.*/results/argmax.json")).is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_from_real_files_to_scores(script, program, real_data: Path, tmp_path: Path, name: str):
     REAL[name](real_data, tmp_path / "data")
