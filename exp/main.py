@@ -38,7 +38,9 @@ def main() -> None:
             trained = run.with_fitted_temperature(trained, folder)
             evaluation = run.evaluate(trained, folder, args.save_masks)
         else:
-            trained, evaluation = run.train_run(config, folder, args.data_dir, dist, args.save_masks)
+            trained, evaluation = run.train_run(
+                config, folder, args.data_dir, dist, args.save_masks, args.model_checkpoint
+            )
         if dist.is_main:
             if args.save_masks:
                 print(f"masks: {folder / 'masks'}")

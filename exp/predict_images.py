@@ -34,7 +34,7 @@ from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
 from exp.models import build_model
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
-from exp.rules.registry import Rule, bind_rules, build_rule
+from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
 from exp.runtime.errors import InputError, decoding
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
@@ -75,14 +75,16 @@ class Predictor:
     volumes: VolumeFacts | None
 
     def probabilities(self, image: np.ndarray) -> Tensor:
-        """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32."""
+        """(H, W, channels) uint8 or int16 -> (1, C, H, W) float32, with the padding of the window if a rule sees it."""
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
         return self.inference(self.model, self.normalize(pixels.to(self.device)))
 
     def decide(self, image: np.ndarray, source: Source, thresholds: RuleThresholds) -> dict[str, np.ndarray]:
         """(H, W, channels) pixels of a source -> (H, W) labels by rule, the pooled ones under their thresholds."""
-        prob, rules = self.probabilities(image), bind_rules(self.rules, thresholds, source.name)
-        return {name: rule(prob)[0].cpu().numpy() for name, rule in rules.items()}
+        size, whole = image.shape[:2], self.probabilities(image)
+        prob, place = self.inference.inside(whole, *size), self.inference.place(*size)
+        rules = bind_rules(self.rules, thresholds, source.name)
+        return {name: decide(rule, whole, prob, place).cpu().numpy() for name, rule in rules.items()}
 
     def read(self, source: Source) -> np.ndarray | Volume:
         """A source -> its pixels, or the grid of its volume; InputError for what this network cannot take."""
@@ -96,14 +98,13 @@ class Predictor:
         return image if self.channels == 3 else show_values(image[..., 0], self.window)
 
     def slices(self, volume: Volume) -> Iterator[np.ndarray]:
-        """A volume -> its slices in order, (H, W) int16 values clipped to the window."""
-        low, high = (round(bound) for bound in self.window)
-        for values in read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale):
-            yield values.clip(low, high)
+        """A volume -> its slices in order, (H, W) int16 values."""
+        yield from read_slices(volume, range(volume.num_slices), rescale=self.volumes.rescale)
 
     def resize(self, values: np.ndarray) -> np.ndarray:
-        """(H, W) values of a slice -> (H', W', 1), as the network sees it."""
-        return resize_image(values, self.volumes.size or values.shape)[..., None]
+        """(H, W) values of a slice -> (H', W', 1), as the network sees it: clipped to the window after all else."""
+        low, high = (round(bound) for bound in self.window)
+        return resize_image(values, self.volumes.size or values.shape).clip(low, high)[..., None]
 
     def maps(self, sources: Sequence[Source]) -> Iterator[tuple[Tensor, str]]:
         """The probabilities of every image and slice, and its source's name: what pooled rules want to see first."""
@@ -111,7 +112,7 @@ class Predictor:
             pixels = self.read(source)
             images = map(self.resize, self.slices(pixels)) if isinstance(pixels, Volume) else [pixels]
             for image in images:
-                yield self.probabilities(image), source.name
+                yield self.inference.inside(self.probabilities(image), *image.shape[:2]), source.name
 
 
 def list_sources(path: Path, output: Path) -> list[Source]:
@@ -238,11 +239,12 @@ def build_predictor(
     if test.temperature == "fitted":
         fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
         test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
+    rules = {c.name: build_rule(c, len(classes)) for c in predict}
     return Predictor(
         model=model,
-        inference=build_inference(test),
+        inference=build_inference(test, see_padding(rules.values())),
         normalize=build_normalize(data),
-        rules={c.name: build_rule(c, len(classes)) for c in predict},
+        rules=rules,
         device=device,
         classes=facts["classes"],
         palette=facts["palette"],

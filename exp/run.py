@@ -170,16 +170,24 @@ def mask_writer(trained: Trained, folder: Path) -> MaskWriter:
 
 
 def train_run(
-    config: ExperimentConfig, folder: Path, data_dir: str | None, dist: Dist, save_masks: bool
+    config: ExperimentConfig,
+    folder: Path,
+    data_dir: str | None,
+    dist: Dist,
+    save_masks: bool,
+    given: Path | None = None,
 ) -> tuple[Trained, Evaluation]:
-    """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate what came out."""
+    """Train to the end of the schedule, and evaluate what came out.
+
+    From the newest checkpoint, if there is one, or from the `given` one of the same training, if that is further.
+    """
     if config.test.temperature == "fitted":
         raise InputError("test.temperature: got fitted, expected a number in training: it is for --test-only")
     if config.test.weights == "ema" and config.optim.ema_decay is None:
         raise InputError("test.weights: got ema, expected raw where optim.ema_decay keeps no moving average")
     evaluator = build_evaluator(config, data_dir, dist)
     dataset = build_dataset(config.data, data_dir, "train", config.seed)
-    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks).run()
+    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, given).run()
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class TrainingSession:
     dataset: SegmentationDataset
     dist: Dist
     save_masks: bool
+    given: Path | None = None  # a checkpoint to resume from; never written to
 
     def run(self) -> tuple[Trained, Evaluation]:
         """What was trained, and its evaluation."""
@@ -274,18 +283,21 @@ class TrainingSession:
         return trained, validation.evaluate(done)
 
     def _resume(self) -> tuple[Checkpoint | None, ScoreHistory]:
-        """The newest checkpoint, if any, and the validations so far; InputError if it is not this run's."""
+        """The checkpoint to resume from, if any, and the validations so far; InputError if it is not this run's."""
         config, folder = self.config, self.folder / CHECKPOINTS
         rule, metric, weights = config.predict[0].name, config.test.metric, config.test.weights
         images = f"{len(self.evaluator.dataset)} images of {config.data.val_split}"
         history = ScoreHistory(f"{metric} of {rule}, {weights} weights, {images}", config.schedule.early_stop)
         path = self.dist.on_main(lambda: find_checkpoint(folder))
+        if self.given is not None:
+            path = self._further(path)
         if path is None:
             return None, history
         checkpoint = load_checkpoint(path)
         check_resumable(checkpoint, config.to_dict(), describe_images(self.dataset))
         if self.dist.is_main:
-            set_aside_damaged(folder, path)
+            if path != self.given:
+                set_aside_damaged(folder, path)
             before, now = checkpoint.training["world_size"], self.dist.world_size
             if before != now:
                 print(
@@ -294,6 +306,19 @@ class TrainingSession:
                 )
         history.load_state_dict(checkpoint.training["validations"])
         return checkpoint, history
+
+    def _further(self, own: Path | None) -> Path:
+        """The run's newest checkpoint or the given one: which is further, and of two as far the run's."""
+        if self.given.resolve().parent == (self.folder / CHECKPOINTS).resolve():
+            raise InputError(
+                f"--model_checkpoint: {self.given}: got a checkpoint of the run itself, which removes the older ones; "
+                "expected a copy elsewhere, or no such flag: the run resumes from its newest"
+            )
+        if own is None or load_checkpoint(self.given).iteration > load_checkpoint(own).iteration:
+            return self.given
+        if self.dist.is_main:
+            print(f"{own}: resumed in place of {self.given}: it is as far or further")
+        return own
 
     def _check_start(self, start: int) -> None:
         """InputError if the processes see different checkpoints, or are given batches that batch norm cannot take."""

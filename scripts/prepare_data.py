@@ -3,8 +3,9 @@
     python scripts/prepare_data.py lits --data_dir /path/to/data
 
 pascal_voc: writes SegmentationClassTrainAug/ and trainaug.txt from VOC 2012 and SBD. lits, kits, hippocampus: writes
-the slices that hold tumour (any structure) to <name>/train/. cityscapes, ade20k, camvid: nothing to convert; the tree
-is checked. Interrupted, the same command resumes. Nothing that was there before is changed or removed.
+the slices that hold tumour (any structure) to <name>/train/. deepglobe_*: writes a label of class indices for every
+mask. All others: nothing to convert; the tree is checked. Interrupted, the same command resumes. Nothing that was there
+before is changed or removed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import build_script_parser
 from exp.config.experiment import load_groups
+from exp.data.prepare.deepglobe import prepare_masks
 from exp.data.prepare.facts import NUM_FOLDS, VOLUMES, fold_of
 from exp.data.prepare.trees import check_tree
 from exp.data.prepare.voc import prepare_voc
@@ -56,6 +58,9 @@ def main() -> None:
     else:
         if args.name == "pascal_voc":
             prepare_voc(args.data_dir, args.workers)
+        if args.name.startswith("deepglobe_"):
+            cls = DATASETS[args.name]
+            prepare_masks(args.data_dir / cls.task / TRAIN, cls.palette, args.workers)
         print_images(args.name, args.data_dir)
     flags = f"--data_dir {args.data_dir} --data_yaml {args.name}"
     print(f"check every file: python scripts/verify_data.py {flags}")

@@ -19,9 +19,11 @@ DEFAULT_YAMLS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line -> checked flags; InputError for values that cannot be."""
     args = build_parser().parse_args(argv)
-    for name in ("model_checkpoint", "fit_temperature"):
-        if getattr(args, name) and not args.test_only:
-            raise InputError(f"--{name} {getattr(args, name)}: expected together with --test-only")
+    if not args.test_only:
+        if args.fit_temperature:
+            raise InputError(f"--fit_temperature {args.fit_temperature}: expected together with --test-only")
+        if args.model_checkpoint == Path("best"):
+            raise InputError("--model_checkpoint best: expected together with --test-only: it has no state to resume")
     for name in ("save_pred", "save_prob", "seed"):
         if not 0 <= getattr(args, name) < 2**31:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected 0 or more, less than 2**31")
@@ -80,7 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model_checkpoint",
         metavar="FILE",
         type=Path,
-        help="with --test-only: evaluate this checkpoint, or 'best' (of the run's validations), not the newest",
+        help="with --test-only: evaluate this checkpoint, or 'best' (of the run's validations), not the newest; in "
+        "training: resume from this one, which is left as it is, unless the run has one that is further",
     )
     parser.add_argument(
         "--fit_temperature",

@@ -24,6 +24,7 @@ class DataConfig:
     val_samples: int | None = None
     scale_range: tuple[float, float] = (0.5, 2.0)
     flip_prob: float = 0.5
+    augmentation: Literal["centred", "letter", "corner"] = "centred"  # how crops are padded and resampled
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the RGB values in 0..1, ImageNet
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     damaged: Literal["stop", "skip"] = "stop"  # what a training image that cannot be read does; in evaluation: stop

@@ -24,6 +24,7 @@ class TestConfig:
     images_per_forward: int = 1  # whose windows share these: more than 1 keeps a GPU busy where an image is one window
     weights: Literal["raw", "ema"] = "raw"  # ema: the moving average of optim.ema_decay
     amp: Literal["off", "bf16", "fp16"] = "off"  # of the forward pass; the softmax is computed in float32 always
+    padding: Literal["corner", "centred"] = "corner"  # of images smaller than the window: where, in zeros
     scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
     flip: bool = False  # every scale also mirrored
     temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
@@ -67,6 +68,7 @@ class PredictConfig:
     contested: Literal["holders", "all"] | None = None
     theta: float | None = None  # pixels over which a class's pixels depend on each other
     assignment: Literal["sets", "first_order"] | None = None
+    sees_padding: bool | None = None  # true: decides on the padded map of an image smaller than the window
     solver: Literal["BA", "TRNA"] | None = None
     scope: Literal["case", "dataset"] | None = None  # the pixels that share their thresholds
     thresholds: str | None = None  # a file that a rule of scope: dataset wrote; with --set, for it is nobody's default

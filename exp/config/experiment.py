@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from exp.config.data import DataConfig
+from exp.config.data import NUM_FOLDS, DataConfig
 from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.loss import LossConfig
 from exp.config.model import ModelConfig
@@ -37,8 +38,14 @@ FREE_KEYS = {
     "data": ("val_split", "val_samples", "damaged"),
 }
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
-LATER_KEYS = {"schedule": {"tf32": "conv"}}
-LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1}
+LATER_KEYS = {
+    "data": {"augmentation": "corner"},
+    "loss": {"both_classes": None},
+    "optim": {"warmup": "from_start"},
+    "schedule": {"tf32": "conv"},
+}
+LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
+LATER_PREDICT_KEYS = {"sees_padding": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
@@ -83,9 +90,11 @@ class ExperimentConfig:
         """Plain dicts, lists and scalars, for YAML, JSON and checkpoints."""
         plain = _plain(dataclasses.asdict(self))
         del plain["given_test"]
-        for key, default in LATER_TEST_KEYS.items():  # results that never asked for it stay comparable with older ones
-            if plain["test"][key] == default:
-                del plain["test"][key]
+        groups = [(plain["test"], LATER_TEST_KEYS), *((rule, LATER_PREDICT_KEYS) for rule in plain["predict"])]
+        for values, later in groups:  # results that never asked for it stay comparable with older ones
+            for key, default in later.items():
+                if values[key] == default:
+                    del values[key]
         return plain
 
 
@@ -126,10 +135,7 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
 
 def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:
     """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them."""
-    values = {
-        group: [(path, load_mapping(path)) for path in (find_yaml(group, name) for name in names)]
-        for group, names in yamls.items()
-    }
+    values = {group: [_read_yaml(group, name) for name in names] for group, names in yamls.items()}
     origins = {}
     for text in overrides:
         _apply_override(text, values, origins)
@@ -145,6 +151,18 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
     return configs
+
+
+def _read_yaml(group: str, name: str) -> tuple[Path, dict[str, Any]]:
+    """A YAML's name -> its path and what it says. Of a data set in folds, lits_fold2 is lits with `fold: 2`."""
+    fold = re.fullmatch(rf"(\w+)_fold([0-{NUM_FOLDS - 1}])", name)
+    if group == "data" and fold and not (CONFIG_DIR / group / f"{name}.yaml").is_file():
+        path = CONFIG_DIR / group / f"{fold[1]}.yaml"
+        mapping = load_mapping(path) if path.is_file() else {}
+        if "fold" in mapping:
+            return path, {**mapping, "fold": int(fold[2])}
+    path = find_yaml(group, name)
+    return path, load_mapping(path)
 
 
 def _check_name(group: str, name: str, path: Path) -> None:

@@ -53,7 +53,10 @@ NOISE = ("label_noise", "label_spread")
 RULE_TABLE = {  # configs/predict, key `rule`
     "argmax": RuleEntry(),
     "threshold": RuleEntry(needs=("threshold",), two_classes=True),
-    "rankseg_rma": RuleEntry(needs=("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested")),
+    "rankseg_rma": RuleEntry(
+        needs=("opt_metric", "pruning_prob", "unassigned", "to_nonoverlap_method", "contested"),
+        may_have=("sees_padding",),
+    ),
     "rankseg_rma_pooled": RuleEntry(needs=("opt_metric", "pruning_prob", "scope")),
     "rankseg_rma_fixed": RuleEntry(may_have=("thresholds",)),  # by --set; the rule's builder asks for it
     "rankseg_levelset": RuleEntry(needs=("opt_metric", "pruning_prob")),
@@ -64,9 +67,9 @@ RULE_TABLE = {  # configs/predict, key `rule`
 LOSS_TABLE = {  # configs/loss, key `loss`
     "ce": Entry(),
     "focal": Entry(needs=("gamma",)),
-    "jaccard": Entry(needs=OVERLAP),
-    "dice": Entry(needs=OVERLAP),
-    "tversky": Entry(needs=(*OVERLAP, "alpha", "beta")),
+    "jaccard": Entry(needs=OVERLAP, may_have=("both_classes",)),
+    "dice": Entry(needs=OVERLAP, may_have=("both_classes",)),
+    "tversky": Entry(needs=(*OVERLAP, "alpha", "beta"), may_have=("both_classes",)),
 }
 DECODER_TABLE = {  # configs/model, key `decoder`
     "deeplabv3": DecoderEntry(needs=("atrous_rates",), strides=(8, 16), pools=True),
@@ -86,12 +89,20 @@ DATASET_TABLE = {  # configs/data, key `dataset`
     "ade20k": DataSetEntry(code="ade20k.ADE20K"),
     "camvid": DataSetEntry(code="camvid.CamVid"),
     "cityscapes": DataSetEntry(code="cityscapes.Cityscapes"),
+    "coco_stuff": DataSetEntry(code="coco_stuff.COCOStuff"),
+    "dark_zurich": DataSetEntry(code="cityscapes.DarkZurich"),
+    "deepglobe_building": DataSetEntry(code="deepglobe.DeepGlobeBuilding", needs=("fold",)),
+    "deepglobe_land": DataSetEntry(code="deepglobe.DeepGlobeLand", needs=("fold",)),
+    "deepglobe_road": DataSetEntry(code="deepglobe.DeepGlobeRoad", needs=("fold",)),
     "folder": DataSetEntry(
         code="folder.Folder", needs=("images", "labels", "classes", "palette"), may_have=("label_map", "channels")
     ),
     "hippocampus": DataSetEntry(code="slices.Hippocampus", needs=OF_VOLUMES),
     "kits": DataSetEntry(code="slices.KiTS", needs=OF_VOLUMES),
     "lits": DataSetEntry(code="slices.LiTS", needs=OF_VOLUMES),
+    "mapillary_vistas": DataSetEntry(code="mapillary_vistas.MapillaryVistas"),
+    "nighttime_driving": DataSetEntry(code="cityscapes.NighttimeDriving"),
+    "pascal_context": DataSetEntry(code="pascal_context.PascalContext"),
     "pascal_voc": DataSetEntry(code="pascal_voc.PascalVOC"),
     "shapes": DataSetEntry(code="shapes.Shapes"),
     "shapes_binary": DataSetEntry(code="shapes.ShapesBinary"),

@@ -13,6 +13,7 @@ class LossConfig:
 
     jaccard, dice and tversky: ce_weight x cross-entropy + (1 - ce_weight) x the weighted mean of 1 - index, taken over
     the global batch (dataset_weight), per image and per class. A key that the loss does not read is refused.
+    both_classes: of two classes the background counts as any other, as in the paper's code; else the foreground alone.
     """
 
     name: str
@@ -26,6 +27,7 @@ class LossConfig:
     smooth: float | None = None  # in pixels, added to numerator and denominator of the index
     alpha: float | None = None  # tversky's weight of false positives
     beta: float | None = None  # tversky's weight of false negatives
+    both_classes: bool | None = None  # of jaccard, dice and tversky; read with two classes
 
     def __post_init__(self) -> None:
         require(0 <= self.aux_weight < 1, "aux_weight", self.aux_weight, "a value in [0, 1)")

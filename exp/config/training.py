@@ -44,7 +44,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and learning-rate schedule: linear warm-up from start_lr, then polynomial decay to 0."""
+    """Optimiser and learning-rate schedule: linear warm-up, then polynomial decay to 0.
+
+    warmup: from_zero, the paper's: lr x iteration / length, at least start_lr. from_start: a line from start_lr to lr,
+    that of trainings before there was this key.
+    """
 
     name: str
     optimizer: Literal["adamw", "sgd"]
@@ -53,6 +57,7 @@ class OptimConfig:
     head_lr_factor: float = 10.0  # decoder and heads, relative to the encoder
     momentum: float | None = None  # sgd alone
     start_lr: float = 1e-6
+    warmup: Literal["from_zero", "from_start"] = "from_zero"
     warmup_fraction: float = 0.01  # of all iterations
     power: float = 0.9  # of the polynomial decay; 1: linear
     clip_norm: float | None = None  # gradients are scaled down to this norm over all parameters

@@ -61,6 +61,7 @@ class SegmentationDataset(Dataset):
     channels = 3  # of an image: 3 (RGB) or 1
     image_dtype = torch.uint8
     window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
+    limits: tuple[int, int] | None = None  # to which an image's values are clipped, after they are resampled
     archives: dict[str, tuple[str, ...]] = {}  # the owner's downloads: name -> the folders below data_dir that it fills
     totals: dict[str, int] = {}  # known number of images by split
     on_disk = True  # False: made on the fly, no data_dir
@@ -135,6 +136,8 @@ class SegmentationDataset(Dataset):
         image, label = self.read(index)
         if self.transform is not None:
             image, label = self.transform(image, label, draw)
+        if self.limits is not None:
+            image = image.clip(*self.limits)
         planes = np.stack(cv2.split(image))  # (H, W, channels) -> (channels, H, W)
         return Item(torch.from_numpy(planes), torch.from_numpy(np.ascontiguousarray(label)), index)
 
@@ -147,6 +150,14 @@ def class_names(text: str) -> tuple[str, ...]:
 def colours(text: str) -> tuple[tuple[int, int, int], ...]:
     """'804080 f423e8' -> RGB, one colour per class."""
     return tuple(tuple(bytes.fromhex(colour)) for colour in text.split())
+
+
+def numbered_colours(num: int) -> tuple[tuple[int, int, int], ...]:
+    """Different colours for classes that have none of their owner: VOC's scheme, the bits of the number, reversed."""
+    bits = [[(index >> (3 * place + channel) & 1) << (7 - place) for place in range(8)]
+            for index in range(num) for channel in range(3)]  # fmt: skip
+    values = list(map(sum, bits))
+    return tuple(zip(values[::3], values[1::3], values[2::3]))
 
 
 def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:

@@ -33,15 +33,24 @@ def dataset_facts(config: DataConfig) -> dict[str, Any]:
 def build_transform(config: DataConfig, training: bool, seed: int) -> RandomCrop | CenterCrop | None:
     """Augmentation of training images; of the others the middle, if the YAML says so."""
     if training:
+        kind, window = config.augmentation, _window(config)
+        limits = None if window is None else (round(window[0]), round(window[1]))
         fill = tuple(round(mean) for mean in build_normalize(config).mean)
-        return RandomCrop(config.crop_size, config.scale_range, config.flip_prob, fill, seed)
+        if limits is not None and kind != "corner":
+            fill = limits[:1]
+        return RandomCrop(config.crop_size, config.scale_range, config.flip_prob, fill, seed, kind, limits)
     return CenterCrop(config.test_crop) if config.test_crop else None
 
 
 def build_normalize(config: DataConfig) -> Normalize:
     """Colours by the YAML's mean and std; one channel so that its window becomes [-1, 1]."""
-    cls = DATASETS[config.dataset]
-    if (config.channels or cls.channels) == 1:
-        low, high = config.window or cls.window
+    if (window := _window(config)) is not None:
+        low, high = window
         return Normalize(mean=((low + high) / 2,), std=((high - low) / 2,))
     return Normalize(tuple(255 * m for m in config.mean), tuple(255 * s for s in config.std))
+
+
+def _window(config: DataConfig) -> tuple[float, float] | None:
+    """The values that become -1 and 1 where images have one channel; None for colours."""
+    cls = DATASETS[config.dataset]
+    return (config.window or cls.window) if (config.channels or cls.channels) == 1 else None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,9 +16,14 @@ from exp.data.base import IGNORE_INDEX
 class RandomCrop:
     """Random scale, horizontal flip and crop of an image and its label; what lies outside is `fill` / ignore.
 
-    The distribution is that of "resize by a factor uniform in scale_range, flip, pad at the right and below to the
-    crop, cut out a crop at a uniform place"; only the pixels of the crop are resampled, by one warp (bilinear; labels
-    nearest). Every random choice is a function of (seed, draw), so it does not depend on workers or processes.
+    The distribution is that of "resize by a factor uniform in scale_range, flip, pad to the crop, cut out a crop at a
+    uniform place"; only the pixels of the crop are resampled, by one warp (bilinear; labels nearest). Every random
+    choice is a function of (seed, draw), so it does not depend on workers or processes.
+
+    kind: where a pixel lies and what surrounds it. centred: half of the padding above and at the left; a label is that
+    of the source pixel in which the centre of the pixel lies. letter: the same padding, and resampled as the paper's
+    code does: pixel x lies at (x + 0.5) / scale - 0.5, its label is that of floor(x / scale). corner: all padding at
+    the right and below, and values clipped to `limits` before they are resampled; for trainings that began so.
     """
 
     crop_size: tuple[int, int]  # height, width
@@ -25,56 +31,68 @@ class RandomCrop:
     flip_prob: float
     fill: tuple[int, ...]  # a value per channel
     seed: int
+    kind: Literal["centred", "letter", "corner"] = "centred"
+    limits: tuple[int, int] | None = None  # read by corner alone
 
     def __call__(self, image: np.ndarray, label: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, channels) uint8 or int16 and (H, W) uint8 -> the same in the size of the crop."""
         rng = np.random.default_rng((self.seed, draw))
         scale = rng.uniform(*self.scale_range)
         flip = rng.random() < self.flip_prob
-        across = Span.draw(rng, label.shape[1], scale, self.crop_size[1])
-        down = Span.draw(rng, label.shape[0], scale, self.crop_size[0])
+        across = Span.draw(rng, label.shape[1], scale, self.crop_size[1], self.kind == "letter")
+        down = Span.draw(rng, label.shape[0], scale, self.crop_size[0], self.kind == "letter")
+        if self.kind == "corner" and self.limits is not None:
+            image = image.clip(*self.limits)
         rows, columns = down.nearest(), across.nearest()[:: -1 if flip else 1]
         label = label.take(rows, axis=0).take(columns, axis=1)
         return self._pad(_warp(image, down, across, flip), self.fill), self._pad(label, (IGNORE_INDEX,))
 
     def _pad(self, values: np.ndarray, fill: tuple[int, ...]) -> np.ndarray:
-        """(h, w[, channels]) -> the same in the size of the crop, filled at the right and below."""
-        below, right = (crop - side for crop, side in zip(self.crop_size, values.shape))
-        if below == right == 0:
+        """(h, w[, channels]) -> the same in the size of the crop, filled around, or at the right and below."""
+        rows, columns = (crop - side for crop, side in zip(self.crop_size, values.shape))
+        if rows == columns == 0:
             return values
-        padded = cv2.copyMakeBorder(values, 0, below, 0, right, cv2.BORDER_CONSTANT, value=fill)
+        above, left = (0, 0) if self.kind == "corner" else (rows // 2, columns // 2)
+        padded = cv2.copyMakeBorder(values, above, rows - above, left, columns - left, cv2.BORDER_CONSTANT, value=fill)
         return padded.reshape(*self.crop_size, *values.shape[2:])  # OpenCV drops a single channel's axis
 
 
 @dataclass(frozen=True)
 class Span:
-    """Along one axis: the pixels first .. first + size - 1 of an image resized from `source` pixels to `scaled`."""
+    """Along one axis: the pixels first .. first + size - 1 of an image resized from `source` pixels to `scaled`.
+
+    ratio: source pixels per pixel; source / scaled or, to the letter, 1 / scale, which is next to it.
+    """
 
     source: int
     scaled: int
     first: int
     size: int
+    ratio: float
+    letter: bool
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, source: int, scale: float, crop: int) -> "Span":
+    def draw(cls, rng: np.random.Generator, source: int, scale: float, crop: int, letter: bool) -> "Span":
         scaled = max(1, round(source * scale))
-        return cls(source, scaled, int(rng.integers(max(scaled - crop, 0) + 1)), min(crop, scaled))
+        first, ratio = int(rng.integers(max(scaled - crop, 0) + 1)), 1 / scale if letter else source / scaled
+        return cls(source, scaled, first, min(crop, scaled), ratio, letter)
 
     def needed(self) -> slice:
         """The source pixels that resampling reads."""
-        ratio = self.source / self.scaled
-        first, last = self.first * ratio - 0.5, (self.first + self.size) * ratio - 0.5
+        first, last = self.first * self.ratio - 0.5, (self.first + self.size) * self.ratio - 0.5
         return slice(max(0, math.floor(first)), min(self.source, math.ceil(last) + 1))
 
     def line(self, flip: bool) -> tuple[float, float]:
         """(a, b): pixel x of the span lies at a x + b among the needed source pixels (pixel centres map to centres)."""
-        ratio = self.source / self.scaled
-        start = (self.first + 0.5) * ratio - 0.5 - self.needed().start
-        return (-ratio, start + (self.size - 1) * ratio) if flip else (ratio, start)
+        start = (self.first + 0.5) * self.ratio - 0.5 - self.needed().start
+        return (-self.ratio, start + (self.size - 1) * self.ratio) if flip else (self.ratio, start)
 
     def nearest(self) -> np.ndarray:
-        """The source pixel in which the centre of each pixel of the span lies."""
-        return (2 * np.arange(self.first, self.first + self.size) + 1) * self.source // (2 * self.scaled)
+        """The source pixel whose label each pixel of the span gets."""
+        pixels = np.arange(self.first, self.first + self.size)
+        if self.letter:
+            return np.minimum((pixels * self.ratio).astype(int), self.source - 1)
+        return (2 * pixels + 1) * self.source // (2 * self.scaled)
 
 
 def _warp(image: np.ndarray, down: Span, across: Span, flip: bool) -> np.ndarray:

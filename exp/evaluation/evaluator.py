@@ -26,7 +26,7 @@ from exp.evaluation.inference import Inference, build_inference, require_finite
 from exp.evaluation.masks import MaskWriter
 from exp.evaluation.metrics import EvalResult, build_results, count_rules
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
-from exp.rules.registry import Rule, bind_rules, build_rule
+from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 
@@ -101,7 +101,7 @@ class Clock:
 class Evaluation:
     """What one evaluation found, the same on every rank.
 
-    calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 3, bins); None if not asked for.
+    calibration: the counts of exp/evaluation/calibration.py per image, (N, C + 1, 4, bins); None if not asked for.
     entropy: with it, (N,) how uncertain the network is of each image (mean_entropy).
     thresholds: those of each pooled rule, for further images.
     """
@@ -138,13 +138,14 @@ class Evaluator:
         clock, cache, rows = Clock(self.dist.device), {}, {}
         thresholds = gather_thresholds(self.rules, self._first_pass(model, clock, cache), self.dist.gather)
         counted: deque[tuple[int, list[Callable[[], Any]]]] = deque()
-        for batch, prob in self._probabilities(model, "evaluating", clock, cache):
-            index, preds = batch.indices[0], {}
+        for batch, whole in self._probabilities(model, "evaluating", clock, cache):
+            index, preds, size = batch.indices[0], {}, batch.image.shape[-2:]
+            prob = self.inference.inside(whole, *size)
             for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
                 with clock(clock.timing.decisions, name):
-                    preds[name] = self._decide(rule, prob)
+                    preds[name] = self._decide(rule, whole, prob)
             counted.append((index, self._count(preds, prob, batch.label[0], clock)))
-            del prob  # before the next image's is computed: of large images there is room for one
+            del whole, prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
                 with clock(clock.timing.steps, "write"):
                     sink(index, preds)
@@ -172,7 +173,7 @@ class Evaluator:
         for batch, prob in self._probabilities(model, "gathering thresholds", clock, {}):
             index = batch.indices[0]
             with clock(clock.timing.steps, "pool"):
-                yield prob, self.dataset.samples[index].case
+                yield self.inference.inside(prob, *batch.image.shape[-2:]), self.dataset.samples[index].case
             if prob.nbytes <= room:
                 host = torch.empty(prob.shape, dtype=prob.dtype, pin_memory=prob.device.type == "cuda")
                 cache[index] = host.copy_(prob, non_blocking=True)
@@ -186,7 +187,10 @@ class Evaluator:
     def _probabilities(
         self, model: nn.Module, what: str, clock: Clock, cache: dict[int, Tensor]
     ) -> Iterator[tuple[Batch, Tensor]]:
-        """This process's images with their (1, C, H, W) probabilities, cached or images_per_forward at a time."""
+        """This process's images with their (1, C, H, W) probabilities, cached or images_per_forward at a time.
+
+        Padding is in these if a rule sees it.
+        """
         batches = self._batches(what, clock)
         while group := list(islice(batches, self.images_per_forward)):
             new = [batch for batch in group if batch.indices[0] not in cache]
@@ -207,9 +211,10 @@ class Evaluator:
                 require_finite(prob.sum().item())
         return probs
 
-    def _decide(self, rule: Rule, prob: Tensor) -> Tensor:
+    def _decide(self, rule: Rule, whole: Tensor, prob: Tensor) -> Tensor:
+        """The map with its padding, and without, -> (H, W) labels."""
         try:
-            return rule(prob)[0]
+            return decide(rule, whole, prob, self.inference.place(*prob.shape[-2:]))
         except ValueError:  # a rule may find non-finite probabilities on a GPU before anybody else has looked
             require_finite(prob.sum().item())
             raise
@@ -250,12 +255,14 @@ class Evaluator:
 
         thresholds: of the pooled rules, as an Evaluation found them.
         """
-        prob = self.probabilities(model, image)
-        return {name: rule(prob)[0] for name, rule in bind_rules(self.rules, thresholds or {}, case).items()}
+        whole = self.inference(model, self.normalize(self._to_device(image)))
+        prob, rules = self.inference.inside(whole, *image.shape[-2:]), bind_rules(self.rules, thresholds or {}, case)
+        return {name: self._decide(rule, whole, prob) for name, rule in rules.items()}
 
     def probabilities(self, model: nn.Module, image: Tensor) -> Tensor:
         """(1, channels, H, W) image and a model in eval mode -> (1, C, H, W) float32."""
-        return self.inference(model, self.normalize(self._to_device(image)))
+        prob = self.inference(model, self.normalize(self._to_device(image)))
+        return self.inference.inside(prob, *image.shape[-2:])
 
 
 def _fetch(counted: tuple[int, list[Callable[[], Any]]], rows: dict[int, list]) -> None:
@@ -294,10 +301,11 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
             raise InputError(
                 f"--predict_yaml {rule.name}: got {config.data.name}, whose images are in no cases, expected volumes"
             )
+    rules = {c.name: build_rule(c, len(dataset.classes)) for c in config.predict}
     return Evaluator(
         dataset=dataset,
-        rules={c.name: build_rule(c, len(dataset.classes)) for c in config.predict},
-        inference=build_inference(config.test),
+        rules=rules,
+        inference=build_inference(config.test, see_padding(rules.values())),
         normalize=build_normalize(config.data),
         num_workers=config.schedule.num_workers,
         dist=dist,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,15 @@ class Inference:
 
     A view of the image is one scale, flipped or not; with `flip` every scale comes both ways. In each view, windows of
     crop_size step by stride over the resized image, the last of a row or column moved back to end with it, and their
-    logits are averaged. An image smaller than the window is padded at the right and below with zeros (the mean
-    colour). The logits go back to the image's size (bilinear) and orientation; their softmax, of logits / temperature,
-    is computed in float32, and the probabilities of the views are averaged, as mmsegmentation does. amp: 'off', 'bf16'
-    or 'fp16', of the network alone.
+    logits are averaged. An image smaller than the window is padded with zeros (the mean colour): at the right and
+    below or, centred, half of it above and at the left. The logits go back to the image's size (bilinear) and
+    orientation; their softmax, of logits / temperature, is computed in float32, and the probabilities of the views are
+    averaged, as mmsegmentation does. amp: 'off', 'bf16' or 'fp16', of the network alone.
 
     One view at scale 1 keeps one map of the image's size, which logits and probabilities share. Several views keep a
     second one, and a resized view a third. InputError where they are non-finite: a network in half precision overflows.
+
+    keep_padding, of one scale: the map is that of the padded image, and inside() cuts the image's own out of it.
     """
 
     crop_size: tuple[int, int]
@@ -38,6 +40,8 @@ class Inference:
     flip: bool = False
     temperature: float | None = 1.0  # None: not fitted yet
     amp: str = "off"
+    padding: str = "corner"  # or centred
+    keep_padding: bool = False
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         (prob,) = self.unchecked(model, [image])
@@ -65,41 +69,64 @@ class Inference:
     @torch.inference_mode()
     def logits(self, model: nn.Module, image: Tensor) -> Iterator[Tensor]:
         """(1, channels, H, W) -> the views' (1, C, H, W) float32 logits before the temperature, one after the other."""
-        for (view,) in self._views(model, [image]):
+        for (view,) in replace(self, keep_padding=False)._views(model, [image]):
             yield view
+
+    def place(self, height: int, width: int, flipped: bool = False) -> tuple[slice, slice]:
+        """Image size -> the rows and columns where the image lies in its padded map, or in the view of it flipped."""
+        rows, columns = (max(0, crop - side) for crop, side in zip(self.crop_size, (height, width)))
+        above, left = (rows // 2, columns // 2) if self.padding == "centred" else (0, 0)
+        if flipped and (self.padding == "centred" or self.keep_padding):
+            left = columns - left
+        return slice(above, above + height), slice(left, left + width)
+
+    def inside(self, prob: Tensor, height: int, width: int) -> Tensor:
+        """A map of this inference and the image's size -> (1, C, height, width), without a padding that was kept."""
+        return prob[(..., *self.place(height, width))].contiguous() if self.keep_padding else prob
 
     def _views(self, model: nn.Module, images: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """View by view, the (1, C, H, W) float32 logits of every image."""
         sizes = [image.shape[-2:] for image in images]
+        if self.keep_padding:
+            sizes = [tuple(map(max, size, self.crop_size)) for size in sizes]
         for scale in self.scales:
             resized = [image if scale == 1 else resize(image, scaled(image, scale)) for image in images]
             for flipped in (False, True) if self.flip else (False,):
-                views = self._slide(model, [image.flip(-1) for image in resized] if flipped else resized)
+                views = self._slide(model, [image.flip(-1) for image in resized] if flipped else resized, flipped)
                 views = [v if v.shape[-2:] == size else resize(v, size) for v, size in zip(views, sizes)]
                 yield [view.flip(-1) for view in views] if flipped else views
 
-    def _slide(self, model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-        """(1, channels, H, W) images -> (1, C, H, W) logits each, the mean over the windows that hold the pixel."""
+    def _slide(self, model: nn.Module, images: Sequence[Tensor], flipped: bool) -> list[Tensor]:
+        """(1, channels, H, W) images -> (1, C, H, W) logits each, the mean over the windows that hold the pixel.
+
+        flipped: they are mirrored.
+        """
         crop_h, crop_w = self.crop_size
-        sizes = [image.shape[-2:] for image in images]
-        images = [F.pad(image, (0, max(0, crop_w - w), 0, max(0, crop_h - h))) for image, (h, w) in zip(images, sizes)]
+        boxes = [self.place(*image.shape[-2:], flipped) for image in images]
+        images = [self._pad(image, box) for image, box in zip(images, boxes)]
         places = [(i, *place) for i, image in enumerate(images) for place in self.windows(*image.shape[-2:])]
         totals: dict[int, Tensor] = {}
-        visits = [torch.zeros(size, device=image.device) for image, size in zip(images, sizes)]
+        visits = [torch.zeros(image.shape[-2:], device=image.device) for image in images]
         for first in range(0, len(places), self.window_batch):
             group = places[first : first + self.window_batch]
             crops = torch.cat([images[i][..., top : top + crop_h, left : left + crop_w] for i, top, left in group])
             with autocast(self.amp, crops.device):
                 logits = model(crops)
             for (i, top, left), window in zip(group, logits):
-                height, width = sizes[i]
                 if i not in totals:
-                    totals[i] = window.new_zeros((1, len(window), height, width), dtype=torch.float32)
+                    totals[i] = window.new_zeros((1, len(window), *visits[i].shape), dtype=torch.float32)
                 inside = (slice(top, top + crop_h), slice(left, left + crop_w))
-                totals[i][(0, slice(None), *inside)] += window[:, : height - top, : width - left]
+                totals[i][(0, slice(None), *inside)] += window
                 visits[i][inside] += 1
         several = [sum(place[0] == i for place in places) > 1 for i in range(len(images))]
-        return [totals[i].div_(visits[i]) if several[i] else totals[i] for i in range(len(images))]
+        views = [totals.pop(i).div_(visits[i]) if several[i] else totals.pop(i) for i in range(len(images))]
+        return views if self.keep_padding else [view[(..., *box)].contiguous() for view, box in zip(views, boxes)]
+
+    def _pad(self, image: Tensor, box: tuple[slice, slice]) -> Tensor:
+        """(1, channels, H, W) and its place in the padded map -> the latter, at least of the window's size."""
+        rows, columns = (max(0, crop - side) for crop, side in zip(self.crop_size, image.shape[-2:]))
+        above, left = box[0].start, box[1].start
+        return F.pad(image, (left, columns - left, above, rows - above))
 
     def windows(self, height: int, width: int) -> Iterator[tuple[int, int]]:
         """Image size (at least the window's) -> (top, left) of every window."""
@@ -149,8 +176,16 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
     return [min(i * stride, length - crop) for i in range(steps + 1)]
 
 
-def build_inference(config: TestConfig) -> Inference:
-    """A resolved YAML -> the way from an image to probabilities, without the temperature where that is to be fitted."""
+def build_inference(config: TestConfig, keep_padding: bool = False) -> Inference:
+    """A resolved YAML -> the way from an image to probabilities, without the temperature where that is to be fitted.
+
+    keep_padding: of the window, for rules that see it.
+    """
+    if keep_padding and config.scales != (1,):
+        raise InputError(
+            f"test.scales: got {list(config.scales)}, expected [1] with a rule that sees the padding of the window "
+            "(predict.sees_padding=false turns that off)"
+        )
     temperature = None if config.temperature == "fitted" else config.temperature
     return Inference(
         crop_size=config.crop_size,
@@ -160,4 +195,6 @@ def build_inference(config: TestConfig) -> Inference:
         flip=config.flip,
         temperature=temperature,
         amp=config.amp,
+        padding=config.padding,
+        keep_padding=keep_padding,
     )

@@ -55,7 +55,7 @@ def save_results(
 
     An older evaluation with other rows is kept in older/, and with it the comparison and calibration of those rows.
     contexts: per result, what the JSON says besides the rule and its scores (config, checkpoint, revision, versions).
-    calibration: (N, C + 1, 3, num_bins) counts of the images (exp/evaluation/calibration.py).
+    calibration: (N, C + 1, 4, num_bins) counts of the images (exp/evaluation/calibration.py).
     """
     folder.mkdir(parents=True, exist_ok=True)
     changed = [_save_rule(result, folder, context) for result, context in zip(results, contexts, strict=True)]
@@ -116,7 +116,7 @@ def describe_calibration(counts: np.ndarray, result: EvalResult) -> dict[str, An
 
 
 def _bin_rows(counts: np.ndarray) -> dict[str, list]:
-    """(3, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
+    """(4, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
     pixels, rows = counts[PIXELS].tolist(), {"pixels": counts[PIXELS].astype(int).tolist()}
     for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
         rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]

@@ -55,11 +55,27 @@ def _real(path: Path) -> Path:
 
 def read_names(path: Path) -> list[str]:
     """A list file -> the names or relative paths in it, one a line; InputError for one that leads out."""
+    return [_inside(name, path) for name in _read_lines(path)]
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """A list file of two paths a line -> the pairs, without a slash in front; none where a line is anything else.
+
+    So does the paper's code list the images of PASCAL VOC: "/JPEGImages/x.jpg /SegmentationClassAug/x.png".
+    InputError for a path that leads out.
+    """
+    rows = [line.split() for line in _read_lines(path)]
+    if any(len(row) != 2 or "/" not in row[0] or "/" not in row[1] for row in rows):
+        return []
+    return [tuple(_inside(name.removeprefix("/"), path) for name in row) for row in rows]
+
+
+def _read_lines(path: Path) -> list[str]:
     lines = read_text(path, "one image name a line", encoding="utf-8-sig").split("\n")
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if leads_out(name):
-            raise InputError(
-                f"{path}: got '{name[:200]}', which leads out of the data folder, expected a name inside it"
-            )
-    return names
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _inside(name: str, path: Path) -> str:
+    if leads_out(name):
+        raise InputError(f"{path}: got '{name[:200]}', which leads out of the data folder, expected a name inside it")
+    return name

@@ -11,7 +11,8 @@ from exp.reproduction.job import Job
 from exp.runtime.errors import InputError
 
 IMAGE_KEYS = ("dataset", "val_split", "val_samples", "fold", "test_crop")  # of a data config: what is evaluated
-TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split")  # of a data config: what true maps do not depend on
+# Of a data config: what true maps do not depend on.
+TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split", "augmentation")
 # States of a job, from nothing to everything.
 WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be evaluated", "done"

@@ -1,6 +1,7 @@
 """The decision rules by name. All have one signature: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ from exp.runtime.errors import InputError
 from rankseg_rma import rankseg_levelset, rankseg_rma
 
 Rule = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SeesPadding:
+    """A rule that decides on an image with the padding of the window around it, where there is some."""
+
+    rule: Rule
+
+    def __call__(self, prob: Tensor) -> Tensor:
+        return self.rule(prob)
 
 
 def argmax(prob: Tensor) -> Tensor:
@@ -78,6 +89,7 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
     if isinstance(config.unassigned, int) and not 0 <= config.unassigned < num_classes:
         raise InputError(f"predict.unassigned: got {config.unassigned}, expected a label in 0..{num_classes - 1}")
     rule, options = RULES[config.rule], config.options()
+    sees_padding = options.pop("sees_padding", None)
     if "thresholds" in options:
         if config.thresholds is None:
             raise InputError(
@@ -85,7 +97,10 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
                 "evaluation under rankseg_rma_dataset writes (results/<rule>.<split>.thresholds.json)"
             )
         options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
-    return rule(**options) if rule is PooledRule else partial(rule, **options)
+    if rule is PooledRule:
+        return rule(**options)
+    decide = partial(rule, **options)
+    return SeesPadding(decide) if sees_padding else decide
 
 
 def bind_rules(
@@ -96,3 +111,13 @@ def bind_rules(
         name: thresholds[name][rule.key(case)[1]].decide if isinstance(rule, PooledRule) else rule
         for name, rule in rules.items()
     }
+
+
+def see_padding(rules: Iterable[Rule | PooledRule]) -> bool:
+    """Whether any of the rules wants the padding of the window."""
+    return any(isinstance(rule, SeesPadding) for rule in rules)
+
+
+def decide(rule: Rule, whole: Tensor, image: Tensor, place: tuple[slice, slice]) -> Tensor:
+    """The (1, C, H', W') map with its padding, the image's own (1, C, H, W) and its place -> (H, W) int64 labels."""
+    return rule(whole)[0][place] if isinstance(rule, SeesPadding) else rule(image)[0]

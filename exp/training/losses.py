@@ -73,7 +73,8 @@ class Overlap(nn.Module):
       data set: TP, FP, FN summed over the global batch; then the mean over the classes present in it;
       image:    per image the mean over its classes; then the mean over the images;
       class:    per class the mean over the images where it is present; then the mean over the classes.
-    A class is present where the label has it; of two classes the foreground alone counts, as in the metrics.
+    A class is present where the label has it; of two classes the foreground alone counts, as in the metrics, unless
+    both_classes, as in the paper's code.
 
     sum_over_ranks: a tensor -> its sum over the processes, whose gradient suits DDP's average (Dist.sum). The data
     set version alone needs it: its sums over a micro-batch span the processes. Over several micro-batches it is their
@@ -92,11 +93,12 @@ class Overlap(nn.Module):
         image_weight: float,
         class_weight: float,
         sum_over_ranks: Callable[[Tensor], Tensor],
+        both_classes: bool | None = None,
     ) -> None:
         super().__init__()
         self.alpha, self.beta, self.smooth = alpha, beta, smooth
         self.dataset_weight, self.image_weight, self.class_weight = dataset_weight, image_weight, class_weight
-        self.sum_over_ranks = sum_over_ranks
+        self.sum_over_ranks, self.both_classes = sum_over_ranks, both_classes
 
     def count(self, label: Tensor) -> Tensor:
         """The images, those with any label, and those with each class, (2 + BINS,) float32."""
@@ -108,7 +110,7 @@ class Overlap(nn.Module):
     def forward(self, logits: Tensor, label: Tensor, counted: Tensor) -> Tensor:
         sums = sum_overlap(logits.softmax(1), label)
         images, labelled, by_class = counted[0], counted[1], counted[2 : 2 + logits.shape[1]]
-        if logits.shape[1] == 2:
+        if logits.shape[1] == 2 and not self.both_classes:
             sums, labelled, by_class = sums[..., 1:], by_class[1], by_class[1:]
         loss = logits.new_zeros(())
         if self.dataset_weight:

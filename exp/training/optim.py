@@ -41,24 +41,34 @@ def build_optimizer(config: OptimConfig, model: Segmentor) -> Optimizer:
 
 @dataclass(frozen=True)
 class WarmupPoly:
-    """Iteration (from 0) -> factor of the base rate: linear from start_factor, then (1 - progress) ** power."""
+    """Iteration (from 0) -> factor of the base rate: linear over the warm-up, then (1 - progress) ** power.
+
+    The line rises from 0, and the factor is at least start_factor; with from_start it rises from start_factor.
+    """
 
     start_factor: float
-    warmup_iters: int
+    warmup_iters: float
     total_iters: int
     power: float
+    from_start: bool = False
 
     def __call__(self, iteration: int) -> float:
         if iteration < self.warmup_iters:
-            return self.start_factor + (1 - self.start_factor) * iteration / self.warmup_iters
+            progress = iteration / self.warmup_iters
+            if self.from_start:
+                return self.start_factor + (1 - self.start_factor) * progress
+            return max(self.start_factor, progress)
         span = max(1, self.total_iters - self.warmup_iters)
         return max(0.0, 1 - (iteration - self.warmup_iters) / span) ** self.power
 
 
 def build_scheduler(config: OptimConfig, optimizer: Optimizer, total_iters: int) -> LambdaLR:
     """The learning rate per iteration; every group keeps its ratio to the encoder's rate."""
-    warmup = round(config.warmup_fraction * total_iters)
-    scheduler = LambdaLR(optimizer, WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power))
+    warmup, from_start = config.warmup_fraction * total_iters, config.warmup == "from_start"
+    if from_start:
+        warmup = round(warmup)
+    course = WarmupPoly(config.start_lr / config.lr, warmup, total_iters, config.power, from_start)
+    scheduler = LambdaLR(optimizer, course)
     optimizer.step()  # a no-op, without gradients; where fp16 leaves out the first step, the scheduler would warn
     return scheduler
 

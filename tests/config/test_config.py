@@ -242,6 +242,33 @@ def test_the_digest_tells_what_is_trained_and_nothing_else():
     assert training_digest(compose(pretrained, seed=1).to_dict()) != base
 
 
+@pytest.mark.parametrize("name", ["lits_fold0", "kits_fold4", "hippocampus_fold2"])
+def test_a_fold_in_the_name_of_a_data_yaml(name: str):
+    """The names of the paper's code; the run is the same as that of --set data.fold."""
+    data, fold = name.split("_fold")
+    config = compose(data=name)
+    assert config == compose(f"data.fold={fold}", data=data)
+    assert f".{name}." in config.run_name
+    assert compose("data.fold=1", data=name).data.fold == 1
+    for wrong in ("lits_fold5", "camvid_fold0", "nothing_fold0"):
+        with pytest.raises(InputError, match=f"--data_yaml {wrong}: no such YAML"):
+            compose(data=wrong)
+
+
+def test_trainings_under_the_recipe_of_before_are_others():
+    """Absent, optim.warmup and data.augmentation mean what they were; other keys that came later change nothing."""
+    plain = compose().to_dict()
+    older = {**plain, "optim": {k: v for k, v in plain["optim"].items() if k != "warmup"}}
+    older["data"] = {k: v for k, v in plain["data"].items() if k != "augmentation"}
+    before = compose("optim.warmup=from_start", "data.augmentation=corner").to_dict()
+    assert training_digest(older) == training_digest(before) != training_digest(plain)
+    assert "padding" not in plain["test"]
+    assert all("sees_padding" not in rule for rule in plain["predict"])
+    paper = compose("test.padding=centred", predict=["argmax", "rankseg_rma_paper"]).to_dict()
+    assert paper["test"]["padding"] == "centred"
+    assert [rule.get("sees_padding") for rule in paper["predict"]] == [None, True]
+
+
 def test_configs_from_before_a_key_was_there_have_the_digest_of_its_default():
     plain = compose().to_dict()
     older = {**plain, "schedule": {k: v for k, v in plain["schedule"].items() if k not in ("tf32", "cudnn_benchmark")}}

@@ -13,7 +13,8 @@ from exp.data.base import Sample
 from exp.data.prepare.facts import fold_of
 from exp.data.registry import build_dataset, build_normalize
 from exp.data.sets.ade20k import ADE20K
-from exp.data.sets.cityscapes import Cityscapes
+from exp.data.sets.cityscapes import Cityscapes, DarkZurich
+from exp.data.sets.coco_stuff import COCOStuff
 from exp.data.sets.pascal_voc import PascalVOC
 from exp.data.sets.slices import Hippocampus, KiTS, LiTS
 from exp.data.slice_files import Case, write_case
@@ -21,7 +22,18 @@ from exp.files.paths import read_names
 from exp.runtime.errors import InputError
 from tests.conftest import write_png
 from tests.data import volume_trees
-from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_jpg
+from tests.data.trees import (
+    write_ade20k,
+    write_camvid,
+    write_cityscapes,
+    write_coco_stuff,
+    write_deepglobe,
+    write_folder,
+    write_jpg,
+    write_mapillary,
+    write_night,
+    write_pascal_context,
+)
 
 # The 34 label ids in the order of the owners' table; in small letters what is ignored.
 CITYSCAPES_IDS = """
@@ -81,6 +93,80 @@ def test_ade20k_shifts_its_classes_and_ignores_zero(tmp_path: Path):
         dataset[0]
     assert [ADE20K.classes[i] for i in (0, 12, 76, 149)] == ["wall", "person", "boat", "flag"]
     assert len(ADE20K.classes) == 150
+
+
+def test_coco_stuff_gives_the_same_label_from_owners_ids_and_train_ids(tmp_path: Path):
+    """Ids without images are ignored; 171 classes are left of 182."""
+    write_coco_stuff(tmp_path / "ids", {"val2017": 2})
+    write_coco_stuff(tmp_path / "both", {"val2017": 2}, train_ids=True)
+    from_ids, from_train_ids = COCOStuff(tmp_path / "ids", "val2017"), COCOStuff(tmp_path / "both", "val2017")
+    assert [s.label.name for s in from_ids.samples] == ["000000000000.png", "000000000001.png"]
+    assert all(s.label.name.endswith("_labelTrainIds.png") for s in from_train_ids.samples)
+    for a, b in zip(from_ids, from_train_ids, strict=True):
+        assert (a.label == b.label).all()
+        assert set(np.unique(a.label)) == {*range(171), 255}
+    assert {COCOStuff.label_map[value] for value in (11, 25, 90)} == {255}
+    assert [COCOStuff.classes[COCOStuff.label_map[value]] for value in (0, 89, 91, 181)] == [
+        "person",
+        "toothbrush",
+        "banner",
+        "wood",
+    ]
+
+
+def test_pascal_context_mapillary_and_night_scenes_ignore_what_their_owners_do(tmp_path: Path):
+    write_pascal_context(tmp_path, {"val": 1})
+    write_mapillary(tmp_path, {"validation": 2})
+    write_night(tmp_path, "dark_zurich", 2)
+    write_night(tmp_path, "nighttime_driving", 1)
+    expected = {
+        "pascal_context": (1, [255, 0, 58]),
+        "mapillary_vistas": (2, [0, 64, 255]),
+        "dark_zurich": (2, [0, 18, 255]),
+        "nighttime_driving": (1, [0, 18, 255]),
+    }
+    for name, (count, first) in expected.items():
+        dataset = build_dataset(data_config(name), str(tmp_path), "val")
+        assert len(dataset) == count, name
+        assert dataset[0].label[0, :3].tolist() == first, name
+    assert DarkZurich.classes == Cityscapes.classes
+
+
+def test_deepglobe_is_in_five_folds_in_the_order_of_whole_file_names(script, tmp_path: Path):
+    """A fifth of each city is validated on, rounded down; what is left over is always trained on."""
+    write_deepglobe(tmp_path, "deepglobe_building", 7)
+    assert script("prepare_data", "deepglobe_building", "--data_dir", tmp_path, "--workers", 1)[0] == 0
+    names = sorted(p.name for p in (tmp_path / "building" / "train").glob("Vegas_*_sat.jpg"))
+    assert names[:3] == ["Vegas_1000_sat.jpg", "Vegas_100_sat.jpg", "Vegas_10_sat.jpg"]
+    seen = []
+    for fold in range(5):
+        config = data_config("deepglobe_building", fold=fold)
+        train, val = (build_dataset(config, str(tmp_path), split) for split in ("train", "val"))
+        assert (len(train), len(val)) == (24, 4)
+        assert not {s.name for s in train.samples} & {s.name for s in val.samples}
+        seen += [f"{s.name}_sat.jpg" for s in val.samples if s.name.startswith("Vegas")]
+    assert seen == names[:5]
+    assert set(np.unique(val[0].label)) == {0, 1}
+
+
+def test_deepglobes_masks_become_labels_and_labels_that_are_there_are_kept(script, tmp_path: Path):
+    write_deepglobe(tmp_path, "deepglobe_land", 3)
+    flags = ["deepglobe_land", "--data_dir", tmp_path, "--workers", 1]
+    assert script("prepare_data", *flags)[0] == 2  # three images are no five folds, but the labels are there
+    label = tmp_path / "land" / "train" / "1_label.png"
+    values = np.asarray(Image.open(label))
+    mask = np.asarray(Image.open(label.with_name("1_mask.png"))) >= 128
+    assert (values[:2] == 255).all()
+    for colour, index in (((0, 1, 1), 0), ((1, 1, 0), 1), ((1, 0, 1), 2), ((0, 1, 0), 3), ((0, 0, 1), 4)):
+        assert (values[(mask == colour).all(-1)] == index).all()
+    theirs = np.where(values == 255, 6, values).astype(np.uint8)  # as the paper's code writes unknown
+    write_png(label, theirs)
+    assert "got another label" not in script("prepare_data", *flags)[1]
+    assert (np.asarray(Image.open(label)) == theirs).all()
+    write_png(label, (theirs + 1) % 6)
+    assert f"{label}: got another label" in script("prepare_data", *flags)[1]
+    write_png(label.with_name("1_mask.png"), np.full((48, 48, 3), (255, 0, 0), np.uint8))
+    assert "got a colour that is no class's" in script("prepare_data", *flags)[1]
 
 
 def test_real_ade20k(real_data: Path, tmp_path: Path):
@@ -247,7 +333,9 @@ def test_facts_of_volumes_that_do_not_fit_are_refused(changes: dict, message: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n", r"val\.txt: got '/JPEGImages.* leads out"),
+        ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n", r"SegmentationClassAug: no such folder"),
+        ("/JPEGImages/a.jpg /../a.png\n", r"val\.txt: got '\.\./a\.png', which leads out"),
+        ("/JPEGImages/a.jpg /A/a.png\n/JPEGImages/b.jpg /B/b.png\n", r"val\.txt: got paths in several folders"),
         ("a 1\n", r"a 1\.jpg: no such file"),
         ("../../secret\n", "leads out of the data folder"),
         ("/etc/passwd\n", "leads out of the data folder"),
@@ -260,6 +348,19 @@ def test_voc_lists_that_hold_anything_but_names_are_refused(voc_dir: Path, text:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         PascalVOC(voc_dir, "val")
+
+
+def test_voc_reads_a_list_of_paths_as_the_papers_code_has_it(voc_dir: Path):
+    """train_aug.txt with an image and a label a line, the labels in SegmentationClassAug."""
+    root = voc_dir / "VOCdevkit" / "VOC2012"
+    (root / "SegmentationClassTrainAug").rename(root / "SegmentationClassAug")
+    names = [f"2007_trainaug_{i:06d}" for i in (3, 0, 5)]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in names]
+    (root / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join(lines) + "\n")
+    dataset = build_dataset(data_config("pascal_voc", train_split="train_aug"), str(voc_dir), "train")
+    assert [sample.name for sample in dataset.samples] == names
+    assert {sample.label.parent for sample in dataset.samples} == {root / "SegmentationClassAug"}
+    assert set(np.unique(dataset[0].label)) > {0}
 
 
 def test_lists_with_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path: Path):
@@ -299,6 +400,14 @@ def link_hippocampus(real_data: Path, data_dir: Path) -> None:
 GENERATED = {
     "ade20k": lambda d: write_ade20k(d, {"training": 4, "validation": 2}),
     "camvid": lambda d: write_camvid(d, {"train": 4, "val": 2}),
+    "coco_stuff": lambda d: write_coco_stuff(d, {"train2017": 4, "val2017": 2}),
+    "dark_zurich": lambda d: write_night(d, "dark_zurich", 2),
+    "deepglobe_building": lambda d: write_deepglobe(d, "deepglobe_building", 5),
+    "deepglobe_land": lambda d: write_deepglobe(d, "deepglobe_land", 6),
+    "deepglobe_road": lambda d: write_deepglobe(d, "deepglobe_road", 6),
+    "mapillary_vistas": lambda d: write_mapillary(d, {"training": 4, "validation": 2}),
+    "nighttime_driving": lambda d: write_night(d, "nighttime_driving", 2),
+    "pascal_context": lambda d: write_pascal_context(d, {"train": 4, "val": 2}),
     "cityscapes": lambda d: write_cityscapes(d, {"train": 4, "val": 2}, (48, 64)),
     "folder": lambda d: write_folder(d, {"train": 4, "val": 2}),
     "hippocampus": lambda d: volume_trees.write_hippocampus(d, [1, 80, 160]),
@@ -306,13 +415,30 @@ GENERATED = {
     "lits": lambda d: volume_trees.write_lits(d, [0, 26, 130]),
     "pascal_voc": volume_trees.write_voc,
 }
+ALIKE = ("deepglobe_building", "deepglobe_road", "mapillary_vistas", "nighttime_driving", "pascal_context")
 REAL = {"ade20k": link_ade20k, "camvid": link_camvid, "hippocampus": link_hippocampus}
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in GENERATED]
+)
 def test_from_the_owners_files_to_scores(script, program, tmp_path: Path, name: str):
     GENERATED[name](tmp_path / "data")
     check_whole_run(script, program, tmp_path, name)
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_cityscapes_is_evaluated_by_night(program, tmp_path: Path):
+    write_cityscapes(tmp_path / "data", {"train": 4, "val": 1}, (48, 64))
+    write_night(tmp_path / "data", "dark_zurich", 2)
+    tiny = ["--model_yaml", "unet_mobilenetv3_small_100", "--data_dir", tmp_path / "data", "--output_dir", tmp_path]
+    tiny += ["--set", "model.decoder_channels=[8,8,8,8,8]", "data.crop_size=[32,32]", "schedule.train_iters=1"]
+    tiny += ["schedule.batch_size=2", "schedule.num_workers=0", "--predict_yaml", "argmax", "--data_yaml"]
+    assert program(*tiny, "cityscapes")[0] == 0
+    weights = next(tmp_path.glob("*.cityscapes.*/checkpoints/last.safetensors"))
+    status, _, err = program(*tiny, "dark_zurich", "--test-only", "--model_checkpoint", weights)
+    assert status == 0, err
+    assert next(tmp_path.glob("*.dark_zurich.*/results/argmax.json")).is_file()
 
 
 @pytest.mark.slow
@@ -356,6 +482,6 @@ def check_whole_run(script, program, tmp_path: Path, name: str) -> None:
     assert status == 0, err
     assert "mIoUI" in printed
     (run,) = (tmp_path / "out").iterdir()
-    assert ("fold0" in run.name) == (name in ("hippocampus", "kits", "lits"))
+    assert ("fold0" in run.name) == (name in ("hippocampus", "kits", "lits") or name.startswith("deepglobe"))
     assert (run / "results" / "rankseg_rma.json").is_file()
     assert any((run / "pictures").rglob("*.png"))

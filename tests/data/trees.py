@@ -92,3 +92,83 @@ def write_folder(data_dir: Path, splits: dict[str, int]) -> None:
             name = f"{'site_b/' if i % 2 else ''}photo {i}"
             write_jpg(data_dir / split / "images" / f"{name}.jpg", image)
             write_png(data_dir / split / "labels" / f"{name}.png", label)
+
+
+def write_pascal_context(data_dir: Path, splits: dict[str, int]) -> None:
+    """A VOCdevkit/VOC2010 with SegmentationClassContext; 0 is no class, 59 the last."""
+    root = data_dir / "VOCdevkit" / "VOC2010"
+    for split, count in splits.items():
+        names = [f"2008_{split}_{i:06d}" for i in range(count)]
+        lists = root / "ImageSets" / "SegmentationContext"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            image, label = scene(np.random.default_rng((len(split), i)), 50 + 7 * i, 70, 60)
+            label[0, :3] = 0, 1, 59
+            write_jpg(root / "JPEGImages" / f"{name}.jpg", image)
+            write_png(root / "SegmentationClassContext" / f"{name}.png", label)
+
+
+def write_coco_stuff(data_dir: Path, splits: dict[str, int], train_ids: bool = False) -> None:
+    """coco_stuff164k/{images,annotations}/<split>/ of owners' ids, 0 to 181; with train ids beside them, if wanted."""
+    used = [i for i in range(182) if i + 1 not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
+    for split, count in splits.items():
+        for i in range(count):
+            rng, root = np.random.default_rng((len(split), i)), data_dir / "coco_stuff164k"
+            ids = np.resize(rng.permutation(used).astype(np.uint8), (40, 50))
+            ids[0, :3] = 0, 181, 255
+            write_jpg(root / "images" / split / f"{i:012d}.jpg", np.stack([ids, 255 - ids, ids // 2], axis=-1))
+            write_png(root / "annotations" / split / f"{i:012d}.png", ids)
+            if train_ids:
+                table = np.full(256, 255, np.uint8)
+                table[used] = np.arange(171)
+                write_png(root / "annotations" / split / f"{i:012d}_labelTrainIds.png", table[ids])
+
+
+def write_mapillary(data_dir: Path, splits: dict[str, int]) -> None:
+    """mapillary/<split>/images/*.jpg and v1.2/labels/*.png, palette PNGs of 0..65, with the paper's code's copies."""
+    for split, count in splits.items():
+        for i in range(count):
+            image, label = scene(np.random.default_rng((len(split), i)), 60, 80 + i, 65)
+            label[0, :3] = 0, 64, 65
+            root, indexed = data_dir / "mapillary" / split, Image.fromarray(label).convert("P")
+            indexed.putdata(label.flatten())
+            write_jpg(root / "images" / f"{split}_{i}.jpg", image)
+            (root / "v1.2" / "labels").mkdir(parents=True, exist_ok=True)
+            for suffix in ("", "_labelTrainIds"):
+                indexed.save(root / "v1.2" / "labels" / f"{split}_{i}{suffix}.png")
+
+
+def write_night(data_dir: Path, name: str, count: int) -> None:
+    """Dark Zurich's or Nighttime Driving's scenes with labels by train id and in colours."""
+    for i in range(count):
+        image, label = scene(np.random.default_rng(i), 54, 96, 19)
+        label[0, :3] = 0, 18, 255
+        if name == "dark_zurich":
+            stem = f"val/night/GOPR0356/GOPR0356_frame_{i:06d}"
+            image_path, labels = f"dark_zurich/rgb_anon/{stem}_rgb_anon.png", f"dark_zurich/gt/{stem}_gt"
+        else:
+            root, stem = "NighttimeDrivingTest", f"test/night/{i}"
+            image_path = f"{root}/leftImg8bit/{stem}_leftImg8bit.png"
+            labels = f"{root}/gtCoarse_daytime_trainvaltest/{stem}_gtCoarse"
+        write_png(data_dir / image_path, image)
+        write_png(data_dir / f"{labels}_labelTrainIds.png", label)
+        write_png(data_dir / f"{labels}_labelColor.png", image)
+
+
+def write_deepglobe(data_dir: Path, name: str, count: int) -> None:
+    """<task>/train/*_sat.jpg and *_mask.png in the owners' colours, not quite pure; of buildings from four cities."""
+    from exp.data.registry import DATASETS
+
+    cls = DATASETS[name]
+    colours = np.array([*cls.palette, (0, 0, 0)], np.uint8)  # the last: unknown
+    for group in cls.groups:
+        for i in range(count):
+            image, label = scene(np.random.default_rng(i), 48, 48, len(cls.classes))
+            if name == "deepglobe_land":
+                label[:2] = len(cls.classes)
+            stem = data_dir / cls.task / "train" / f"{group}{10**i if i < 4 else i}"
+            write_jpg(stem.with_name(f"{stem.name}_sat.jpg"), image)
+            mask = colours[label].astype(int)
+            mask[2:4] += np.where(mask[2:4] > 0, -60, 60)
+            write_png(stem.with_name(f"{stem.name}_mask.png"), mask.astype(np.uint8))

@@ -35,6 +35,14 @@ def literal_errors(pixels: list[tuple[list[float], int]], num_bins: int) -> tupl
     return literal_error(top, num_bins), sum(by_class) / len(by_class)
 
 
+def literal_paper_error(pixels: list[tuple[list[float], int]], classes: object, num_bins: int) -> float:
+    """(probabilities, label) of each pixel -> the SCE of the paper's code over these classes, per mille; 0 for none."""
+    if not pixels:
+        return 0.0
+    rows = {c: [(p[c], p.index(max(p)) == label == c) for p, label in pixels] for c in classes}
+    return 10 * sum(literal_error(rows[c], num_bins) for c in classes) / len(rows)
+
+
 def random_image(rng: np.random.Generator, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(1, C, H, W) float64 probabilities, confident or not, some exactly equal; (H, W) labels, some of them 255."""
     shape = tuple(rng.integers(1, 7, 2))
@@ -65,13 +73,21 @@ def test_equal_to_the_literal_definitions(case: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(calibration.PIECE_ELEMENTS, "cpu", int(rng.choice([1, 50, 2**19])))
     images = [random_image(rng, num_classes) for _ in range(rng.integers(1, 5))]
     counts = np.stack([counts_of(prob, label, num_bins) for prob, label in images])
-    assert counts.shape == (len(images), num_classes + 1, 3, num_bins)
+    assert counts.shape == (len(images), num_classes + 1, 4, num_bins)
     pixels = [pixels_of(prob, label) for prob, label in images]
     pooled = literal_errors([pixel for image in pixels for pixel in image], num_bins)
     by_image = np.array([literal_errors(image, num_bins) for image in pixels])
     by_image = by_image[~np.isnan(by_image).any(1)]
     mean = by_image.mean(0) if len(by_image) else np.full(2, np.nan)
     want = {"ECED": pooled[0], "ECEI": mean[0], "SCED": pooled[1], "SCEI": mean[1]}
+    labels = [set(label.flatten().tolist()) for _, label in images]
+    every = [1] if num_classes == 2 else range(num_classes)
+    want["SCED_paper"] = literal_paper_error([pixel for image in pixels for pixel in image], every, num_bins)
+    of_images = [
+        literal_paper_error(image, every if num_classes == 2 else {min(v, num_classes - 1) for v in found}, num_bins)
+        for image, found in zip(pixels, labels)
+    ]
+    want["SCEI_paper"] = sum(of_images) / len(of_images)
     got = calibration_scores(counts)
     assert got.keys() == want.keys()
     for name in want:
@@ -83,7 +99,10 @@ def test_cases_are_averaged_after_their_slices():
     counts = np.stack([counts_of(*random_image(rng, 3)) for _ in range(5)])
     single = [calibration_scores(counts[i : i + 1])["ECEI"] for i in range(5)]
     expected = np.nanmean([np.nanmean(single[:1] + single[4:]), np.nanmean(single[1:4])])
-    assert calibration_scores(counts, ("a", "b", "b", "b", "a"))["ECEI"] == pytest.approx(expected)
+    found = calibration_scores(counts, ("a", "b", "b", "b", "a"))
+    assert found["ECEI"] == pytest.approx(expected)
+    volumes = [calibration_scores(counts[own])["ECED"] for own in ([0, 4], [1, 2, 3])]
+    assert found["ECE3D"] == pytest.approx(np.nanmean(volumes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -104,7 +123,8 @@ def test_a_perfectly_calibrated_network():
     """Of pixels with 0.75 for class 0 three quarters are class 0."""
     prob = torch.tensor([0.75, 0.25])[None, :, None, None].expand(1, 2, 2, 2)
     scores = calibration_scores(counts_of(prob, torch.tensor([[0, 0], [0, 1]], dtype=torch.uint8))[None])
-    assert scores == pytest.approx({"ECED": 0, "ECEI": 0, "SCED": 0, "SCEI": 0})
+    assert [scores[name] for name in ("ECED", "ECEI", "SCED", "SCEI")] == pytest.approx([0, 0, 0, 0])
+    assert scores["SCED_paper"] == pytest.approx(250), "argmax never decides for the foreground: no pixel is a hit"
 
 
 def test_agrees_with_torchmetrics():

@@ -22,7 +22,7 @@ from exp.evaluation.inference import Inference
 from exp.evaluation.metrics import count
 from exp.rules import registry
 from exp.rules.pooled import Pool, PooledRule, Thresholds
-from exp.rules.registry import build_rule
+from exp.rules.registry import SeesPadding, build_rule
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
 from rankseg_rma import rankseg_rma
@@ -77,6 +77,33 @@ def test_every_rule_sees_the_same_probabilities_of_one_forward_pass(camvid_dir: 
     assert len(seen["a"]) == 3
     assert all(first is second for first, second in zip(seen["a"], seen["b"], strict=True))
     assert (results[0].counts == results[1].counts).all()
+
+
+def test_a_rule_that_sees_the_padding_decides_on_the_padded_map_and_the_others_do_not(camvid_dir: Path):
+    """Images of 48 x 64 in windows of 60 x 64; the labels of the first rule are those of the map's middle."""
+    seen = {"whole": [], "own": []}
+
+    def recorder(name: str):
+        def rule(prob: torch.Tensor) -> torch.Tensor:
+            seen[name].append(prob)
+            return prob.argmax(1)
+
+        return rule
+
+    rules = {"whole": SeesPadding(recorder("whole")), "own": recorder("own")}
+    padded = Inference((60, 64), (40, 40), 3, padding="centred", keep_padding=True)
+    own = dataclasses.replace(evaluator(camvid_dir, rules), inference=padded)
+    results = own(Colours()).results
+    assert [prob.shape for prob in seen["whole"]] == [(1, 11, 60, 64)] * 3
+    assert all(torch.equal(a[..., 6:54, :], b) for a, b in zip(seen["whole"], seen["own"], strict=True))
+    assert (results[0].counts == results[1].counts).all()
+    image = own.dataset[0].image[None]
+    assert own.probabilities(Colours(), image).shape == (1, 11, 48, 64)
+    assert torch.equal(*own.decide(Colours(), image).values())
+    config = compose("data.crop_size=[512,512]", data="camvid", predict=["rankseg_rma_paper", "rankseg_rma"])
+    built = build_evaluator(config, str(camvid_dir), Dist(0, 1, torch.device("cpu")))
+    assert built.inference.keep_padding
+    assert [isinstance(rule, SeesPadding) for rule in built.rules.values()] == [True, False]
 
 
 def test_counts_are_those_of_each_image(camvid_dir: Path):

@@ -148,3 +148,40 @@ def test_non_finite_logits_are_refused(value: float):
 def test_resizing_to_the_same_size_is_the_identity():
     image = torch.randn(1, 2, 9, 11)
     torch.testing.assert_close(resize(image, (9, 11)), image)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("padding", ["corner", "centred"])
+@pytest.mark.parametrize("size", [(5, 7), (20, 7), (9, 12)])
+def test_padding_lies_where_it_is_to_and_may_be_kept(size: tuple[int, int], padding: str, flip: bool):
+    """Of a network of pixels the padded map is that of the image padded by hand; inside it lies the image's own."""
+    height, width = size
+    image, (rows, columns) = torch.randn(1, 3, *size), (max(0, 8 - size[0]), max(0, 10 - size[1]))
+    above, left = (rows // 2, columns // 2) if padding == "centred" else (0, 0)
+    padded = nn.functional.pad(image, (left, columns - left, above, rows - above))
+    kept = Inference((8, 10), (6, 7), 3, flip=flip, padding=padding, keep_padding=True)
+    whole = kept(Position(), image)
+    torch.testing.assert_close(whole, Position()(padded).softmax(1))
+    assert kept.place(*size) == (slice(above, above + height), slice(left, left + width))
+    torch.testing.assert_close(kept.inside(whole, *size), Position()(image).softmax(1))
+    assert {view.shape[-2:] for view in kept.logits(Position(), image)} == {size}  # of labels, for a temperature
+    prob = Inference((8, 10), (6, 7), 3, flip=flip, padding=padding)(WindowMean(), image)
+    assert prob.shape == (1, 3, *size)
+    torch.testing.assert_close(prob, kept.inside(kept(WindowMean(), image), *size))
+
+
+def test_a_network_sees_the_padding_where_it_lies():
+    def ramp(image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image[:, :1] + torch.arange(image.shape[-1]), image[:, 1:]], 1)
+
+    image = torch.randn(1, 3, 5, 6)
+    for where, left in (("corner", 0), ("centred", 1)):
+        prob = Inference((9, 9), (6, 6), 1, padding=where)(ramp, image)
+        expected = torch.cat([image[:, :1] + torch.arange(left, left + 6), image[:, 1:]], 1).softmax(1)
+        torch.testing.assert_close(prob, expected)
+
+
+def test_a_padded_map_has_one_scale():
+    config = TestConfig("t", "mIoUI", scales=(0.5, 1.0)).resolved((32, 32))
+    with pytest.raises(InputError, match=r"test\.scales: got \[0\.5, 1\.0\], expected \[1\] with a rule that sees"):
+        build_inference(config, keep_padding=True)

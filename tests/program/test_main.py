@@ -248,6 +248,42 @@ def test_boundary_iou_is_an_option(program, tmp_path: Path):
     assert 0 < more["metrics"]["mBIoUI"] < more["metrics"]["mIoUI"]
 
 
+def test_a_training_resumes_from_the_checkpoint_that_it_is_given(program, tmp_path: Path):
+    """It comes out as the uninterrupted one, in a folder of its own; the file is left as it is. Started again, the run
+    resumes from its own checkpoints."""
+    flags = [*TINY, "--predict_yaml", "argmax"]
+    assert program(*flags, "--output_dir", tmp_path / "whole")[0] == 0
+    whole = tmp_path / "whole" / TINY_RUN / "checkpoints"
+    given = tmp_path / "elsewhere" / "checkpoint010.pt"
+    given.parent.mkdir()
+    shutil.copy(whole / "iter_0000002.pt", given)
+    before = given.read_bytes()
+    more = [*flags, "--output_dir", tmp_path / "more", "--model_checkpoint", given]
+    status, printed, err = program(*more)
+    assert status == 0, err
+    assert "iterations 2 to 3" in printed + err
+    own = tmp_path / "more" / TINY_RUN / "checkpoints"
+    assert [path.name for path in sorted(own.glob("iter_*.pt"))] == ["iter_0000003.pt"]
+    states = [load_checkpoint(folder / "iter_0000003.pt").model for folder in (whole, own)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    status, printed, err = program(*more)
+    assert status == 0, err
+    assert f"{own / 'iter_0000003.pt'}: resumed in place of {given}" in printed
+    assert "training is complete (3 iterations)" in printed
+    status, _, err = program(*flags, "--output_dir", tmp_path / "more", "--model_checkpoint", own / "iter_0000003.pt")
+    assert status == 2
+    assert "got a checkpoint of the run itself" in err
+    status, _, err = program(*more, "--seed", "7", "--output_dir", tmp_path / "other")
+    assert status == 2
+    assert f"{given}: got a run trained with other settings (checkpoint -> flags: seed 0 -> 7)" in err
+    weights = whole / "last.safetensors"
+    status, _, err = program(*flags, "--output_dir", tmp_path / "third", "--model_checkpoint", weights)
+    assert status == 2
+    assert f"{weights}: got a checkpoint without the whole state of a training" in err
+    assert given.read_bytes() == before
+    assert [path.name for path in given.parent.iterdir()] == [given.name]
+
+
 def test_other_settings_in_the_same_folder_are_refused(program, tmp_path: Path):
     assert program(*TINY, "--output_dir", tmp_path)[0] == 0
     before = checkpoint_bytes(tmp_path / TINY_RUN)
@@ -289,7 +325,8 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
     [
         (["--test-only"], "got no checkpoint, expected one: train first"),
         (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such file, expected a checkpoint"),
-        (["--model_checkpoint", "some.pt"], "expected together with --test-only"),
+        (["--model_checkpoint", "some.pt"], "some.pt: no such file, expected a checkpoint"),
+        (["--model_checkpoint", "best"], "best: expected together with --test-only"),
         (["--model_yaml", "unet_mobilenetv3_smal"], "did you mean 'unet_mobilenetv3_small_100'"),
         (["--data_yaml", "camvid"], "--data_dir: got none"),
         (["--data_yaml", "camvid", "--data_dir", "nowhere"], "nowhere: no such folder"),

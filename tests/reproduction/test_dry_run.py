@@ -33,7 +33,7 @@ def test_a_training_costs_its_images_and_its_windows(tmp_path: Path):
     job = paper_job(UPERNET, "cityscapes", ("argmax",))
     assert count_windows(job.config.data, job.config.test) == 9  # of 512x1024 every 342x683 in 1024x2048
     found = hours(job, tmp_path, **{UPERNET: network((512, 1024), 16, 90)})
-    assert found == pytest.approx((80_000 * 8 / 16 + 500 * 9 / 90) / 3600)
+    assert found == pytest.approx((40_000 * 8 / 16 + 500 * 9 / 90) / 3600)
     both = {UPERNET: network((64, 64), 1, 1), f"{UPERNET}@512x1024": network((512, 1024), 16, 90)}
     assert hours(job, tmp_path, **both) == found
     assert hours(job, tmp_path, **{f"{UPERNET}@256x1024": network((256, 1024), 32, 180)}) == pytest.approx(found)
@@ -65,9 +65,9 @@ def test_a_dry_run_tells_the_costs_where_speeds_were_measured(script, tmp_path: 
     write_speeds(tmp_path / "speeds.json", **{UPERNET: network((512, 512), 100, 100)})
     status, printed, err = script("reproduce", *flags)
     assert status == 0, err
-    voc = (40_000 * 16 + 1449) / 100 / 3600
-    cityscapes = 2 * (80_000 * 8 + 500 * 9) / 100 / 3600  # crops of twice as many pixels
-    ade20k = (160_000 * 16 + 2000 * 2) / 100 / 3600
+    voc = (40_000 * 8 + 1449) / 100 / 3600
+    cityscapes = 2 * (40_000 * 8 + 500 * 9) / 100 / 3600  # crops of twice as many pixels
+    ade20k = (80_000 * 8 + 2000 * 2) / 100 / 3600
     every = f"{voc + cityscapes + ade20k:.1f} device hours"
     assert printed.splitlines()[-4:] == [
         f"cost table4: {voc:.1f} device hours",

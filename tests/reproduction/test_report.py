@@ -19,6 +19,7 @@ from exp.evaluation.comparison import compare_rules
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import save_results
 from exp.reproduction import plans
+from exp.reproduction.existing import DONE, MISSING, Existing
 from exp.reproduction.job import Job
 from exp.reproduction.measured import Measured, Training, compare_seeds, group_seeds
 from exp.reproduction.plans import find_counterpart, table_jobs
@@ -107,6 +108,23 @@ def test_folds_and_seeds_are_joined_as_the_paper_does(output: Path):
     )
     expected = stats.ttest_rel(seeds["argmax"], seeds["rankseg_rma_paper"]).pvalue
     assert float(one(output, **own, score="p")["measured"]) == pytest.approx(expected)
+
+
+def test_the_shipped_rule_stands_beside_the_papers(output: Path):
+    """The published figure is compared with the paper's own rule; of the same pass, ours is shown."""
+    own = {"table": "table1", "row": plans.UPERNET, "data": "pascal_voc", "score": "mIoUI"}
+    folder = next((output / table_jobs("table4")[0].name).glob("*/results"))
+    scores = {
+        rule: json.loads((folder / f"{rule}.json").read_text())["metrics"]["mIoUI"]
+        for rule in ("argmax", "rankseg_rma_paper", "rankseg_rma")
+    }
+    row = one(output, **own, of="rankseg_rma")
+    assert float(row["measured"]) == pytest.approx(scores["rankseg_rma_paper"], rel=1e-12)
+    assert float(row["shipped"]) == pytest.approx(scores["rankseg_rma"], rel=1e-12)
+    gain = one(output, **own, of="rankseg_rma - argmax")
+    assert float(gain["shipped"]) == pytest.approx(scores["rankseg_rma"] - scores["argmax"], rel=1e-9)
+    assert one(output, **own, of="argmax")["shipped"] == ""
+    assert "| measured - published | 95 % interval | shipped rule |" in (output / "report" / "tables.md").read_text()
 
 
 def test_gains_have_the_interval_of_the_evaluation(output: Path):
@@ -342,6 +360,23 @@ def test_unfinished_trainings_do_not_count(tmp_path: Path):
     shutil.rmtree(tmp_path / job.name)
     write_results(job, tmp_path)
     assert Measured(tmp_path).value(find_counterpart(published("table4", "cat", "pascal_voc", "argmax", "IoUC"))) > 0
+
+
+def test_trainings_under_the_recipe_of_before_do_not_count(tmp_path: Path):
+    """Their results stay, as those of another training; their config has none of the keys that came since."""
+    job = table_jobs("table4")[0]
+    before = ("optim.warmup=from_start", "data.augmentation=corner", "schedule.batch_size=16")
+    old = replace(job, overrides=before)
+    write_results(old, tmp_path)
+    for path in tmp_path.glob("*/*/results/*.json"):
+        content = json.loads(path.read_text())
+        if "training" in content:
+            del content["training"]["optim"]["warmup"], content["training"]["data"]["augmentation"]
+            path.write_text(json.dumps(content))
+    existing = Existing(tmp_path)
+    assert existing.state(job).kind == MISSING
+    assert existing.results.keys() == {old.digest}
+    assert existing.state(replace(old, rules=("argmax",))).kind == DONE
 
 
 def test_empty_and_damaged_folders(script, tmp_path: Path):

@@ -108,6 +108,16 @@ def test_some_counterparts_in_full():
     )
 
 
+def test_scores_of_the_data_set_are_taken_within_cases_where_the_papers_code_does():
+    """Of volumes: its mIoUD is this project's mIoU3D, and its Acc the foreground's."""
+    value = published("table2", "unet_resnet50d", "kits", "argmax", "mDiceI")
+    names = {"mIoUD": "mIoU3D", "mDiceD": "mDice3D", "mAccD": "mAcc3D", "Acc": "mAcc3D", "mIoUI": "mIoUI"}
+    for name, own in names.items():
+        assert find_counterpart(replace(value, column=name)).score == own
+    natural = published("table1", plans.UPERNET, "ade20k", "argmax", "mIoUI")
+    assert find_counterpart(replace(natural, column="mIoUD")).score == "mIoUD"
+
+
 def test_errata_are_on_the_figures_they_concern():
     swapped = published("table2", "unet_resnet18d", "kits", "argmax", "mIoUI")
     assert [e.text[:23] for e in swapped.errata] == ["Print has the columns o"]

@@ -86,6 +86,14 @@ def test_the_package_decides_like_rma_on_two_classes(name: str):
     assert (rule(name, 2)(values) != rankseg_rma(values)).float().mean() < 0.02
 
 
+def test_rankseg_ba_prunes_as_the_papers_code_does():
+    """A foreground whose largest probability is 0.5 is none."""
+    values = torch.full((1, 2, 12, 15), 0.5)
+    assert not rule("rankseg_ba", 2)(values).any()
+    values[:, 0], values[:, 1] = 0.45, 0.55
+    assert rule("rankseg_ba", 2)(values).all()
+
+
 def test_yaml_headers_say_what_the_rule_is():
     for name in NAMES:
         assert find_yaml("predict", name).read_text().startswith("# ")

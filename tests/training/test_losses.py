@@ -34,7 +34,7 @@ def shipped(name: str) -> LossConfig:
     return build_dataclass(LossConfig, {"name": name, **load_mapping(path)}, path, {})
 
 
-def overlap(version: str = "mixed", index: str = "jaccard", smooth: float = 1.0) -> Overlap:
+def overlap(version: str = "mixed", index: str = "jaccard", smooth: float = 1.0, both_classes: bool = False) -> Overlap:
     dataset, image, class_ = VERSIONS[version]
     alpha, beta = INDICES[index]
     return Overlap(
@@ -45,6 +45,7 @@ def overlap(version: str = "mixed", index: str = "jaccard", smooth: float = 1.0)
         image_weight=image,
         class_weight=class_,
         sum_over_ranks=same,
+        both_classes=both_classes,
     )
 
 
@@ -62,11 +63,13 @@ def alone(loss: nn.Module, logits: object, label: Tensor) -> Tensor:
     return loss(logits, label, loss.count(label))
 
 
-def reference(prob: Tensor, label: Tensor, version: str, index: str, smooth: float) -> float:
-    """The definition in loops over numbers; labels are read as 0 and 1."""
+def reference(
+    prob: Tensor, label: Tensor, version: str, index: str, smooth: float, both_classes: bool = False
+) -> float:
+    """The definition in loops over numbers; labels are read as 0 and 1. both_classes: of two, the background too."""
     alpha, beta = INDICES[index]
     images, classes = prob.shape[:2]
-    active = [1] if classes == 2 else range(classes)
+    active = [1] if classes == 2 and not both_classes else range(classes)
     cells = {}
     for i, c in itertools.product(range(images), active):
         x_sum = y_sum = difference = 0.0
@@ -104,6 +107,9 @@ def test_overlap_losses_are_their_definition(version: str, index: str, num_class
     for smooth in (1.0, 0.1):
         expected = reference(logits.softmax(1), label, version, index, smooth)
         assert alone(overlap(version, index, smooth), logits, label).item() == pytest.approx(expected, rel=1e-6)
+        expected = reference(logits.softmax(1), label, version, index, smooth, both_classes=True)
+        both = overlap(version, index, smooth, both_classes=True)
+        assert alone(both, logits, label).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_sums_over_large_images_are_exact_enough():
@@ -280,8 +286,17 @@ def test_overlap_yamls_are_what_their_names_say(monkeypatch, name: str, index: s
     )
 
 
+@pytest.mark.parametrize("name", ["jaccard_d", "jaccard_ic", "dice_d", "dice_ic"])
+def test_of_two_classes_both_count_or_the_foreground_alone_and_of_more_the_yamls_are_equal(name: str):
+    both, foreground = (build_criterion(shipped(f"{name}_present_{kind}"), same) for kind in ("all", "foreground"))
+    for num_classes, differs in ((2, True), (4, False)):
+        logits, label = example(num_classes)
+        values = [alone(loss, (logits, logits), label) for loss in (both, foreground)]
+        assert (abs(values[0] - values[1]) > 1e-6) == differs
+
+
 def test_every_yaml_has_gradients_of_its_own():
-    logits, label = example()
+    logits, label = example(2)
     grads = []
     for name in YAMLS:
         leaf = logits.clone().requires_grad_()
@@ -295,6 +310,9 @@ def test_the_program_trains_with_the_loss_it_is_given(program, tmp_path: Path):
     """One step of plain descent from the same weights on the same images, under every YAML: another one each time."""
     flags = [
         *TINY,
+        "--data_yaml",
+        "shapes_binary",
+        "--set",
         "schedule.train_iters=1",
         "data.val_samples=1",
         "optim.warmup_fraction=0",

@@ -37,9 +37,9 @@ def test_sgd():
     ("iteration", "expected"),
     [
         (0, 1e-5),
-        (1, 1e-5 + 0.99e-3 / 10),
-        (5, 1e-5 + 0.99e-3 / 2),
-        (9, 1e-5 + 0.99e-3 * 0.9),
+        (1, 1e-4),
+        (5, 5e-4),
+        (9, 9e-4),
         (10, 1e-3),
         (109, 1e-3 * 0.9**0.9),
         (505, 1e-3 * 0.5**0.9),
@@ -60,6 +60,14 @@ def test_learning_rate_against_its_closed_form(iteration: int, expected: float):
     assert optimizer.param_groups[1]["lr"] == pytest.approx(10 * expected, rel=1e-9, abs=1e-15)
 
 
+def test_a_checkpoint_from_before_the_warm_up_had_a_name_goes_on_as_it_began():
+    """It rises from start_lr, over a whole number of iterations."""
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 1e-3}])
+    scheduler = build_scheduler(config(power=0.9, warmup="from_start"), optimizer, 1040)
+    factor = scheduler.lr_lambdas[0]
+    assert [factor(i) for i in (0, 1, 9, 10)] == pytest.approx([0.01, 0.01 + 0.99 / 10, 0.01 + 0.99 * 0.9, 1])
+
+
 def test_short_schedules_have_no_warmup():
     factor = WarmupPoly(0.01, 0, 3, 1.0)
     assert [factor(i) for i in range(4)] == pytest.approx([1, 2 / 3, 1 / 3, 0])
@@ -67,11 +75,11 @@ def test_short_schedules_have_no_warmup():
 
 @pytest.mark.parametrize(
     ("name", "start", "lr", "power"),
-    [("adamw_lr6e-5", 1e-6, 6e-5, 1.0), ("adamw_lr6e-4", 1e-5, 6e-4, 1.0), ("sgd_lr1e-2", 1e-4, 1e-2, 0.9)],
+    [("adamw_lr6e-5", 1e-6, 6e-5, 1.0), ("adamw_lr6e-4", 1e-6, 6e-4, 1.0), ("sgd_lr1e-2", 1e-6, 1e-2, 0.9)],
 )
 def test_the_shipped_recipes_over_40000_iterations(name: str, start: float, lr: float, power: float):
     """Warm-up over the first 400; the encoder's rate at ten points, decoder and heads ten times as high."""
-    expected = {0: start, 100: (3 * start + lr) / 4, 200: (start + lr) / 2, 300: (start + 3 * lr) / 4, 400: lr}
+    expected = {0: start, 100: lr / 4, 200: lr / 2, 300: 3 * lr / 4, 400: lr}
     expected |= {400 + round(39600 * t): lr * (1 - t) ** power for t in (0.1, 0.5, 0.75, 0.9, 1.0)}
     path = CONFIG_DIR / "optim" / f"{name}.yaml"
     recipe = build_dataclass(OptimConfig, {"name": name, **load_mapping(path)}, path, {})

@@ -1,4 +1,5 @@
-"""Cityscapes as its owners hand it out: fine labels by label id, or by train id where somebody made them."""
+"""Cityscapes as its owners hand it out: fine labels by label id, or by train id where somebody made them; and scenes by
+night with labels of the same classes, to evaluate on."""
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
 
@@ -43,3 +44,44 @@ class Cityscapes(SegmentationDataset):
         return pair_samples(
             sorted(names | with_ids), lambda n: images / f"{n}{IMAGE}", lambda n: labels / f"{n}{suffix}"
         )
+
+
+class NightScenes(SegmentationDataset):
+    """Street scenes by night with Cityscapes' classes, by train id; images and labels lie in trees of one shape."""
+
+    classes, palette = Cityscapes.classes, Cityscapes.palette
+    folders: tuple[str, str]  # of images and labels below data_dir; the split's folder is below
+    suffixes: tuple[str, str]
+
+    def list_samples(self) -> list[Sample]:
+        images, labels = (require_folder(self.root / folder / self.split) for folder in self.folders)
+        names = {
+            path.relative_to(folder).as_posix().removesuffix(suffix)
+            for folder, suffix in zip((images, labels), self.suffixes)
+            for path in folder.rglob(f"*{suffix}")
+        }
+        image, label = self.suffixes
+        return pair_samples(sorted(names), lambda n: images / f"{n}{image}", lambda n: labels / f"{n}{label}")
+
+
+class DarkZurich(NightScenes):
+    """50 scenes of 1080 x 1920, the validation set of Dark Zurich (Sakaridis et al., ICCV 2019)."""
+
+    folders = ("dark_zurich/rgb_anon", "dark_zurich/gt")
+    suffixes = ("_rgb_anon.png", "_gt_labelTrainIds.png")
+    archives = {"Dark_Zurich_val_anon.zip": ("dark_zurich/rgb_anon/val", "dark_zurich/gt/val")}
+    totals = {"val": 50}
+
+
+class NighttimeDriving(NightScenes):
+    """50 scenes of 1080 x 1920, the test set of Nighttime Driving (Dai & Van Gool, ITSC 2018)."""
+
+    folders = ("NighttimeDrivingTest/leftImg8bit", "NighttimeDrivingTest/gtCoarse_daytime_trainvaltest")
+    suffixes = ("_leftImg8bit.png", "_gtCoarse_labelTrainIds.png")
+    archives = {
+        "NighttimeDrivingTest.zip": (
+            "NighttimeDrivingTest/leftImg8bit/test",
+            "NighttimeDrivingTest/gtCoarse_daytime_trainvaltest/test",
+        )
+    }
+    totals = {"test": 50}

@@ -13,13 +13,16 @@ from exp.runtime.errors import InputError
 class SliceDataset(SegmentationDataset):
     """Slices grouped by case: `val` is the fold that the YAML names, `train` the four others.
 
-    The folds are contiguous by case number. Values are clipped to the YAML's window as they are read, so that
-    resampling and scaling commute.
+    The folds are contiguous by case number. An Item's values are clipped to the YAML's window.
     """
 
     volumes: VolumeFacts
     channels = 1
     image_dtype = torch.int16
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        return round(self.window[0]), round(self.window[1])
 
     def list_samples(self) -> list[Sample]:
         if self.split not in ("train", "val"):
@@ -34,8 +37,7 @@ class SliceDataset(SegmentationDataset):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         path = self.samples[index].image
         image, values = read_slice(path)
-        low, high = self.window
-        return image.clip(round(low), round(high))[..., None], self.decode_label(values, path)
+        return image[..., None], self.decode_label(values, path)
 
 
 class Tumour(SliceDataset):

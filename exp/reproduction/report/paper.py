@@ -6,18 +6,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from exp.reproduction.measured import PAIRED, Interval, Measured, Training
-from exp.reproduction.plans import find_counterpart
+from exp.reproduction.plans import find_counterpart, ours_beside
 from exp.reproduction.published import PublishedValue, Table
 from exp.reproduction.report.sections import Cell, Section, format_interval, format_number
 
 GROUP = "Published tables"
-HEADER = ("row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval")
-CSV_HEADER = ("table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "erratum")
+HEADER = (
+    "row", "data", "score", "of", "published", "measured", "measured - published", "95 % interval", "shipped rule"
+)  # fmt: skip
+CSV_HEADER = (
+    "table", "row", "data", "score", "of", "published", "measured", "difference", "low", "high", "shipped", "erratum"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a published table. of: the rule, or what it gains over argmax. reason: why it cannot be measured."""
+    """A line of a published table. of: the rule, or what it gains over argmax. reason: why it cannot be measured.
+
+    measured: under the rule to the paper's letter; shipped: under this project's own, on the same probabilities.
+    """
 
     table: str
     row: str
@@ -27,6 +34,7 @@ class Line:
     published: float
     measured: float | None
     interval: Interval | None = None
+    shipped: float | None = None
     notes: tuple[str, ...] = ()
     reason: str | None = None
 
@@ -55,6 +63,7 @@ def published_section(table: Table, lines: Sequence[Line]) -> Section:
                 Cell("not available" if line.reason else format_number(line.measured, line.is_gain)),
                 Cell(format_number(line.difference, signed=True)),
                 Cell(format_interval(line.interval)),
+                Cell(format_number(line.shipped, line.is_gain)),
             )
         )
     notes = [f"{row}: {reason}" for row, reason in {line.row: line.reason for line in lines if line.reason}.items()]
@@ -84,13 +93,16 @@ def table_lines(table: Table, measured: Measured) -> list[Line]:
         if isinstance(found, str):
             lines.append(Line(*place, value.rule, value.value, None, notes=notes, reason=found))
             continue
-        lines.append(Line(*place, value.rule, value.value, measured.value(found), notes=notes))
+        ours = ours_beside(found)
+        shipped = None if ours is None else measured.value(ours)
+        lines.append(Line(*place, value.rule, value.value, measured.value(found), shipped=shipped, notes=notes))
         base = _argmax_beside(value, table)
         if base is not None:
             gain, interval = measured.gain(find_counterpart(base), found)
+            own_gain = None if ours is None else measured.gain(find_counterpart(base), ours)[0]
             both = tuple(dict.fromkeys((*(erratum.text for erratum in base.errata), *notes)))
             published = value.value - base.value
-            lines.append(Line(*place, f"{value.rule} - argmax", published, gain, interval, notes=both))
+            lines.append(Line(*place, f"{value.rule} - argmax", published, gain, interval, own_gain, both))
     return lines
 
 
@@ -133,7 +145,8 @@ def csv_text(lines: Iterable[Line]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADER)
     for line in lines:
-        numbers = (line.published, line.measured, line.difference, *(line.interval or (None, None)))
+        interval = line.interval or (None, None)
+        numbers = (line.published, line.measured, line.difference, *interval, line.shipped)
         texts = ("" if number is None else repr(float(number)) for number in numbers)
         writer.writerow([line.table, line.row, line.data, line.score, line.of, *texts, " ".join(line.notes)])
     return text.getvalue()

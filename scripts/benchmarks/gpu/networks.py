@@ -69,10 +69,10 @@ WINDOWS = (1, 2, 8, 16, 32)  # of a forward pass, besides the default
 
 
 def compose(model: str, data: str, settings: Iterable[str], tiny: bool) -> ExperimentConfig:
-    """A network on the crops of a data set, as the paper trains it but for batches of 8."""
+    """A network on the crops of a data set, as the paper trains it."""
     from exp.config.experiment import load_experiment
 
-    optim = "sgd_lr1e-2" if "resnet" in model else "adamw_lr6e-5"
+    optim = "sgd_lr1e-2" if data == MEDICAL else "adamw_lr6e-5"
     yamls = {
         "model": TINY if tiny else model,
         "data": data,
