@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from exp.checkpoints.checkpoint import weights_checksum
 from exp.evaluation.evaluator import Evaluation, Evaluator, format_timing
 from exp.evaluation.pictures import choose_pictures, predict_panel, save_panel
 from exp.evaluation.results import IMAGES, images_csv, report_results
@@ -35,12 +36,14 @@ def save_outputs(
     """
     results, metric = folder / "results", config["test"]["metric"]
     evaluated = {"data": config["data"], "test": config["test"]}
+    weights = {"training": training, "weights_checksum": weights_checksum(model)}
     code = describe_code()
-    contexts = [{"training": training, **code, "config": {**evaluated, "predict": r}} for r in config["predict"]]
+    contexts = [{**weights, **code, "config": {**evaluated, "predict": r}} for r in config["predict"]]
     print(report_results(evaluation.results, results, contexts, metric=metric, calibration=evaluation.calibration))
     if evaluation.entropy is not None:
         write_atomically(results / IMAGES, images_csv(evaluation.results[0].names, evaluation.entropy))
-    write_atomically(results / "timing.json", json.dumps(evaluation.timing.to_dict(), indent=2) + "\n")
+    times = {**evaluation.timing.to_dict(), **weights, "config": evaluated}
+    write_atomically(results / "timing.json", json.dumps(times, indent=2) + "\n")
     print(format_timing(evaluation.timing))
     for result, context in zip(evaluation.results, contexts):
         if None in (found := evaluation.thresholds.get(result.rule, {})):  # for rankseg_rma_fixed

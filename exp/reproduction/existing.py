@@ -12,6 +12,10 @@ from exp.runtime.errors import InputError
 
 IMAGE_KEYS = ("dataset", "val_split", "val_samples", "fold", "test_crop")  # of a data config: what is evaluated
 TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split")  # of a data config: what true maps do not depend on
+NO_MATTER = {  # of the config of an evaluation: what changes neither its images nor the labels decided for them
+    "data": ("name", "train_split", "train_samples", "crop_size", "scale_range", "flip_prob", "damaged"),
+    "test": ("name", "metric", "metrics", "calibration", "window_batch", "images_per_forward", "prob_cache_gb"),
+}
 # States of a job, from nothing to everything.
 WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be evaluated", "done"
@@ -134,6 +138,35 @@ def _read_facts(path: Path) -> tuple[str | None, int | None]:
     except InputError:  # damaged: as if it were not there
         return None, None
     return facts.get("config_digest"), facts.get("iteration")
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two JSONs of results say of their weights, images and test config -> 'key here -> there' where they differ.
+
+    Empty: they can be compared. What one of them does not tell at all (an older file's weights_checksum) is let pass.
+    """
+    rows = []
+    if "training" in one and "training" in other:
+        rows += _rows(one["training"], other["training"])
+    configs = [content.get("config", {}) for content in (one, other)]
+    for group, left_out in NO_MATTER.items():
+        if all(group in config for config in configs):
+            pair = [{group: {k: v for k, v in c[group].items() if k not in left_out}} for c in configs]
+            rows += _rows(*pair)
+    checksums = [content.get("weights_checksum") for content in (one, other)]
+    return rows + ([f"weights_checksum {checksums[0]} -> {checksums[1]}"] if len({None, *checksums}) > 2 else [])
+
+
+def _rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """'group.key here -> there' where two mappings of groups differ; null is as good as absent."""
+    rows = []
+    for name in sorted(one.keys() | other.keys()):
+        before, after = one.get(name), other.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            rows += [f"{name}.{row}" for row in _rows(before, after)]
+        elif before != after:
+            rows.append(f"{name} {before} -> {after}")
+    return rows
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
