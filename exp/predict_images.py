@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
     channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
-    slices it was trained on were made; None: it was trained on images.
+    slices it was trained on were made, and in which orientation; None: it was trained on images.
     """
 
     model: nn.Module
@@ -89,7 +90,9 @@ class Predictor:
         if source.is_volume != (self.volumes is not None):
             got, expected = ("a volume", "an image") if source.is_volume else ("an image", "a NIfTI volume")
             raise InputError(f"{source.path}: got {got}, expected {expected}, as the network was trained on")
-        return open_volume(source.path) if source.is_volume else read_image(source.path, self.channels)
+        if source.is_volume:
+            return open_volume(source.path, self.volumes.orientation)
+        return read_image(source.path, self.channels)
 
     def show(self, image: np.ndarray) -> np.ndarray:
         """(H, W, channels) image -> (H, W, 3) uint8 for pictures."""
@@ -225,6 +228,13 @@ def build_predictor(
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data)
     classes, volumes = list(facts["classes"]), getattr(cls, "volumes", None)
+    if volumes is not None:
+        if checkpoint.orientation is None:
+            said = (
+                f"warning: {path}: does not say in which orientation its volumes were, taken as {volumes.orientation}"
+            )
+            print(said, file=sys.stderr, flush=True)
+        volumes = replace(volumes, orientation=checkpoint.orientation or volumes.orientation)
     for config in predict:
         if config.scope == "case" and volumes is None:
             raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")

@@ -63,6 +63,7 @@ class SegmentationDataset(Dataset):
     window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
     archives: dict[str, tuple[str, ...]] = {}  # the owner's downloads: name -> the folders below data_dir that it fills
     totals: dict[str, int] = {}  # known number of images by split
+    orientations: tuple[str, ...] = ()  # those that slices of volumes are in, one if all is well
     on_disk = True  # False: made on the fly, no data_dir
 
     def __init__(

@@ -30,6 +30,7 @@ FAULTS = {
     "non-finite": "volumes with NaN or infinite voxels",
     "constant": "images or volumes of one value",
     "affine": "label volumes whose grid lies elsewhere than their image's",
+    "orientation": "prepared cases of an earlier version, in another orientation than others",
     "duplicate name": "samples that cannot be told apart",
     "count": "totals other than the known ones",
     "changed": "files that differ from the manifest, or are gone",
@@ -37,6 +38,7 @@ FAULTS = {
 NOTES = {  # worth a look, but found in sound data too
     "only background": "labels of nothing but background",
     "identical images": "images with the same content as another",
+    "old slices": "prepared cases of an earlier version, all in the orientation in which they are stored",
     "not prepared": "volumes without slices",
     "other affine": "label volumes whose grid lies elsewhere than their image's, which was to be ignored",
     "not in the manifest": "files that came after it",
@@ -147,13 +149,21 @@ def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
     """The prepared cases of a data set of volumes -> those that are not whole; slices by fold beside the known ones."""
     folder = data_dir / facts.folder / TRAIN
     findings, folds, cases = [], [0] * NUM_FOLDS, prepared_cases(facts, data_dir)
+    seen = {}
     for path in cases:
         with noting(findings, "unreadable", path):
             is_finished(path)
-            folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(read_case(path).slices)
+            case = read_case(path)
+            folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(case.slices)
+            seen[path] = case.seen
+    whole, kind = not findings, "orientation" if len(set(seen.values())) > 1 else "old slices"
+    for path, orientation in seen.items():
+        if orientation != facts.orientation:
+            text = f"got {orientation}, in which its volume is stored, expected {facts.orientation}"
+            findings.append(Finding(kind, path, text))
     if len(cases) > facts.total_cases:
         findings.append(Finding("count", folder, f"got {len(cases)} cases, expected {facts.total_cases} at most"))
-    elif facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
+    elif facts.fold_slices and len(cases) == facts.total_cases and whole and tuple(folds) != facts.fold_slices:
         findings.append(Finding("count", folder, f"got {folds} slices by fold, expected {list(facts.fold_slices)}"))
     return findings
 

@@ -187,7 +187,7 @@ def volume_predictor(slice_size: tuple[int, int] | None = None) -> Predictor:
         format=mask_format(2, PALETTE, {0: 0, 1: 0, 2: 1}),
         channels=1,
         window=(-100, 300),
-        volumes=VolumeFacts("ct", None, slice_size, False, 1, None, 1, None, "{}", ("", "")),
+        volumes=VolumeFacts("ct", None, slice_size, False, 1, None, 1, None, "RAS", "{}", ("", "")),
     )
 
 
