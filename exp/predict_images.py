@@ -33,6 +33,7 @@ from exp.files.atomic import replacing, write_atomically
 from exp.files.images import FORMATS
 from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
+from exp.files.paths import visible_files
 from exp.models import build_model
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule
@@ -123,9 +124,8 @@ def list_sources(path: Path, output: Path) -> list[Source]:
         return [Source(strip_suffix(path.name), path)]
     suffixes = (*FORMATS, *VOLUME_SUFFIXES)
     found: dict[str, Source] = {}
-    for file in sorted(path.rglob("*")):
-        own = output.resolve() in file.resolve().parents
-        if own or file.name.startswith(".") or not file.name.lower().endswith(suffixes):
+    for file in visible_files(path, "**/*.*"):
+        if not file.name.lower().endswith(suffixes) or output.resolve() in file.resolve().parents:
             continue
         source = Source(strip_suffix(file.relative_to(path).as_posix()), file)
         if (other := found.setdefault(source.name, source)) != source:

@@ -22,6 +22,7 @@ from exp.files.nifti import (
     resize_labels,
     slice_view,
 )
+from exp.files.paths import visible_files
 from exp.files.text import read_json, require_file
 from exp.runtime.errors import InputError, decoding
 
@@ -101,7 +102,8 @@ def list_cases(folder: Path) -> list[Path]:
     """The folder of prepared slices -> the cases' folders by their numbers; what has no case.json is no case."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (scripts/prepare_data.py makes it)")
-    return sorted((p.parent for p in folder.glob(f"*/{CASE_FILE}")), key=lambda p: (case_number(p.name), p.name))
+    cases = (path.parent for path in visible_files(folder, f"*/{CASE_FILE}"))
+    return sorted(cases, key=lambda case: (case_number(case.name), case.name))
 
 
 def find_orientations(cases: Iterable[Path]) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def find_orientations(cases: Iterable[Path]) -> tuple[str, ...]:
 
 def list_slices(folder: Path) -> list[Path]:
     """A case's folder -> its slice files in the volume's order."""
-    return sorted(folder.glob("*.npz"))
+    return visible_files(folder, "*.npz")
 
 
 def case_number(name: str) -> int:

@@ -18,6 +18,8 @@ MAX_VOXELS = 2**29  # 512 x 512 x 2048: two metres at a millimetre; scanners' 10
 MAX_HEADER = 2**24  # bytes before the first voxel; extensions (the scanner's or a program's notes) have some kB
 MAX_DEFLATE = 1040  # deflate makes nothing smaller than 1/1032 of its size (RFC 1951)
 INT16 = np.iinfo(np.int16)
+WHOLE_TOLERANCE = 1e-3  # of labels that are stored as floating-point numbers
+MAX_STEP = 0.2  # between neighbouring values of labels that are stored as scaled whole numbers
 RESCALED = 1000  # MR intensities: percentiles 0.5 and 99.5 of a volume become 0 and this
 
 
@@ -222,7 +224,7 @@ def value_range(volume: Volume) -> ValueRange:
         values = plane.astype(np.float64) * volume.slope + volume.inter
         good = values[np.isfinite(values)]
         finite &= good.size == values.size
-        whole &= bool((good == np.rint(good)).all())
+        whole &= bool((np.abs(good - np.rint(good)) <= _label_tolerance(volume)).all())
         low, high = min(low, good.min(initial=np.inf)), max(high, good.max(initial=-np.inf))
     return ValueRange(float(low), float(high), bool(finite), bool(whole))
 
@@ -349,11 +351,19 @@ def _to_label(plane: np.ndarray, volume: Volume) -> np.ndarray:
     if unscaled and volume.dtype == np.uint8:
         return plane
     values = plane if unscaled and volume.dtype.kind in "iu" else _to_float(plane, volume)
-    labels = values.clip(0, 255).astype(np.uint8)
-    if (labels != values).any():
-        wrong = values[labels != values].flat[0]
-        raise InputError(f"{volume.path}: got label value {wrong:g}, expected whole numbers of 0..255")
+    labels = np.rint(values).clip(0, 255).astype(np.uint8)
+    wrong = np.abs(values - labels.astype(np.float64)) > _label_tolerance(volume)
+    if wrong.any():
+        got = values[wrong].flat[0]
+        raise InputError(f"{volume.path}: got label value {got:.9g}, expected whole numbers of 0..255")
     return labels
+
+
+def _label_tolerance(volume: Volume) -> float:
+    """How far a label's value may be from a whole number: what floating-point numbers, or half a step of values that
+    were scaled to whole ones, leave of it."""
+    step = abs(volume.slope) if volume.dtype.kind in "iu" else 0.0
+    return WHOLE_TOLERANCE + (step / 2 if step <= MAX_STEP else 0.0)
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -12,6 +12,7 @@ from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.data.slice_files import Case, case_number, list_cases, list_slices, read_case, write_case
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.nifti import find_slices, open_pair, read_image, read_labels
+from exp.files.paths import is_hidden
 from exp.runtime.errors import InputError, describe_numbers, printable
 
 TRAIN = "train"  # the folder of prepared cases
@@ -64,7 +65,7 @@ def _find_files(root: Path, pattern: str, case: str) -> dict[str, Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
         for name in sorted(names):
             if match := re.fullmatch(pattern, f"{os.path.basename(folder)}/{name}"):
                 path, key = Path(folder, name), case.format(match[1])
