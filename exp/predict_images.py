@@ -252,7 +252,7 @@ def build_predictor(
         model=model,
         inference=build_inference(test),
         normalize=build_normalize(data),
-        rules={c.name: build_rule(c, len(classes)) for c in predict},
+        rules={c.name: build_rule(c, len(classes), classes) for c in predict},
         device=device,
         classes=facts["classes"],
         palette=facts["palette"],

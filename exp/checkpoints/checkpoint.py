@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
-from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS
+from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS, with_number_keys
 from exp.files.nifti import is_orientation
 from exp.files.tensors import find_tensors, load_tensor_file
 from exp.runtime.errors import InputError
@@ -145,6 +145,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])
         raw = described.pop("weights") == "raw"
+        described["config"] = with_number_keys(described["config"])
         ema = None if raw else {f"module.{name}": value for name, value in tensors.items()}
         return {"model": tensors if raw else None, "ema": ema, "training": None, **described}
     except (KeyError, ValueError, AttributeError, TypeError, SafetensorError):

@@ -296,7 +296,7 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
             )
     return Evaluator(
         dataset=dataset,
-        rules={c.name: build_rule(c, len(dataset.classes)) for c in config.predict},
+        rules={c.name: build_rule(c, len(dataset.classes), dataset.classes) for c in config.predict},
         inference=build_inference(config.test),
         normalize=build_normalize(config.data),
         num_workers=config.schedule.num_workers,

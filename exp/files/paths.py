@@ -2,7 +2,8 @@
 
 import os
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from exp.files.text import read_text
@@ -34,6 +35,21 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     """What fits a pattern of pathlib's below a folder, sorted: no folders, and nothing that is hidden."""
     found = (path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder)))
     return sorted(path for path in found if not path.is_dir())
+
+
+def flat_names(names: Sequence[str]) -> list[str]:
+    """Names that may have folders in them -> names of files in one folder, no two alike.
+
+    a/b becomes a_b, or a_b.2 where a_b is another's.
+    """
+    taken, flat = {name for name in names if "/" not in name}, []
+    for name in names:
+        own = name.replace("/", "_")
+        if "/" in name:
+            own = next(free for free in chain([own], (f"{own}.{n}" for n in count(2))) if free not in taken)
+            taken.add(own)
+        flat.append(own)
+    return flat
 
 
 def match_names(files: Mapping[str, Path], names: Collection[str]) -> dict[str, Path]:
