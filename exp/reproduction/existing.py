@@ -8,7 +8,7 @@ from typing import Any
 from exp.config.experiment import TRAINING_GROUPS, training_digest
 from exp.files.text import read_json
 from exp.reproduction.job import Job
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 IMAGE_KEYS = ("dataset", "val_split", "val_samples", "fold", "test_crop")  # of a data config: what is evaluated
 TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split")  # of a data config: what true maps do not depend on
@@ -101,10 +101,12 @@ class Existing:
 
 
 def _read_result(path: Path) -> dict | None:
-    """The JSON of a rule with its table beside it, or None if the file is of another kind."""
+    """The JSON of a rule with its table beside it, or None if the file is damaged or of another kind."""
     if not path.with_suffix(".csv").is_file() or path.stem.endswith(".cases"):
         return None
-    content = read_json(path, "the results of a rule")
+    content = {}
+    with passing_over():
+        content = read_json(path, "the results of a rule")
     is_true = content.get("probabilities") == "true"
     try:
         named = [content["config"][group]["name"] for group in ("data", "predict" if is_true else "test")]

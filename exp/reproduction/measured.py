@@ -24,7 +24,7 @@ from exp.files.text import read_json
 from exp.reproduction.existing import Existing, differences
 from exp.reproduction.job import Job
 from exp.reproduction.plans import ALL, Counterpart, table_jobs
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
 Interval = tuple[float, float]
@@ -42,13 +42,15 @@ class Measured:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.existing = Existing(output)
-        self._results: dict[Path, EvalResult] = {}
+        self._results: dict[Path, EvalResult | None] = {}
 
-    def load(self, path: Path) -> EvalResult:
-        """<rule>.json or .csv -> the counts of its rule."""
+    def load(self, path: Path) -> EvalResult | None:
+        """<rule>.json or .csv -> the counts of its rule; None, and a warning, if its table is damaged."""
         table = path.with_suffix(".csv")
         if table not in self._results:
-            self._results[table] = load_result(table)
+            self._results[table] = None
+            with passing_over():
+                self._results[table] = load_result(table)
         return self._results[table]
 
     def find(self, job: Job, rule: str) -> EvalResult | None:
@@ -81,8 +83,12 @@ class Measured:
             if metric not in PAIRED or not isinstance(temperature, int | float):
                 continue
             base, same, apart = self.load(folder / "argmax.csv"), [], []
+            if base is None:
+                continue
             for rule in sorted(contents, key=_place):
                 result, differing = self.load(folder / f"{rule}.csv"), differences(content, contents[rule])
+                if result is None:
+                    continue
                 if result.names != base.names:
                     differing = differing or ["other images"]
                 if differing:
@@ -130,8 +136,10 @@ class Measured:
         path = self.existing.find(job, rule)
         if path is None or not path.with_name("timing.json").is_file():
             return None
-        timing = read_times(path.with_name("timing.json"))
-        if differences(timing, read_json(path, "the results of a rule")):
+        timing = None
+        with passing_over():
+            timing = read_times(path.with_name("timing.json"))
+        if timing is None or differences(timing, read_json(path, "the results of a rule")):
             return None
         if step == "forward":
             return timing["milliseconds_per_image"]["forward"] * timing["forward_passes"] / 1000

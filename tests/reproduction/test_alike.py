@@ -9,7 +9,8 @@ import pytest
 from exp.reproduction.existing import differences
 from exp.reproduction.job import Job
 from exp.reproduction.measured import Measured
-from exp.reproduction.report.build import write_report
+from exp.reproduction.report.illustrations import illustrate
+from exp.reproduction.report.training_sections import training_section
 from tests.conftest import TINY
 from tests.reproduction.test_folds import save_fold
 from tests.reproduction.test_report import write_results
@@ -41,15 +42,15 @@ def set_argmax(output: Path, *settings: str) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("setting", OTHER_EVALUATIONS)
-def test_rules_of_different_evaluations_are_not_compared(tmp_path: Path, setting: str):
+def test_rules_of_different_evaluations_are_not_compared(tmp_path: Path):
     write_results(PAIR, tmp_path)
     (before,) = Measured(tmp_path).trainings()[1]
     assert before.rules == ("argmax", "rankseg_rma")
-    set_argmax(tmp_path, setting)
-    (after,) = Measured(tmp_path).trainings()[1]
-    assert after.rules == ("argmax",)
-    assert after.apart[0].startswith(f"rankseg_rma: {OTHER_EVALUATIONS[setting]} -> ")
+    for setting, told in OTHER_EVALUATIONS.items():
+        set_argmax(tmp_path, setting)
+        (after,) = Measured(tmp_path).trainings()[1]
+        assert after.rules == ("argmax",), setting
+        assert after.apart[0].startswith(f"rankseg_rma: {told} -> ")
 
 
 def test_what_changes_no_label_does_not_part_them(tmp_path: Path):
@@ -79,26 +80,30 @@ def test_weights_are_told_by_their_checksum_where_both_have_one():
 
 
 def test_the_report_says_so_and_shows_nothing_of_the_other_evaluation(program, tmp_path: Path):
-    flags = [*TINY, "--output_dir", tmp_path / PAIR.name]
-    assert program(*flags, "--predict_yaml", "argmax", "rankseg_rma", "--save_pred", "1")[0] == 0
-    write_report(tmp_path)
-    assert (tmp_path / "report" / "index.html").read_text().count("<img") == 7, (
-        "both rules, calibration, times, 3 panels"
-    )
-    flipped = [*TINY, "test.flip=true", "--output_dir", tmp_path / PAIR.name]
+    def shown() -> tuple[tuple[str, ...], str, set[str]]:
+        """The rules of the one training, what its section notes, and the first words of its pictures' captions."""
+        (training,) = Measured(tmp_path).trainings()[1]
+        section = training_section("a", "b", "c", training)
+        captions = {picture.caption.split()[0] for picture in illustrate(training)}
+        return training.rules, " ".join(section.notes), captions
+
+    plain, flipped = ([*TINY, *more, "--output_dir", tmp_path / PAIR.name] for more in ([], ["test.flip=true"]))
+    assert program(*plain, "--predict_yaml", "argmax", "rankseg_rma", "--save_pred", "1")[0] == 0
+    rules, notes, captions = shown()
+    assert rules == ("argmax", "rankseg_rma")
+    assert "not compared" not in notes
+    assert {"Reliability", "Milliseconds"} < captions
+    assert any(caption.startswith("00_") for caption in captions)
     status, _, err = program(*flipped, "--predict_yaml", "argmax", "--test-only")
     assert status == 0, err
-    write_report(tmp_path)
-    text = (tmp_path / "report" / "tables.md").read_text().partition("## Published tables")[0]
-    assert "not compared with it: rankseg_rma: test.flip True -> False." in text
-    assert "| rankseg_rma |" not in text
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "at random" not in page, "the pictures are of the first evaluation"
-    assert "Reliability" in page
-    status, _, err = program(*flags, "--predict_yaml", "rankseg_rma", "--test-only")
+    rules, notes, captions = shown()
+    assert rules == ("argmax",)
+    assert "not compared with it: rankseg_rma: test.flip True -> False." in notes
+    assert {"Reliability", "Milliseconds"} < captions
+    assert not any(caption.startswith("00_") for caption in captions), "the pictures are of the first evaluation"
+    status, _, err = program(*plain, "--predict_yaml", "rankseg_rma", "--test-only")
     assert status == 0, err
-    write_report(tmp_path)
-    assert "Reliability" not in (tmp_path / "report" / "index.html").read_text(), "it is that of the last evaluation"
+    assert not {"Reliability", "Milliseconds"} & shown()[2], "these are of the last evaluation"
 
 
 def test_times_of_another_evaluation_are_not_a_rules(tmp_path: Path):

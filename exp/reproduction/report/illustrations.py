@@ -14,7 +14,7 @@ from exp.files.text import read_json
 from exp.reproduction.existing import differences
 from exp.reproduction.measured import Training, read_times
 from exp.reproduction.report import plots
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 PANEL_WIDTH = 1000  # pixels
 SHOWN_RULES = ("argmax", "rankseg_rma")  # of the validations in training
@@ -32,13 +32,12 @@ class Picture:
 
 
 def illustrate(training: Training) -> Iterator[Picture]:
-    """A training -> its plots, and the pictures of --save_pred."""
+    """A training -> its plots, and the pictures of --save_pred; without those of damaged files, which are told."""
     if len(training.results) > 1:
         yield from _comparisons(training)
-    yield from _calibration(training)
-    yield from _times(training)
-    yield from _curves(training.folder.parent / "log.jsonl")
-    yield from _gallery(training)
+    for part in (_calibration, _times, _curves, _gallery):
+        with passing_over():
+            yield from part(training)
 
 
 def _comparisons(training: Training) -> Iterator[Picture]:
@@ -69,9 +68,9 @@ def _times(training: Training) -> Iterator[Picture]:
         yield Picture(plots.bars(steps), "Milliseconds of network and rules")
 
 
-def _curves(path: Path) -> Iterator[Picture]:
+def _curves(training: Training) -> Iterator[Picture]:
     """A run's log -> its loss, and its validations where there are several."""
-    losses, scores = read_log(path)
+    losses, scores = read_log(training.folder.parent / "log.jsonl")
     if losses:
         yield Picture(plots.curves({"loss": sorted(losses.items())}, "training loss"), "Training loss")
     if any(len(points) > 1 for points in scores.values()):
