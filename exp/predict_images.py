@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from exp.files.atomic import replacing, write_atomically
 from exp.files.images import FORMATS
 from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
+from exp.files.paths import visible_files
 from exp.models import build_model
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
@@ -59,7 +61,7 @@ class Predictor:
     """A trained network under several rules, with what its data set says of images and label files.
 
     channels: of an image, 3 (RGB) or 1. window: of one channel, the values that become -1 and 1. volumes: how the
-    slices it was trained on were made; None: it was trained on images.
+    slices it was trained on were made, and in which orientation; None: it was trained on images.
     """
 
     model: nn.Module
@@ -91,7 +93,9 @@ class Predictor:
         if source.is_volume != (self.volumes is not None):
             got, expected = ("a volume", "an image") if source.is_volume else ("an image", "a NIfTI volume")
             raise InputError(f"{source.path}: got {got}, expected {expected}, as the network was trained on")
-        return open_volume(source.path) if source.is_volume else read_image(source.path, self.channels)
+        if source.is_volume:
+            return open_volume(source.path, self.volumes.orientation)
+        return read_image(source.path, self.channels)
 
     def show(self, image: np.ndarray) -> np.ndarray:
         """(H, W, channels) image -> (H, W, 3) uint8 for pictures."""
@@ -121,9 +125,8 @@ def list_sources(path: Path, output: Path) -> list[Source]:
         return [Source(strip_suffix(path.name), path)]
     suffixes = (*FORMATS, *VOLUME_SUFFIXES)
     found: dict[str, Source] = {}
-    for file in sorted(path.rglob("*")):
-        own = output.resolve() in file.resolve().parents
-        if own or file.name.startswith(".") or not file.name.lower().endswith(suffixes):
+    for file in visible_files(path, "**/*.*"):
+        if not file.name.lower().endswith(suffixes) or output.resolve() in file.resolve().parents:
             continue
         source = Source(strip_suffix(file.relative_to(path).as_posix()), file)
         if (other := found.setdefault(source.name, source)) != source:
@@ -226,6 +229,13 @@ def build_predictor(
     facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
     facts |= dataset_facts(data)
     classes, volumes = list(facts["classes"]), getattr(cls, "volumes", None)
+    if volumes is not None:
+        if checkpoint.orientation is None:
+            said = (
+                f"warning: {path}: does not say in which orientation its volumes were, taken as {volumes.orientation}"
+            )
+            print(said, file=sys.stderr, flush=True)
+        volumes = replace(volumes, orientation=checkpoint.orientation or volumes.orientation)
     for config in predict:
         if config.scope == "case" and volumes is None:
             raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
@@ -239,7 +249,7 @@ def build_predictor(
     if test.temperature == "fitted":
         fitted = path.resolve().parents[1] / "results" / "temperature.json"  # of the run that has the checkpoint
         test = replace(test, temperature=load_temperature(fitted, weights_checksum(model)))
-    rules = {c.name: build_rule(c, len(classes)) for c in predict}
+    rules = {c.name: build_rule(c, len(classes), classes) for c in predict}
     return Predictor(
         model=model,
         inference=build_inference(test, see_padding(rules.values())),

@@ -2,6 +2,7 @@
 evaluates trained weights."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import nn
 from exp.checkpoints.checkpoint import (
     BEST,
     Checkpoint,
+    check_orientation,
     check_resumable,
     load_checkpoint,
     load_weights,
@@ -86,8 +88,23 @@ def load_trained(
         )
     config = config.with_window(crop)
     evaluator = build_evaluator(config, data_dir, dist)
+    tell_old_slices(evaluator.dataset, dist)
+    check_orientation(checkpoint, evaluator.dataset.orientations)
     model = build_network(config, evaluator.dataset, dist, checkpoint, config.test.weights)
     return _trained(config, evaluator, model, checkpoint.iteration, checkpoint.config)
+
+
+def tell_old_slices(dataset: SegmentationDataset, dist: Dist) -> None:
+    """Rank 0: a warning about slices that an earlier version cut as their files store them."""
+    volumes = getattr(dataset, "volumes", None)
+    if dist.is_main and volumes and dataset.orientations not in ((), (volumes.orientation,)):
+        found = ", ".join(dataset.orientations)
+        print(
+            f"warning: {dataset.root / volumes.folder}: slices that an earlier version cut as they are stored "
+            f"({found}; now all are cut as {volumes.orientation})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def build_network(
@@ -186,6 +203,7 @@ def train_run(
     if config.test.weights == "ema" and config.optim.ema_decay is None:
         raise InputError("test.weights: got ema, expected raw where optim.ema_decay keeps no moving average")
     evaluator = build_evaluator(config, data_dir, dist)
+    tell_old_slices(evaluator.dataset, dist)
     dataset = build_dataset(config.data, data_dir, "train", config.seed)
     return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, given).run()
 
@@ -292,8 +310,14 @@ class TrainingSession:
         if self.given is not None:
             path = self._further(path)
         if path is None:
+            if len(self.dataset.orientations) > 1:
+                raise InputError(
+                    f"{self.dataset.root}: got slices that an earlier version cut as they are stored, in "
+                    f"{', '.join(self.dataset.orientations)}, expected one orientation: prepare them again (DATA.md)"
+                )
             return None, history
         checkpoint = load_checkpoint(path)
+        check_orientation(checkpoint, self.dataset.orientations)
         check_resumable(checkpoint, config.to_dict(), describe_images(self.dataset))
         if self.dist.is_main:
             if path != self.given:

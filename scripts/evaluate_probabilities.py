@@ -84,7 +84,9 @@ def main() -> None:
     from exp.rules.registry import build_rule  # PyTorch comes in only now
 
     predict = configs["predict"]
-    results, calibration = evaluate_maps(units, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
+    names = classes if args.classes or args.true_of else None  # the numbers of classes are no names
+    rules = {c.name: build_rule(c, len(classes), names) for c in predict}
+    results, calibration = evaluate_maps(units, rules, classes)
     contexts = [{**origin, **describe_code(), "config": {**config, "predict": asdict(c)}} for c in predict]
     folder = args.output_dir / "results"
     print(report_results(results, folder, contexts, metric=args.metric, calibration=calibration))

@@ -5,8 +5,8 @@
     python scripts/predict.py CHECKPOINT scan.nii.gz --predict_yaml rankseg_rma
 
 The input is an image, a NIfTI volume, or a folder of them with all its subfolders. Images have any size: a window
-slides over them, and they are taken as the file stores them (an EXIF orientation is not applied). A volume is cut into
-axial slices, which are windowed and resized as in training. Thresholds of a case or data set are those of all slices
+slides over them, and they are taken as viewers show them (turned as their EXIF says). A volume is cut into axial
+slices, which are turned, windowed and resized as in training. Thresholds of a case or data set are those of all slices
 that are given, where an evaluation has the slices of its data set alone. Below --output_dir:
 
     masks/<rule>/<name>.png        labels as a palette PNG, in the values of the data set's own label files

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
-from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS
+from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS, with_number_keys
+from exp.files.nifti import is_orientation
 from exp.files.tensors import find_tensors, load_tensor_file
 from exp.runtime.errors import InputError
 
@@ -31,6 +32,7 @@ class Checkpoint:
 
     model: the state dict, None in a safetensors file of the averaged weights. ema: the averaged model's state dict, or
     None where none is kept. training: TRAINING_STATE, or None in files that are there to be evaluated.
+    orientation: of slices of volumes, the one that they were in; None for images, and in older files.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     training: dict[str, Any] | None
     config: dict[str, Any]
     classes: list[str]
+    orientation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class Saver:
     config: dict[str, Any]
     classes: list[str]
     facts: Mapping[str, Any]
+    orientation: str | None = None
+
+    @property
+    def _oriented(self) -> dict[str, str]:
+        """What files of networks of volumes say besides."""
+        return {} if self.orientation is None else {"orientation": self.orientation}
 
     def save(self, iteration: int, epoch: int, training: dict[str, Any], keep: int) -> Path:
         """Write <folder>/iter_<iteration>.pt, to resume from; of the older ones the last keep - 1 stay.
@@ -81,6 +90,7 @@ class Saver:
             if state is None:
                 continue
             described = {"iteration": iteration, "weights": kind, "config": self.config, "classes": self.classes}
+            described |= self._oriented
             metadata = {"format": "pt", METADATA: json.dumps(described)}
             tensors = {key: value.cpu().contiguous() for key, value in state.items()}
             write = partial(safetensors.torch.save_file, tensors, metadata=metadata)
@@ -94,6 +104,7 @@ class Saver:
             "training": training,
             "config": self.config,
             "classes": self.classes,
+            **self._oriented,
         }
 
         def write(temporary: Path) -> None:
@@ -134,6 +145,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])
         raw = described.pop("weights") == "raw"
+        described["config"] = with_number_keys(described["config"])
         ema = None if raw else {f"module.{name}": value for name, value in tensors.items()}
         return {"model": tensors if raw else None, "ema": ema, "training": None, **described}
     except (KeyError, ValueError, AttributeError, TypeError, SafetensorError):
@@ -151,6 +163,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if not all(isinstance(checkpoint.config[group], dict) for group in (*TRAINING_GROUPS, "test")):
         raise TypeError
     if not all(isinstance(name, str) for name in checkpoint.classes):
+        raise TypeError
+    if not (checkpoint.orientation is None or is_orientation(checkpoint.orientation)):
         raise TypeError
     height, width = checkpoint.config["data"]["crop_size"]
     if not (isinstance(height, int) and isinstance(width, int)):
@@ -186,6 +200,15 @@ def load_weights(
     except RuntimeError as error:  # the libraries' names of parameters changed between their versions
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
+
+
+def check_orientation(checkpoint: Checkpoint, orientations: Sequence[str]) -> None:
+    """InputError where slices of volumes are in another orientation than those that the network was trained on."""
+    if checkpoint.orientation is not None and orientations not in ((), (checkpoint.orientation,)):
+        raise InputError(
+            f"{checkpoint.path}: got a network of slices in {checkpoint.orientation}, expected one of slices in "
+            f"{', '.join(orientations)}, as the data set's are: prepare it again (DATA.md)"
+        )
 
 
 def weights_checksum(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from exp.config.training import OptimConfig, ScheduleConfig
 from exp.runtime.errors import InputError
 
 MAX_NAME = 100  # characters of a YAML's name: five of them make the run folder's, which has 255 at most
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
@@ -47,7 +48,8 @@ LATER_KEYS = {
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
 LATER_PREDICT_KEYS = {"sees_padding": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
-RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
+RESERVED_NAMES = ("comparison", "calibration", "images", "timing", "temperature", "older")  # in a run's folders
+RESERVED_ENDS = (".cases", ".thresholds")  # of names of files beside a rule's own
 GROUPS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -108,13 +110,21 @@ def dump_config(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
 
 
+def with_number_keys(value: Any) -> Any:
+    """A config that was read from JSON, where every key is text -> the same with whole numbers for keys as in YAML."""
+    if isinstance(value, Mapping):
+        numbers = value and all(isinstance(key, str) and NUMBER.fullmatch(key) for key in value)
+        return {int(key) if numbers else key: with_number_keys(v) for key, v in value.items()}
+    return [with_number_keys(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def training_digest(config: Mapping[str, Any]) -> str:
     """A config's plain dict -> 64 hexadecimal digits (SHA-256) that tell which weights come out of it.
 
     YAML names and the keys of FREE_KEYS do not count; of model.pretrained only whether there are pretrained weights,
     not where they were read from; and of LATER_KEYS only other values than theirs.
     """
-    kept = {}
+    kept, config = {}, with_number_keys(config)
     for group in TRAINING_GROUPS:
         left_out, later = ("name", *FREE_KEYS.get(group, ())), LATER_KEYS.get(group, {}).items()
         kept[group] = {k: v for k, v in config[group].items() if k not in left_out and (k, v) not in later}
@@ -171,7 +181,7 @@ def _check_name(group: str, name: str, path: Path) -> None:
     if not fits:
         expected = f"1 to {MAX_NAME} printable characters without / \\ : and no dot in front"
         raise InputError(f"{path}: key 'name': got {show(name)}, expected {expected}")
-    if group == "predict" and (name in RESERVED_NAMES or name.endswith(".cases")):
+    if group == "predict" and (name in RESERVED_NAMES or name.endswith(RESERVED_ENDS)):
         raise InputError(f"{path}: got a rule named '{name}', expected another name: results/ has files of it")
 
 

@@ -57,13 +57,14 @@ class SegmentationDataset(Dataset):
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    label_map: dict[int, int] = {}  # file value -> label; values not named stay as they are
+    label_map: dict[int, int] = {}  # file value -> label; see label_table for values not named
     channels = 3  # of an image: 3 (RGB) or 1
     image_dtype = torch.uint8
     window: tuple[float, float] | None = None  # of one channel: the values that become -1 and 1
     limits: tuple[int, int] | None = None  # to which an image's values are clipped, after they are resampled
     archives: dict[str, tuple[str, ...]] = {}  # the owner's downloads: name -> the folders below data_dir that it fills
     totals: dict[str, int] = {}  # known number of images by split
+    orientations: tuple[str, ...] = ()  # those that slices of volumes are in, one if all is well
     on_disk = True  # False: made on the fly, no data_dir
 
     def __init__(
@@ -106,6 +107,9 @@ class SegmentationDataset(Dataset):
         """Index -> (H, W, channels) uint8 or int16 image and (H, W) uint8 label in 0..C-1 or 255."""
         sample = self.samples[index]
         image, values = read_image(sample.image, self.channels), read_label(sample.label)
+        if values.shape != image.shape[:2]:  # drawn on the pixels as they are stored, without a look at EXIF?
+            stored = read_image(sample.image, self.channels, as_stored=True)
+            image = stored if values.shape == stored.shape[:2] else image
         if values.shape != image.shape[:2]:
             expected = f"{image.shape[:2]} as in {sample.image}"
             raise InputError(f"{sample.label}: got values of shape {values.shape}, expected {expected}")
@@ -124,7 +128,10 @@ class SegmentationDataset(Dataset):
         wrong = cv2.LUT(values, (self._label_table < 0).astype(np.uint8))  # ten times as fast as numpy's bincount
         if cv2.countNonZero(wrong):
             known = describe_numbers(np.flatnonzero(self._label_table >= 0))
-            raise InputError(f"{path}: got label value {values[wrong > 0].min()}, expected {known}")
+            found = np.unique(values[wrong > 0]).tolist()
+            merged = describe_numbers((v for v in found if v in self.label_map.values()), ", ")
+            hint = f" (label_map makes class {merged} of others: name the value {merged}, too)" if merged else ""
+            raise InputError(f"{path}: got label value {describe_numbers(found, ', ')}, expected {known}{hint}")
         return cv2.LUT(values, self._label_table.astype(np.uint8)) if self.label_map else values
 
     def __len__(self) -> int:
@@ -168,9 +175,13 @@ def show_values(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def label_table(num_classes: int, label_map: dict[int, int]) -> np.ndarray:
-    """(256,) int16: file value -> label, -1 where the value is neither a class, nor mapped, nor 255."""
+    """(256,) int16: file value -> label, -1 where the value is neither a class, nor mapped, nor 255.
+
+    A value that is not mapped stays as it is, unless others become that class: it would be merged with them unasked.
+    """
     table = np.full(256, -1, np.int16)
     table[:num_classes] = np.arange(num_classes)
+    table[list(set(label_map.values()))] = -1
     table[IGNORE_INDEX] = IGNORE_INDEX
     for value, label in label_map.items():
         table[value] = label

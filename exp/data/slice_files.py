@@ -4,6 +4,7 @@ import json
 import math
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from exp.files.arrays import read_member
-from exp.files.nifti import MAX_SIDE, MAX_VOXELS, resize_image, resize_labels
+from exp.files.nifti import (
+    MAX_SIDE,
+    MAX_VOXELS,
+    View,
+    is_orientation,
+    orientation_of,
+    resize_image,
+    resize_labels,
+    slice_view,
+)
+from exp.files.paths import visible_files
 from exp.files.text import read_json, require_file
 from exp.runtime.errors import InputError, decoding
 
@@ -26,6 +37,8 @@ class Case:
 
     image, label: the source files' names relative to the data set's folder. shape, affine, spacing: the source's
     grid. slices: indices along `axis`. size: (H, W) of the slice files. rescaled: MR intensities were (read_image).
+    orientation: the one that slices and their indices are in, whatever the source's; None: cut by an earlier version,
+    as the source stores them.
     """
 
     image: str
@@ -38,6 +51,17 @@ class Case:
     size: tuple[int, int]
     resized: bool
     rescaled: bool
+    orientation: str | None = None
+
+    @property
+    def seen(self) -> str:
+        """The orientation that the slices are in."""
+        return self.orientation or orientation_of(np.array(self.affine), Path(self.image))
+
+    @property
+    def view(self) -> View:
+        """How the slices stand to the source's array."""
+        return slice_view(np.array(self.affine), Path(self.image), self.orientation)
 
 
 def write_case(folder: Path, case: Case, images: np.ndarray, labels: np.ndarray) -> None:
@@ -67,6 +91,7 @@ def read_case(folder: Path) -> Case:
             and case.axis in (0, 1, 2)
             and all(type(index) is int and 0 <= index < case.shape[case.axis] for index in case.slices)
             and len(case.size) == 2
+            and (case.orientation is None or is_orientation(case.orientation))
         )
     if not valid:
         raise InputError(f"{path}: got values that fit no volume, expected {expected}")
@@ -77,12 +102,18 @@ def list_cases(folder: Path) -> list[Path]:
     """The folder of prepared slices -> the cases' folders by their numbers; what has no case.json is no case."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (scripts/prepare_data.py makes it)")
-    return sorted((p.parent for p in folder.glob(f"*/{CASE_FILE}")), key=lambda p: (case_number(p.name), p.name))
+    cases = (path.parent for path in visible_files(folder, f"*/{CASE_FILE}"))
+    return sorted(cases, key=lambda case: (case_number(case.name), case.name))
+
+
+def find_orientations(cases: Iterable[Path]) -> tuple[str, ...]:
+    """Cases' folders -> the orientations that their slices are in, one if all is well."""
+    return tuple(sorted({read_case(folder).seen for folder in cases}))
 
 
 def list_slices(folder: Path) -> list[Path]:
     """A case's folder -> its slice files in the volume's order."""
-    return sorted(folder.glob("*.npz"))
+    return visible_files(folder, "*.npz")
 
 
 def case_number(name: str) -> int:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
+from exp.data.decode import TRANSPOSED, label_values
 from exp.data.prepare.facts import MAX_LABEL, NUM_FOLDS, VOLUMES, VolumeFacts, fold_of
 from exp.data.prepare.volumes import TRAIN, RawCase, find_cases, is_finished
 from exp.data.slice_files import case_number, list_cases, read_case, read_slice
 from exp.files.atomic import file_sha256
-from exp.files.images import FORMATS, open_image
+from exp.files.images import FORMATS, describe_loss, exif_orientation, open_image, read_bytes
 from exp.files.nifti import open_volume, require_same_affine, require_same_shape, value_range
 from exp.files.text import read_text
 from exp.runtime.errors import InputError, printable
@@ -23,6 +25,7 @@ FAULTS = {
     "unreadable": "files that cannot be decoded to their end",
     "wrong format": "files whose content is not what their name says",
     "unpaired": "images without a label, labels without an image",
+    "lossy": "labels in a format that changes their values",
     "channels": "labels that are no single channel of 8-bit class indices",
     "size": "labels of another size than their image",
     "label value": "labels with values that are no class",
@@ -30,13 +33,16 @@ FAULTS = {
     "non-finite": "volumes with NaN or infinite voxels",
     "constant": "images or volumes of one value",
     "affine": "label volumes whose grid lies elsewhere than their image's",
+    "orientation": "prepared cases of an earlier version, in another orientation than others",
     "duplicate name": "samples that cannot be told apart",
     "count": "totals other than the known ones",
     "changed": "files that differ from the manifest, or are gone",
 }
 NOTES = {  # worth a look, but found in sound data too
+    "turned": "images that EXIF turns or mirrors: they are taken as viewers show them, and so must their labels lie",
     "only background": "labels of nothing but background",
     "identical images": "images with the same content as another",
+    "old slices": "prepared cases of an earlier version, all in the orientation in which they are stored",
     "not prepared": "volumes without slices",
     "other affine": "label volumes whose grid lies elsewhere than their image's, which was to be ignored",
     "not in the manifest": "files that came after it",
@@ -66,26 +72,51 @@ def check_sample(dataset: SegmentationDataset, index: int) -> list[Finding]:
     sample, findings = dataset.samples[index], []
     if sample.image.suffix == ".npz":
         return _check_slice(dataset, sample.image)
-    image, values = _decode(sample.image, findings), _decode(sample.label, findings)
+    sizes, values = _decode_image(sample.image, findings), _decode_label(sample.label, findings)
     if values is not None:
         _check_values(dataset, values, sample.label, findings)
-        if image is not None and values.shape[:2] != image.shape[:2]:
-            got, expected = (f"{a.shape[1]}x{a.shape[0]}" for a in (values, image))
-            findings.append(Finding("size", sample.label, f"got {got} pixels, expected {expected}"))
-    if not findings:
+        if sizes is not None and values.shape[:2] not in sizes:
+            got, *expected = (f"{width}x{height}" for height, width in (values.shape[:2], *sizes))
+            stored = f" ({expected[1]} before EXIF turns it)" if len(expected) > 1 else ""
+            findings.append(Finding("size", sample.label, f"got {got} pixels, expected {expected[0]}{stored}"))
+    if not any(finding.kind in FAULTS for finding in findings):
         with noting(findings, "unreadable", sample.image):
             dataset.read(index)  # whatever else training would stumble over
     return findings
 
 
-def _decode(path: Path, findings: list[Finding]) -> np.ndarray | None:
-    """An image file -> its values, None if they cannot be had; what is wrong with the file is added to the findings."""
-    with noting(findings, "unreadable", path), open_image(path) as image:
-        found, values = image.format.replace("MPO", "JPEG"), np.asarray(image)  # MPO: cameras' JPEGs with previews
-        expected = FORMATS.get(path.suffix.lower(), found)
-        if found != expected:
-            findings.append(Finding("wrong format", path, f"got {found} content, expected {expected}"))
-        return values
+def _decode_image(path: Path, findings: list[Finding]) -> list[tuple[int, int]] | None:
+    """An image file, decoded to its end -> its (height, width) as shown and, where EXIF swaps these, as stored.
+
+    None if it cannot be decoded; what is wrong with the file is added to the findings.
+    """
+    with noting(findings, "unreadable", path):
+        data = read_bytes(path)
+        with open_image(path, data) as image:
+            stored = np.asarray(image).shape[:2]
+            _check_format(image, path, findings)
+            if (orientation := exif_orientation(image, data)) != 1:
+                findings.append(Finding("turned", path, f"got EXIF's orientation {orientation}"))
+            return [stored[::-1], stored] if orientation in TRANSPOSED else [stored]
+
+
+def _decode_label(path: Path, findings: list[Finding]) -> np.ndarray | None:
+    """The same of a label file -> its values."""
+    with noting(findings, "unreadable", path):
+        data = read_bytes(path)
+        with open_image(path, data) as image:
+            values = label_values(path, image, data)
+            _check_format(image, path, findings)
+            if loss := describe_loss(image, data):
+                findings.append(Finding("lossy", path, f"got a {loss}, expected a lossless format such as PNG"))
+            return values
+
+
+def _check_format(image: Image.Image, path: Path, findings: list[Finding]) -> None:
+    found = image.format.replace("MPO", "JPEG")  # MPO: cameras' JPEGs with previews
+    expected = FORMATS.get(path.suffix.lower(), found)
+    if found != expected:
+        findings.append(Finding("wrong format", path, f"got {found} content, expected {expected}"))
 
 
 def _check_values(dataset: SegmentationDataset, values: np.ndarray, path: Path, findings: list[Finding]) -> None:
@@ -147,13 +178,21 @@ def check_prepared(facts: VolumeFacts, data_dir: Path) -> list[Finding]:
     """The prepared cases of a data set of volumes -> those that are not whole; slices by fold beside the known ones."""
     folder = data_dir / facts.folder / TRAIN
     findings, folds, cases = [], [0] * NUM_FOLDS, prepared_cases(facts, data_dir)
+    seen = {}
     for path in cases:
         with noting(findings, "unreadable", path):
             is_finished(path)
-            folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(read_case(path).slices)
+            case = read_case(path)
+            folds[fold_of(case_number(path.name), facts.cases_per_fold)] += len(case.slices)
+            seen[path] = case.seen
+    whole, kind = not findings, "orientation" if len(set(seen.values())) > 1 else "old slices"
+    for path, orientation in seen.items():
+        if orientation != facts.orientation:
+            text = f"got {orientation}, in which its volume is stored, expected {facts.orientation}"
+            findings.append(Finding(kind, path, text))
     if len(cases) > facts.total_cases:
         findings.append(Finding("count", folder, f"got {len(cases)} cases, expected {facts.total_cases} at most"))
-    elif facts.fold_slices and len(cases) == facts.total_cases and not findings and tuple(folds) != facts.fold_slices:
+    elif facts.fold_slices and len(cases) == facts.total_cases and whole and tuple(folds) != facts.fold_slices:
         findings.append(Finding("count", folder, f"got {folds} slices by fold, expected {list(facts.fold_slices)}"))
     return findings
 

@@ -301,7 +301,7 @@ def build_evaluator(config: ExperimentConfig, data_dir: str | None, dist: Dist) 
             raise InputError(
                 f"--predict_yaml {rule.name}: got {config.data.name}, whose images are in no cases, expected volumes"
             )
-    rules = {c.name: build_rule(c, len(dataset.classes)) for c in config.predict}
+    rules = {c.name: build_rule(c, len(dataset.classes), dataset.classes) for c in config.predict}
     return Evaluator(
         dataset=dataset,
         rules=rules,

@@ -67,9 +67,9 @@ class MaskWriter:
     """A sink of the evaluation: each image's masks are written as soon as the rules have decided, by its process.
 
     <folder>/<rule>/<image>.png; where the data set's slices come from prepared volumes, <folder>/<rule>/<case>.nii.gz
-    on the volume's own grid: slices that were resized are resized back, what was cropped away and slices that the data
-    set leaves out are 0. <folder>/<rule>.json says what the masks were made from; masks of another origin (another
-    checkpoint, window or option) are in <folder>/older/.
+    on the volume's own grid: slices that were turned or resized are turned and resized back, what was cropped away and
+    slices that the data set leaves out are 0. <folder>/<rule>.json says what the masks were made from; masks of another
+    origin (another checkpoint, window or option) are in <folder>/older/.
     """
 
     def __init__(
@@ -130,4 +130,4 @@ def paste_centre(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def save_volume(slices: Mapping[int, np.ndarray], grid: Case | Volume, path: Path) -> None:
     """(H, W) file values by slice index -> a NIfTI volume on the grid's shape and affine, all of it or nothing."""
     with replacing(path, durable=False, suffix=".nii.gz") as temporary:
-        save_labels(assemble_labels(slices, grid.shape, grid.axis), np.array(grid.affine), temporary)
+        save_labels(assemble_labels(slices, grid.shape, grid.axis, grid.view), np.array(grid.affine), temporary)

@@ -85,7 +85,8 @@ def count_rules(preds: Sequence[Tensor], label: Tensor, num_classes: int, metric
 
 def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """(H, W) predictions in 0..C-1 and labels in 0..C-1 or 255 -> (3, C) int64 TP, FP, FN, by a joint histogram."""
-    joint = label.to(torch.int32).mul_(num_classes).add_(pred.to(torch.int32))  # half the memory traffic of int64
+    joint = label.to(torch.int32, copy=True)  # half the memory traffic of int64
+    joint.mul_(num_classes).add_(pred.to(torch.int32))
     table = histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
     tp = table.diagonal()
     return torch.stack([tp, table.sum(0) - tp, table.sum(1) - tp])

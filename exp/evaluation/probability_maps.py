@@ -22,13 +22,15 @@ from exp.data.base import IGNORE_INDEX, SegmentationDataset, label_table
 from exp.evaluation.calibration import count_calibration
 from exp.evaluation.metrics import EvalResult, build_results, count_rules
 from exp.files.arrays import read_member
-from exp.files.nifti import MAX_VOXELS, open_volume, read_labels
+from exp.files.nifti import MAX_VOXELS, WHOLE_TOLERANCE, open_volume, read_labels
+from exp.files.paths import match_names, visible_files
 from exp.rules.pooled import PooledRule, gather_thresholds
 from exp.rules.registry import Rule, bind_rules
 from exp.runtime.errors import InputError, decoding
 
 MAP_SUFFIXES = (".npy", ".npz")
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".png", ".npy")
+FURTHER_SUFFIXES = (".tif", ".tiff")  # of labels, where a name has none of the others
 KNOWN_KEYS = ("probabilities", "softmax")  # of nnU-Net v2 and v1
 
 
@@ -135,7 +137,8 @@ class MapReader:
 
 def pair_files(prob_dir: Path, label_dir: Path) -> list[tuple[Path, Path]]:
     """Two folders -> their maps and labels, paired by name and in its order; InputError for one without a partner."""
-    maps, labels = list_by_stem(prob_dir, MAP_SUFFIXES), list_by_stem(label_dir, LABEL_SUFFIXES)
+    maps = list_by_stem(prob_dir, MAP_SUFFIXES)
+    labels = match_names(list_by_stem(label_dir, LABEL_SUFFIXES, FURTHER_SUFFIXES), maps)
     if alone := sorted(maps.keys() ^ labels.keys()):
         name = alone[0]
         path, folder = (maps[name], label_dir) if name in maps else (labels[name], prob_dir)
@@ -143,13 +146,17 @@ def pair_files(prob_dir: Path, label_dir: Path) -> list[tuple[Path, Path]]:
     return [(maps[name], labels[name]) for name in sorted(maps)]
 
 
-def list_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The folder's files of these suffixes by name; hidden and other files are left out."""
+def list_by_stem(folder: Path, suffixes: tuple[str, ...], further: tuple[str, ...] = ()) -> dict[str, Path]:
+    """The folder's files of these suffixes by name; hidden and other files are left out.
+
+    further: suffixes of files that count where a name has none of `suffixes`, as do those in capital letters.
+    """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(suffixes):
+    paths = visible_files(folder, "*.*")
+    for path in sorted(paths, key=lambda path: not path.name.endswith(suffixes)):
+        if not path.name.lower().endswith((*suffixes, *further)):
             continue
-        if (other := found.setdefault(stem(path), path)) != path:
+        if (other := found.setdefault(stem(path), path)) != path and path.name.endswith(suffixes):
             raise InputError(f"{path}: got two files of the name '{stem(path)}', expected one ({other.name} is there)")
     if not found:
         raise InputError(f"{folder}: got no file of {', '.join(suffixes)}, expected maps, and labels of their names")
@@ -157,11 +164,11 @@ def list_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def stem(path: Path) -> str:
-    return re.sub(r"(\.nii(?=\.gz))?\.[^.]*$", "", path.name)
+    return re.sub(r"(?i)(\.nii(?=\.gz))?\.[^.]*$", "", path.name)
 
 
 def is_nifti(path: Path) -> bool:
-    return path.name.endswith((".nii", ".nii.gz"))
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def read_array(path: Path, key: str | None) -> np.ndarray:
@@ -180,12 +187,15 @@ def read_array(path: Path, key: str | None) -> np.ndarray:
 
 
 def read_label_values(path: Path) -> np.ndarray:
-    """A PNG, .npy or NIfTI file -> its whole numbers, 2-D or 3-D, axes as stored (an image: rows, columns)."""
+    """A PNG, TIFF, .npy or NIfTI file -> its whole numbers, 2-D or 3-D, axes as stored (an image: rows, columns)."""
     if is_nifti(path):
         volume = open_volume(path)
         return np.moveaxis(read_labels(volume, range(volume.num_slices)), 0, volume.axis)
-    values = read_array(path, None) if path.suffix == ".npy" else decode.read_label(path)
-    whole = values.dtype.kind in "bui" or (values.dtype.kind == "f" and (values == np.rint(values)).all())
+    values = read_array(path, None) if path.suffix.lower() == ".npy" else decode.read_label(path)
+    whole = values.dtype.kind in "bui"
+    if values.dtype.kind == "f":
+        near, values = values, np.rint(values)
+        whole = bool((np.abs(near - values) <= WHOLE_TOLERANCE).all())
     if values.ndim not in (2, 3) or values.size > MAX_VOXELS or not whole:
         raise InputError(
             f"{path}: got {values.dtype} values of shape {values.shape}, expected one whole number (a class index) per "

@@ -18,7 +18,46 @@ MAX_VOXELS = 2**29  # 512 x 512 x 2048: two metres at a millimetre; scanners' 10
 MAX_HEADER = 2**24  # bytes before the first voxel; extensions (the scanner's or a program's notes) have some kB
 MAX_DEFLATE = 1040  # deflate makes nothing smaller than 1/1032 of its size (RFC 1951)
 INT16 = np.iinfo(np.int16)
+WHOLE_TOLERANCE = 1e-3  # of labels that are stored as floating-point numbers
+MAX_STEP = 0.2  # between neighbouring values of labels that are stored as scaled whole numbers
 RESCALED = 1000  # MR intensities: percentiles 0.5 and 99.5 of a volume become 0 and this
+
+
+DIRECTIONS = ("LR", "PA", "IS")  # of the axes of the world: to the left or right, back or front, down or up
+
+
+@dataclass(frozen=True)
+class View:
+    """How the axial slices of an array are seen as if it were stored in another orientation.
+
+    reverse: they are counted from the array's other end. transpose: rows and columns change places; then rows,
+    columns: these are mirrored.
+    """
+
+    reverse: bool = False
+    transpose: bool = False
+    rows: bool = False
+    columns: bool = False
+
+    def show(self, stored: np.ndarray) -> np.ndarray:
+        """(..., H, W) as stored -> as seen, without a copy."""
+        turned = np.swapaxes(stored, -2, -1) if self.transpose else stored
+        return self._mirror(turned)
+
+    def restore(self, seen: np.ndarray) -> np.ndarray:
+        """(..., H, W) as seen -> as stored, without a copy."""
+        mirrored = self._mirror(seen)
+        return np.swapaxes(mirrored, -2, -1) if self.transpose else mirrored
+
+    def _mirror(self, values: np.ndarray) -> np.ndarray:
+        return values[..., :: -1 if self.rows else 1, :: -1 if self.columns else 1]
+
+    def place(self, index: int, num_slices: int) -> int:
+        """A slice's index as seen -> as stored, or the other way round."""
+        return num_slices - 1 - index if self.reverse else index
+
+
+STORED = View()
 
 
 @dataclass(frozen=True)
@@ -27,6 +66,7 @@ class Volume:
 
     axis: the voxel axis closest to the patient's superior direction; slices lie across it.
     affine: (4, 4) float64, voxel indices to millimetres (right, anterior, superior).
+    view: how slices are handed out; shape, affine and axis are those of the file.
     """
 
     path: Path
@@ -37,6 +77,7 @@ class Volume:
     offset: int  # bytes before the first voxel
     slope: float
     inter: float
+    view: View = STORED
 
     @property
     def num_slices(self) -> int:
@@ -44,8 +85,9 @@ class Volume:
 
     @property
     def slice_shape(self) -> tuple[int, int]:
-        """(H, W) of a slice: the two other axes in the array's order, neither flipped nor turned."""
-        return tuple(side for axis, side in enumerate(self.shape) if axis != self.axis)
+        """(H, W) of a slice as it is handed out."""
+        sides = tuple(side for axis, side in enumerate(self.shape) if axis != self.axis)
+        return sides[::-1] if self.view.transpose else sides
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -53,8 +95,12 @@ class Volume:
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
 
-def open_volume(path: Path) -> Volume:
-    """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
+def open_volume(path: Path, orientation: str | None = None) -> Volume:
+    """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume.
+
+    orientation: "RAS", say: slices are handed out as if the array's axes led to the right, to the front and up,
+    whatever they do; None: as the file stores them.
+    """
     with decoding(path, EXPECTED):
         if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
             raise ValueError(f"{offset} bytes of header")
@@ -75,7 +121,8 @@ def open_volume(path: Path) -> Volume:
     scaling = float(proxy.slope), float(proxy.inter)
     if not (np.isfinite(scaling).all() and scaling[0]):
         raise InputError(f"{path}: got slope {scaling[0]} and intercept {scaling[1]}, expected finite numbers")
-    return Volume(path, shape, affine, axial_axis(affine, path), dtype, int(proxy.offset), *scaling)
+    axis, view = axial_axis(affine, path), slice_view(affine, path, orientation)
+    return Volume(path, shape, affine, axis, dtype, int(proxy.offset), *scaling, view)
 
 
 def _declared_offset(path: Path) -> int:
@@ -98,16 +145,47 @@ def axial_axis(affine: np.ndarray, path: Path) -> int:
     return int(np.argmax(np.abs(affine[2, :3]) / lengths))
 
 
-def open_pair(image: Path, label: Path, *, check_affine: bool = True) -> tuple[Volume, Volume]:
+def orientation_of(affine: np.ndarray, path: Path) -> str:
+    """(4, 4) affine -> where the three voxel axes lead: "RAS" to the right, to the front and up; "LPS", "IPL", ...
+
+    The same volume stored along other axes has the same letters at other places, also where it lies askew.
+    """
+    axis, cosines = axial_axis(affine, path), affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    first, second = (other for other in range(3) if other != axis)
+    straight, crossed = (abs(cosines[i, first]) + abs(cosines[1 - i, second]) for i in (0, 1))
+    world = {axis: 2, first: 0, second: 1} if straight >= crossed else {axis: 2, first: 1, second: 0}
+    return "".join(DIRECTIONS[world[i]][int(cosines[world[i], i] > 0)] for i in range(3))
+
+
+def is_orientation(text: object) -> bool:
+    """Whether it is one of the 48 that orientation_of gives."""
+    return isinstance(text, str) and len(text) == 3 and all(len(set(text) & set(pair)) == 1 for pair in DIRECTIONS)
+
+
+def slice_view(affine: np.ndarray, path: Path, orientation: str | None) -> View:
+    """(4, 4) affine of an array -> how its axial slices are seen as if it were stored in that orientation."""
+    if orientation is None:
+        return STORED
+    own, pairs = orientation_of(affine, path), {letter: pair for pair in DIRECTIONS for letter in pair}
+    source = [next(i for i in range(3) if own[i] in pairs[letter]) for letter in orientation]
+    mirrored = [own[i] != letter for i, letter in zip(source, orientation)]
+    axial = next(i for i, letter in enumerate(orientation) if letter in DIRECTIONS[2])
+    first, second = (i for i in range(3) if i != axial)
+    return View(mirrored[axial], source[first] > source[second], mirrored[first], mirrored[second])
+
+
+def open_pair(
+    image: Path, label: Path, orientation: str | None = None, *, check_affine: bool = True
+) -> tuple[Volume, Volume]:
     """An image and its label volume -> their grids; InputError if shapes or affines differ.
 
-    Without check_affine the label volume is read along the image's axis whatever its own affine says.
+    Without check_affine the label volume is read as the image is, whatever its own affine says.
     """
-    first, second = open_volume(image), open_volume(label)
+    first, second = open_volume(image, orientation), open_volume(label)
     require_same_shape(first, second)
     if check_affine:
         require_same_affine(first, second)
-    return first, replace(second, axis=first.axis)
+    return first, replace(second, axis=first.axis, view=first.view)
 
 
 def require_same_shape(image: Volume, label: Volume) -> None:
@@ -146,7 +224,7 @@ def value_range(volume: Volume) -> ValueRange:
         values = plane.astype(np.float64) * volume.slope + volume.inter
         good = values[np.isfinite(values)]
         finite &= good.size == values.size
-        whole &= bool((good == np.rint(good)).all())
+        whole &= bool((np.abs(good - np.rint(good)) <= _label_tolerance(volume)).all())
         low, high = min(low, good.min(initial=np.inf)), max(high, good.max(initial=-np.inf))
     return ValueRange(float(low), float(high), bool(finite), bool(whole))
 
@@ -161,7 +239,7 @@ def find_slices(volume: Volume, label: int | None) -> list[int]:
             found[k] = held.any()
         else:
             found |= held.any(1 - volume.axis)
-    return np.flatnonzero(found).tolist()
+    return np.flatnonzero(found[::-1] if volume.view.reverse else found).tolist()
 
 
 def read_image(volume: Volume, indices: Sequence[int], *, rescale: bool = False) -> np.ndarray:
@@ -195,15 +273,18 @@ def resize_labels(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(np.ascontiguousarray(label), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def assemble_labels(slices: Mapping[int, np.ndarray], shape: tuple[int, int, int], axis: int) -> np.ndarray:
+def assemble_labels(
+    slices: Mapping[int, np.ndarray], shape: tuple[int, int, int], axis: int, view: View = STORED
+) -> np.ndarray:
     """(H, W) uint8 labels by slice index -> (X, Y, Z) uint8 on the volume's grid, 0 where there is no slice.
 
-    shape, axis: those of a Volume or a Case. Slices of another size are resized, nearest.
+    shape, axis, view: those of a Volume or a Case. Slices of another size are resized, nearest.
     """
     labels = np.zeros(shape, np.uint8)
     target = np.moveaxis(labels, axis, 0)
     for index, values in slices.items():
-        target[index] = resize_labels(values.astype(np.uint8), target.shape[1:])
+        seen = view.show(target[view.place(index, len(target))])
+        seen[...] = resize_labels(values.astype(np.uint8), seen.shape)
     return labels
 
 
@@ -217,16 +298,18 @@ Convert = Callable[[np.ndarray, Volume], np.ndarray]
 
 def _read(volume: Volume, indices: Sequence[int], convert: Convert, dtype: type) -> np.ndarray:
     """Slices -> (N, H, W) of `dtype`: one pass through the file, in memory the slices and one plane."""
-    indices = list(indices)
+    indices, view = list(indices), volume.view
     assert indices == sorted(set(indices)), "slices are read in ascending order"
     slices = np.empty((len(indices), *volume.slice_shape), dtype)
+    stored = view.restore(slices[::-1] if view.reverse else slices)  # the same memory, in the file's order
+    indices = sorted(view.place(index, volume.num_slices) for index in indices)
     if volume.axis == 2:  # slices lie one after the other in the file
         for place, (_, plane) in enumerate(_planes(volume, indices)):
-            slices[place] = convert(plane, volume)
+            stored[place] = convert(plane, volume)
         return slices
     for k, plane in _planes(volume):  # a plane of the file holds one line of every slice
         taken = np.take(plane, indices, volume.axis)
-        slices[:, :, k] = convert(taken if volume.axis == 0 else taken.T, volume)
+        stored[:, :, k] = convert(taken if volume.axis == 0 else taken.T, volume)
     return slices
 
 
@@ -268,11 +351,19 @@ def _to_label(plane: np.ndarray, volume: Volume) -> np.ndarray:
     if unscaled and volume.dtype == np.uint8:
         return plane
     values = plane if unscaled and volume.dtype.kind in "iu" else _to_float(plane, volume)
-    labels = values.clip(0, 255).astype(np.uint8)
-    if (labels != values).any():
-        wrong = values[labels != values].flat[0]
-        raise InputError(f"{volume.path}: got label value {wrong:g}, expected whole numbers of 0..255")
+    labels = np.rint(values).clip(0, 255).astype(np.uint8)
+    wrong = np.abs(values - labels.astype(np.float64)) > _label_tolerance(volume)
+    if wrong.any():
+        got = values[wrong].flat[0]
+        raise InputError(f"{volume.path}: got label value {got:.9g}, expected whole numbers of 0..255")
     return labels
+
+
+def _label_tolerance(volume: Volume) -> float:
+    """How far a label's value may be from a whole number: what floating-point numbers, or half a step of values that
+    were scaled to whole ones, leave of it."""
+    step = abs(volume.slope) if volume.dtype.kind in "iu" else 0.0
+    return WHOLE_TOLERANCE + (step / 2 if step <= MAX_STEP else 0.0)
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -1,6 +1,9 @@
-"""Names of files from YAMLs and lists: which of them lead out of the folder that they are meant to be in."""
+"""Names of files: which of a folder's count, which look alike, and which of a list lead out of their folder."""
 
 import os
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from exp.files.text import read_text
@@ -18,6 +21,48 @@ def leads_out(name: str) -> bool:
         or ".." in PurePosixPath(name).parts
         or ".." in windows.parts
     )
+
+
+OF_SYSTEMS = ("@eaDir", "__MACOSX")  # folders of thumbnails and metadata: Synology's, macOS's in archives
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a part of a relative path is what systems keep for themselves: .ipynb_checkpoints, ._a.png, @eaDir."""
+    return any(part.startswith(".") or part in OF_SYSTEMS for part in path.parts)
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """What fits a pattern of pathlib's below a folder, sorted: no folders, and nothing that is hidden."""
+    found = (path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder)))
+    return sorted(path for path in found if not path.is_dir())
+
+
+def flat_names(names: Sequence[str]) -> list[str]:
+    """Names that may have folders in them -> names of files in one folder, no two alike.
+
+    a/b becomes a_b, or a_b.2 where a_b is another's.
+    """
+    taken, flat = {name for name in names if "/" not in name}, []
+    for name in names:
+        own = name.replace("/", "_")
+        if "/" in name:
+            own = next(free for free in chain([own], (f"{own}.{n}" for n in count(2))) if free not in taken)
+            taken.add(own)
+        flat.append(own)
+    return flat
+
+
+def match_names(files: Mapping[str, Path], names: Collection[str]) -> dict[str, Path]:
+    """Files by name -> by those of `names` that look the same: macOS stores an accented letter as two characters.
+
+    A file whose very name is among `names` keeps it, and so does one that has no like there.
+    """
+    alone = {_composed(name): name for name in names if name not in files}
+    return {name if name in names else alone.get(_composed(name), name): path for name, path in files.items()}
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def files_and_links(folder: Path) -> dict[str, bool]:

@@ -8,11 +8,15 @@ from typing import Any
 from exp.config.experiment import TRAINING_GROUPS, training_digest
 from exp.files.text import read_json
 from exp.reproduction.job import Job
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 IMAGE_KEYS = ("dataset", "val_split", "val_samples", "fold", "test_crop")  # of a data config: what is evaluated
 # Of a data config: what true maps do not depend on.
 TRAIN_KEYS = ("name", "crop_size", "train_samples", "train_split", "augmentation")
+NO_MATTER = {  # of the config of an evaluation: what changes neither its images nor the labels decided for them
+    "data": (*TRAIN_KEYS, "scale_range", "flip_prob", "damaged"),
+    "test": ("name", "metric", "metrics", "calibration", "window_batch", "images_per_forward", "prob_cache_gb"),
+}
 # States of a job, from nothing to everything.
 WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be evaluated", "done"
@@ -98,10 +102,12 @@ class Existing:
 
 
 def _read_result(path: Path) -> dict | None:
-    """The JSON of a rule with its table beside it, or None if the file is of another kind."""
+    """The JSON of a rule with its table beside it, or None if the file is damaged or of another kind."""
     if not path.with_suffix(".csv").is_file() or path.stem.endswith(".cases"):
         return None
-    content = read_json(path, "the results of a rule")
+    content = {}
+    with passing_over():
+        content = read_json(path, "the results of a rule")
     is_true = content.get("probabilities") == "true"
     try:
         named = [content["config"][group]["name"] for group in ("data", "predict" if is_true else "test")]
@@ -135,6 +141,35 @@ def _read_facts(path: Path) -> tuple[str | None, int | None]:
     except InputError:  # damaged: as if it were not there
         return None, None
     return facts.get("config_digest"), facts.get("iteration")
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two JSONs of results say of their weights, images and test config -> 'key here -> there' where they differ.
+
+    Empty: they can be compared. What one of them does not tell at all (an older file's weights_checksum) is let pass.
+    """
+    rows = []
+    if "training" in one and "training" in other:
+        rows += _rows(one["training"], other["training"])
+    configs = [content.get("config", {}) for content in (one, other)]
+    for group, left_out in NO_MATTER.items():
+        if all(group in config for config in configs):
+            pair = [{group: {k: v for k, v in c[group].items() if k not in left_out}} for c in configs]
+            rows += _rows(*pair)
+    checksums = [content.get("weights_checksum") for content in (one, other)]
+    return rows + ([f"weights_checksum {checksums[0]} -> {checksums[1]}"] if len({None, *checksums}) > 2 else [])
+
+
+def _rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """'group.key here -> there' where two mappings of groups differ; null is as good as absent."""
+    rows = []
+    for name in sorted(one.keys() | other.keys()):
+        before, after = one.get(name), other.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            rows += [f"{name}.{row}" for row in _rows(before, after)]
+        elif before != after:
+            rows.append(f"{name} {before} -> {after}")
+    return rows
 
 
 def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

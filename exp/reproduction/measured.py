@@ -21,10 +21,10 @@ from exp.evaluation.comparison import (
 from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
 from exp.evaluation.results import load_result
 from exp.files.text import read_json
-from exp.reproduction.existing import Existing
+from exp.reproduction.existing import Existing, differences
 from exp.reproduction.job import Job
 from exp.reproduction.plans import ALL, Counterpart, table_jobs
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
 Interval = tuple[float, float]
@@ -42,13 +42,15 @@ class Measured:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.existing = Existing(output)
-        self._results: dict[Path, EvalResult] = {}
+        self._results: dict[Path, EvalResult | None] = {}
 
-    def load(self, path: Path) -> EvalResult:
-        """<rule>.json or .csv -> the counts of its rule."""
+    def load(self, path: Path) -> EvalResult | None:
+        """<rule>.json or .csv -> the counts of its rule; None, and a warning, if its table is damaged."""
         table = path.with_suffix(".csv")
         if table not in self._results:
-            self._results[table] = load_result(table)
+            self._results[table] = None
+            with passing_over():
+                self._results[table] = load_result(table)
         return self._results[table]
 
     def find(self, job: Job, rule: str) -> EvalResult | None:
@@ -65,23 +67,48 @@ class Measured:
         return sorted(paper, key=_order), sorted(others, key=_order)
 
     def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
-        """Results of one training -> those with argmax and a score that every image has, one per folder."""
-        folders: dict[tuple, list[tuple[Path, dict]]] = {}
+        """Results of one training -> those with argmax and a score that every image has, one per folder.
+
+        A rule that was evaluated otherwise than argmax, or on other weights, is not compared with it.
+        """
+        folders: dict[Path, dict[str, dict]] = {}
         for path, content in entries:
-            iteration = content.get("training", {}).get("iteration", 0)
-            folders.setdefault((path.parent, iteration), []).append((path, content))
-        for (folder, iteration), members in sorted(folders.items()):
-            results = {path.stem: self.load(path) for path, _ in members}
-            content = members[0][1]
+            folders.setdefault(path.parent, {})[path.stem] = content
+        for folder, contents in sorted(folders.items()):
+            content = contents.pop("argmax", None)
+            if content is None:
+                continue
             test = content["config"].get("test", {"metric": content.get("metric", "mDiceI"), "temperature": 1.0})
             metric, temperature = test.get("metric"), test.get("temperature")
-            base = results.pop("argmax", None)
-            if base is None or metric not in PAIRED or not isinstance(temperature, int | float):
+            if metric not in PAIRED or not isinstance(temperature, int | float):
                 continue
-            same = sorted((r for r in results.values() if r.names == base.names), key=lambda r: _place(r.rule))
+            base, same, apart = self.load(folder / "argmax.csv"), [], []
+            if base is None:
+                continue
+            for rule in sorted(contents, key=_place):
+                result, differing = self.load(folder / f"{rule}.csv"), differences(content, contents[rule])
+                if result is None:
+                    continue
+                if result.names != base.names:
+                    differing = differing or ["other images"]
+                if differing:
+                    apart.append(f"{rule}: {', '.join(differing)}")
+                else:
+                    same.append(result)
             config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
             place = folder.parent.relative_to(self.output).as_posix()
-            yield Training(folder, config, iteration, metric, (base, *same), temperature, place, test)
+            yield Training(
+                folder,
+                config,
+                config["iteration"],
+                metric,
+                (base, *same),
+                temperature,
+                place,
+                test,
+                content,
+                tuple(apart),
+            )
 
     def value(self, counterpart: Counterpart) -> float | None:
         """The measured value, in percent or seconds (p as it is); None unless all of its trainings are evaluated."""
@@ -109,7 +136,11 @@ class Measured:
         path = self.existing.find(job, rule)
         if path is None or not path.with_name("timing.json").is_file():
             return None
-        timing = read_times(path.with_name("timing.json"))
+        timing = None
+        with passing_over():
+            timing = read_times(path.with_name("timing.json"))
+        if timing is None or differences(timing, read_json(path, "the results of a rule")):
+            return None
         if step == "forward":
             return timing["milliseconds_per_image"]["forward"] * timing["forward_passes"] / 1000
         each = timing["decision_milliseconds_per_image"].get(rule)
@@ -156,6 +187,8 @@ class Training:
     temperature: float = 1.0  # of the evaluation
     place: str = ""
     test: Mapping[str, Any] = field(default_factory=dict)  # how it was evaluated
+    content: Mapping[str, Any] = field(default_factory=dict)  # of the JSON of argmax
+    apart: tuple[str, ...] = ()  # the folder's other rules, with what differs in their evaluation
 
     @cached_property
     def name(self) -> str:

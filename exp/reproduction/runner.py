@@ -143,5 +143,6 @@ def laptop_data(data_dir: Path, output: Path) -> Path:
     command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "hippocampus", "--data_dir", own]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{own / 'hippocampus'}: not prepared: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}, without a word"]  # if it was killed
+        raise InputError(f"{own / 'hippocampus'}: not prepared: {said[-1]}")
     return own

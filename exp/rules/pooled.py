@@ -29,7 +29,7 @@ the pixels in its own bin: 1e-7 and less on real maps (`resolution` in a thresho
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,11 @@ def thresholds_json(thresholds: Thresholds, classes: tuple[str, ...], context: M
 COLUMNS = ("threshold", "size", "mass", "total", "kept", "resolution")
 
 
-def load_thresholds(path: Path, num_classes: int) -> Thresholds:
-    """A thresholds file -> Thresholds; InputError if it is another file, or one of another number of classes."""
+def load_thresholds(path: Path, num_classes: int, classes: Sequence[str] | None = None) -> Thresholds:
+    """A thresholds file -> Thresholds; InputError if it is another file, or one of another number of classes.
+
+    classes: their names, which the file's must be; None: any.
+    """
     expected = "a thresholds file (results/<rule>.<split>.thresholds.json of a rule of scope: dataset)"
     try:
         content = read_json(path, expected, MAX_OBJECT)
@@ -231,4 +234,10 @@ def load_thresholds(path: Path, num_classes: int) -> Thresholds:
         raise InputError(f"predict.thresholds: {path}: got another file ({error!r}), expected {expected}") from None
     if len(rows) != num_classes:
         raise InputError(f"predict.thresholds: {path}: got {len(rows)} classes, expected {num_classes}")
+    other = [pair for pair in zip(content["classes"], classes or ()) if pair[0] != pair[1]]
+    if other:
+        raise InputError(
+            f"predict.thresholds: {path}: got thresholds of other classes, '{other[0][0]}' in the place of "
+            f"'{other[0][1]}', expected those of this data set"
+        )
     return Thresholds(content["opt_metric"], **columns)

@@ -1,6 +1,6 @@
 """The decision rules by name. All have one signature: (B, C, H, W) probabilities -> (B, H, W) int64 labels."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,11 @@ RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and option
 }
 
 
-def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
-    """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more."""
+def build_rule(config: PredictConfig, num_classes: int, classes: Sequence[str] | None = None) -> Rule | PooledRule:
+    """A YAML -> the rule with its options; InputError for a rule of two classes on a data set of more.
+
+    classes: their names, None where they have none of their own; thresholds from a file must be of the same.
+    """
     if RULE_TABLE[config.rule].two_classes and num_classes != 2:
         raise InputError(
             f"--predict_yaml {config.name}: got {num_classes} classes, expected 2 (background, foreground)"
@@ -96,7 +99,7 @@ def build_rule(config: PredictConfig, num_classes: int) -> Rule | PooledRule:
                 f"--predict_yaml {config.name}: got no thresholds, expected --set predict.thresholds=FILE, which an "
                 "evaluation under rankseg_rma_dataset writes (results/<rule>.<split>.thresholds.json)"
             )
-        options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes)
+        options["thresholds"] = load_thresholds(Path(config.thresholds), num_classes, classes)
     if rule is PooledRule:
         return rule(**options)
     decide = partial(rule, **options)

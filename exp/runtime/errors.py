@@ -41,6 +41,15 @@ def unreadable(path: Path, reason: object, expected: str) -> InputError:
     return InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}")
 
 
+@contextmanager
+def passing_over() -> Iterator[None]:
+    """An InputError of the body is a warning on stderr: the file that it names is one of many."""
+    try:
+        yield
+    except InputError as error:
+        print(printable(f"warning: left out: {error}"), file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     """Text with what no line should hold (line breaks, terminal escapes, bytes that are no UTF-8) written as escapes.
 

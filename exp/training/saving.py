@@ -35,7 +35,8 @@ class Saving:
             epoch = iterations_per_epoch(len(dataset), self.schedule.batch_size)
             self.intervals.append(self.schedule.save_epochs * epoch)
         facts = {"config_digest": training_digest(plain), "processes": self.dist.world_size, **describe_code()}
-        self.saver = Saver(folder, step.raw_model, step.ema, plain, list(dataset.classes), facts)
+        orientation = dataset.orientations[0] if len(dataset.orientations) == 1 else None
+        self.saver = Saver(folder, step.raw_model, step.ema, plain, list(dataset.classes), facts, orientation)
 
     def __call__(self, iteration: int) -> None:
         """Write the checkpoint after so many iterations: all that decides the steps to come."""

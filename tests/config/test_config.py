@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -6,7 +7,15 @@ import pytest
 import yaml
 
 from exp.config.cli import DEFAULT_YAMLS
-from exp.config.experiment import CONFIG_DIR, GROUPS, dump_config, find_yaml, load_experiment, training_digest
+from exp.config.experiment import (
+    CONFIG_DIR,
+    GROUPS,
+    dump_config,
+    find_yaml,
+    load_experiment,
+    training_digest,
+    with_number_keys,
+)
 from exp.config.strict_yaml import build_dataclass, load_mapping, parse_value
 from exp.runtime.errors import InputError
 
@@ -89,6 +98,25 @@ def test_the_window_is_resolved():
     assert config.with_window((60, 30)).test.stride == (40, 20), "that of a checkpoint"
     config = compose("test.crop_size=[64,64]", "test.stride=[32,16]").with_window((240, 320))
     assert (config.test.crop_size, config.test.stride) == ((64, 64), (32, 16))
+
+
+@pytest.mark.parametrize("name", ["images", "comparison", "older", "x.cases", "x.val.thresholds"])
+def test_a_rule_named_as_another_file_of_the_results_is_refused(tmp_path: Path, name: str):
+    (tmp_path / "rule.yaml").write_text(f"name: {name}\nrule: argmax\n")
+    with pytest.raises(InputError, match=f"got a rule named '{name}', expected another name"):
+        compose(predict=[str(tmp_path / "rule.yaml")])
+
+
+def test_the_digest_is_that_of_the_same_config_in_json():
+    """Numbers as keys are text in JSON, and sorted otherwise."""
+    config = compose(data="folder").to_dict()
+    config["data"]["label_map"] = {0: 0, 2: 1, 10: 1, 255: 255}
+    text = json.dumps(config)
+    assert '"10": 1' in text
+    assert training_digest(json.loads(text)) == training_digest(config)
+    assert with_number_keys(json.loads(text)) == config
+    config["data"]["label_map"][10] = 0
+    assert training_digest(json.loads(text)) != training_digest(config)
 
 
 def test_a_stride_beyond_the_window_is_refused():

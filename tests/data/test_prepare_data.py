@@ -434,7 +434,10 @@ def test_real_ct_goes_through_the_slice_code(prepare, real_data: Path, tmp_path:
     save_nifti(folder / "segmentation.nii.gz", classes, organs.affine)
     assert prepare("kits", tmp_path)[0] == 0
     case = read_case(tmp_path / "kits" / "train" / "case_00003")
-    hu = nib.load(folder / "imaging.nii.gz").get_fdata()
+    hu, classes = (  # RAS as it is stored; KiTS19's are IPL, its slices have y before x, both from the other end
+        np.moveaxis(values[::-1, ::-1, ::-1], (2, 1, 0), (2, 0, 1))
+        for values in (nib.load(folder / "imaging.nii.gz").get_fdata(), classes)
+    )
     assert case.resized
     assert case.axis == 2
     for index in case.slices[::5]:

@@ -335,3 +335,16 @@ def test_a_further_metric_is_a_function_and_its_line(monkeypatch):
     assert per_class_scores(result.counts, None, ("upper",))["UpD"][1] == per_class_scores(upper_half)["AccD"][1]
     (cases,) = build_results(["r"], tuple("abcdef"), tuple("xyz"), table, list("kkkmmm"), ("upper",))
     assert "mUp3D" in cases.scores()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_counting_leaves_prediction_and_label_as_they_are(dtype: torch.dtype):
+    rng = torch.Generator().manual_seed(0)
+    pred, label = (torch.randint(0, 3, (9, 8), generator=rng).to(dtype) for _ in range(2))
+    label[0, 0] = 255
+    before = pred.clone(), label.clone()
+    counts = count_rules([pred, pred], label, 3, ["boundary_iou"])
+    assert torch.equal(pred, before[0])
+    assert torch.equal(label, before[1])
+    assert torch.equal(counts[0], counts[1])
+    assert counts[0, 0].sum() == ((pred == label) & (label != 255)).sum()

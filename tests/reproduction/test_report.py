@@ -393,8 +393,23 @@ def test_empty_and_damaged_folders(script, tmp_path: Path):
         (tmp_path / "other" / "results" / "argmax.csv").write_text("image\n")
         assert script("report", tmp_path)[0] == 0
     table = next(tmp_path.glob(f"{SMALL.name}/*/results/argmax.csv"))
+    whole = table.read_text()
     table.write_text("image,tp.a\nx,none\n")
     status, _, err = script("report", tmp_path)
-    assert status == 2
-    assert f"{table}: " in err
+    assert status == 0
+    assert err.startswith(f"warning: left out: {table}: got a file that cannot be read")
     assert err.count("\n") == 1
+    table.write_text(whole)
+    damaged = table.with_name("rankseg_rma.json")
+    damaged.write_text("{")
+    damaged.with_suffix(".csv").write_text(whole)
+    status, _, err = script("report", tmp_path)
+    assert status == 0
+    assert err.startswith(f"warning: left out: {damaged}: got ")
+    assert "| argmax |" in (tmp_path / "report" / "tables.md").read_text().partition("## Published")[0]
+
+
+def test_the_reason_for_what_is_not_available_is_in_all_of_them(output: Path):
+    reason = "none of the libraries that this framework stands on has CPT"
+    for name in ("tables.md", "tables.tex", "index.html"):
+        assert reason in (output / "report" / name).read_text(), name

@@ -21,6 +21,8 @@ from exp.reproduction.job import Job, join_jobs
 from exp.reproduction.laptop import fixed, tempered
 from exp.reproduction.plans import Counterpart, find_counterpart, jobs_behind, table_jobs
 from exp.reproduction.published import load_errata, load_tables, load_unavailable
+from exp.reproduction.runner import laptop_data
+from exp.runtime.errors import InputError
 from tests.conftest import ROOT, TINY_SETTINGS
 from tests.data.test_data_sets import write_slices
 from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_voc
@@ -402,3 +404,14 @@ def test_job_arrays_run_one_job_a_task(script, tmp_path: Path, tiny_laptop):
 
 def test_figures_without_a_row_here_need_no_training():
     assert jobs_behind(published("table1", "cpt_swin_large", "ade20k", "argmax", "mIoUI")) == ()
+
+
+def test_a_preparation_that_dies_without_a_word_is_told(tmp_path: Path, monkeypatch):
+    """Killed for memory, say."""
+    for name in ("camvid", "hippocampus/images", "hippocampus/labels"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for stderr, said in (("", "status -9, without a word"), ("warning\nerror: no room\n", "error: no room")):
+        done = subprocess.CompletedProcess([], -9, "", stderr)
+        monkeypatch.setattr(subprocess, "run", lambda *args, done=done, **options: done)
+        with pytest.raises(InputError, match=f"hippocampus: not prepared: {said}$"):
+            laptop_data(tmp_path / "data", tmp_path / "out")

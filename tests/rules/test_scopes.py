@@ -209,6 +209,16 @@ def test_thresholds_come_back_from_their_file(tmp_path: Path):
     assert torch.equal(build_rule(config, 3)(values), found.decide(values))
 
 
+def test_thresholds_of_other_classes_are_refused(tmp_path: Path):
+    path, found = file_of(tmp_path)
+    config = compose(f"predict.thresholds={path}", predict=["rankseg_rma_fixed"]).predict[0]
+    assert load_thresholds(path, 3, ("a", "b", "c")) == found
+    with pytest.raises(InputError, match="got thresholds of other classes, 'b' in the place of 'x', expected those"):
+        build_rule(config, 3, ("a", "x", "c"))
+    with pytest.raises(InputError, match="'a' in the place of 'c'"):
+        build_rule(config, 3, ("c", "b", "a"))
+
+
 def test_other_files_are_refused(tmp_path: Path):
     path, _ = file_of(tmp_path)
     with pytest.raises(InputError, match=r"got 3 classes, expected 4"):

@@ -12,6 +12,7 @@ class VolumeFacts:
     label: slices that hold this value are kept (None: any but 0). size: (H, W) of the slices, None: the source's.
     numbers: those of the cases with labels, where they are without gaps; what lies beyond is the owner's for testing.
     fold_slices: known number of slices in each validation fold, where it is known.
+    orientation: that of nearly all volumes (exp/files/nifti.py); slices are cut as if all were stored in it.
     case: a case's name by its number, which the patterns of image and label volumes find in <folder>/<file>.
     """
 
@@ -23,6 +24,7 @@ class VolumeFacts:
     numbers: range | None
     cases_per_fold: int
     fold_slices: tuple[int, ...] | None
+    orientation: str
     case: str
     patterns: tuple[str, str]
 
@@ -35,10 +37,10 @@ HIPPOCAMPUS_FILES = (r"images(?:Tr)?/hippocampus_(\d+)\.nii\.gz", r"labels(?:Tr)
 LITS_SLICES, KITS_SLICES = (1320, 889, 459, 2278, 2244), (952, 1255, 1418, 1471, 616)  # as the paper's code lists them
 
 VOLUMES = {
-    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, range(131), 26, LITS_SLICES, "volume-{}", LITS_FILES),
-    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, range(210), 42, KITS_SLICES, "case_{}", KITS_FILES),
+    "lits": VolumeFacts("lits", 2, SLICE_SIZE, False, 131, range(131), 26, LITS_SLICES, "LPS", "volume-{}", LITS_FILES),
+    "kits": VolumeFacts("kits", 2, SLICE_SIZE, False, 210, range(210), 42, KITS_SLICES, "IPL", "case_{}", KITS_FILES),
     "hippocampus": VolumeFacts(
-        "hippocampus", None, None, True, 260, None, 79, None, "hippocampus_{}", HIPPOCAMPUS_FILES
+        "hippocampus", None, None, True, 260, None, 79, None, "RAS", "hippocampus_{}", HIPPOCAMPUS_FILES
     ),
 }
 

@@ -12,6 +12,7 @@ from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.data.slice_files import Case, case_number, list_cases, list_slices, read_case, write_case
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.nifti import find_slices, open_pair, read_image, read_labels
+from exp.files.paths import is_hidden
 from exp.runtime.errors import InputError, describe_numbers, printable
 
 TRAIN = "train"  # the folder of prepared cases
@@ -64,7 +65,7 @@ def _find_files(root: Path, pattern: str, case: str) -> dict[str, Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
         for name in sorted(names):
             if match := re.fullmatch(pattern, f"{os.path.basename(folder)}/{name}"):
                 path, key = Path(folder, name), case.format(match[1])
@@ -93,6 +94,7 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
     states, broken = run_jobs(lambda case: is_finished(folder / case.name), cases, None, "recognising", "case")
     waiting = [case for case, finished in states if not finished]
     print(f"{root}: {len(cases)} cases, {len(states) - len(waiting)} of them prepared before")
+    _check_orientation(facts, folder, [case.name for case, finished in states if finished], bool(waiting))
     with worker_pool(workers if waiting else 1) as pool:
         scans, faults = run_jobs(partial(scan_case, facts, check_affine), waiting, pool, "looking", "case")
         require_room(folder, sum(num_bytes for _, (_, num_bytes) in scans))
@@ -100,6 +102,18 @@ def prepare_cases(name: str, data_dir: Path, workers: int, *, check_affine: bool
         write = partial(prepare_case, facts, check_affine, root)
         _, more = run_jobs(write, [(raw, slices) for raw, (slices, _) in scans], pool, "writing", "case")
     report_faults(broken + faults + more, "cases")
+
+
+def _check_orientation(facts: VolumeFacts, folder: Path, finished: list[str], is_waiting: bool) -> None:
+    """Say which cases an earlier version cut in another orientation; InputError where they are or would be mixed."""
+    old = {name: seen for name in finished if (seen := read_case(folder / name).seen) != facts.orientation}
+    if not old:
+        return
+    found = f"{len(old)} cases that an earlier version cut as they are stored ({', '.join(sorted(set(old.values())))})"
+    remedy = f"to have them cut as {facts.orientation}, move them away ({', '.join(old)}) and start this command again"
+    if is_waiting or len(old) < len(finished) or len(set(old.values())) > 1:
+        raise InputError(f"{folder}: got {found}, expected all in one orientation; {remedy}")
+    print(f"{folder}: {found}; {remedy}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -121,7 +135,7 @@ def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> tuple[tup
 
     InputError if the pair does not fit together or the labels cannot be read.
     """
-    image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
+    image, label = open_pair(raw.image, raw.label, facts.orientation, check_affine=check_affine)
     slices = tuple(find_slices(label, facts.label))
     height, width = facts.size or image.slice_shape
     return slices, len(slices) * (3 * height * width + SLICE_OVERHEAD)
@@ -130,7 +144,7 @@ def scan_case(facts: VolumeFacts, check_affine: bool, raw: RawCase) -> tuple[tup
 def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[RawCase, tuple[int, ...]]) -> None:
     """Write <root>/train/<case>/ with these slices of a raw case; InputError for labels that are no class."""
     raw, slices = job
-    image, label = open_pair(raw.image, raw.label, check_affine=check_affine)
+    image, label = open_pair(raw.image, raw.label, facts.orientation, check_affine=check_affine)
     labels = read_labels(label, slices)
     if (highest := labels.max(initial=0)) > MAX_LABEL:
         raise InputError(f"{raw.label}: got label value {highest}, expected 0..{MAX_LABEL}")
@@ -146,6 +160,7 @@ def prepare_case(facts: VolumeFacts, check_affine: bool, root: Path, job: tuple[
         size=size,
         resized=size != image.slice_shape,
         rescaled=facts.rescale,
+        orientation=facts.orientation,
     )
     with replacing(root / TRAIN / raw.name, durable=False, new=True) as folder:
         folder.mkdir()

@@ -1,6 +1,7 @@
 """ADE20K, the 150 classes of the scene parsing benchmark (ADEChallengeData2016)."""
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
+from exp.files.paths import visible_files
 
 CLASSES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
@@ -51,5 +52,5 @@ class ADE20K(SegmentationDataset):
         root = self.root / "ade" / "ADEChallengeData2016"
         images = require_folder(root / "images" / self.split)
         labels = require_folder(root / "annotations" / self.split)
-        names = sorted({p.stem for p in images.glob("*.jpg")} | {p.stem for p in labels.glob("*.png")})
+        names = sorted({p.stem for p in (*visible_files(images, "*.jpg"), *visible_files(labels, "*.png"))})
         return pair_samples(names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png")

@@ -1,6 +1,7 @@
 """CamVid in the layout of the SegNet tutorial."""
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
+from exp.files.paths import visible_files
 
 
 class CamVid(SegmentationDataset):
@@ -22,5 +23,5 @@ class CamVid(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "camvid" / self.split)
         labels = require_folder(self.root / "camvid" / f"{self.split}annot")
-        names = sorted({path.stem for folder in (images, labels) for path in folder.glob("*.png")})
+        names = sorted({path.stem for folder in (images, labels) for path in visible_files(folder, "*.png")})
         return pair_samples(names, lambda n: images / f"{n}.png", lambda n: labels / f"{n}.png")

@@ -2,6 +2,7 @@
 night with labels of the same classes, to evaluate on."""
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
+from exp.files.paths import visible_files
 
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label ids of classes 0..18
 NUM_LABEL_IDS = 34
@@ -33,9 +34,9 @@ class Cityscapes(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "cityscapes" / "leftImg8bit" / self.split)
         labels = require_folder(self.root / "cityscapes" / "gtFine" / self.split)
-        names = {p.relative_to(images).as_posix().removesuffix(IMAGE) for p in images.glob(f"*/*{IMAGE}")}
+        names = {p.relative_to(images).as_posix().removesuffix(IMAGE) for p in visible_files(images, f"*/*{IMAGE}")}
         with_ids, with_train_ids = (
-            {p.relative_to(labels).as_posix().removesuffix(suffix) for p in labels.glob(f"*/*{suffix}")}
+            {p.relative_to(labels).as_posix().removesuffix(suffix) for p in visible_files(labels, f"*/*{suffix}")}
             for suffix in (LABEL_IDS, LABEL_TRAIN_IDS)
         )
         suffix = LABEL_IDS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from exp.data.base import Sample, SegmentationDataset, pair_samples, require_folder
 from exp.files.images import FORMATS
-from exp.files.paths import read_names
+from exp.files.paths import match_names, read_names, visible_files
 from exp.runtime.errors import InputError
 
 
@@ -25,7 +25,8 @@ class Folder(SegmentationDataset):
             return self._pair_lists(images, labels)
         if ".txt" in (images.suffix, labels.suffix):
             raise InputError(f"data.images, data.labels: got {images} and {labels}, expected two folders or two lists")
-        by_name, by_label_name = _files_by_name(images), _files_by_name(labels)
+        by_name = _files_by_name(images)
+        by_label_name = match_names(_files_by_name(labels), by_name)
         return pair_samples(
             sorted(by_name.keys() | by_label_name.keys()),
             lambda name: by_name.get(name, images / f"{name}.jpg"),
@@ -48,8 +49,8 @@ class Folder(SegmentationDataset):
 def _files_by_name(folder: Path) -> dict[str, Path]:
     """The images below a folder by their path in it without the suffix."""
     files = {}
-    for path in sorted(require_folder(folder).rglob("*")):
-        if path.suffix.lower() not in FORMATS or path.name.startswith("."):
+    for path in visible_files(require_folder(folder), "**/*.*"):
+        if path.suffix.lower() not in FORMATS:
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:

@@ -6,7 +6,7 @@ import torch
 from exp.data.base import Sample, SegmentationDataset
 from exp.data.prepare.facts import VOLUMES, VolumeFacts, fold_of
 from exp.data.prepare.volumes import TRAIN
-from exp.data.slice_files import case_number, list_cases, list_slices, read_slice
+from exp.data.slice_files import case_number, find_orientations, list_cases, list_slices, read_slice
 from exp.runtime.errors import InputError
 
 
@@ -28,7 +28,9 @@ class SliceDataset(SegmentationDataset):
         if self.split not in ("train", "val"):
             raise InputError(f"data.*_split: got '{self.split}', expected train or val: these slices come in folds")
         validating, samples = self.split == "val", []
-        for case in list_cases(self.root / self.volumes.folder / TRAIN):
+        cases = list_cases(self.root / self.volumes.folder / TRAIN)
+        self.orientations = find_orientations(cases)
+        for case in cases:
             in_fold = fold_of(case_number(case.name), self.volumes.cases_per_fold) == self.fold
             if in_fold == validating:
                 samples += [Sample(f"{case.name}/{p.stem}", p, p, case=case.name) for p in list_slices(case)]

@@ -1,7 +1,8 @@
 """The folds of a cross-validation, a run each -> their mean scores, by rule.
 
-The runs must be evaluated alike: the same data set, test and predict settings, each on another fold. What a fold fits
-for itself may differ: a temperature (--fit_temperature) and the thresholds file of rankseg_rma_fixed.
+The runs must be trained and evaluated alike: the same data set, network, loss, test and predict settings, each on
+another fold. What a fold fits for itself may differ: a temperature (--fit_temperature) and the thresholds file of
+rankseg_rma_fixed. Rules that were evaluated otherwise than the first stand in a table of their own.
 """
 
 import json
@@ -9,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exp.config.experiment import FREE_KEYS
 from exp.evaluation.metrics import average_folds
 from exp.evaluation.results import finite_or_null, format_scores
 from exp.files.atomic import write_atomically
 from exp.files.text import read_json
+from exp.reproduction.existing import differences
 from exp.runtime.errors import InputError
 
 OWN = ("data.fold", "predict.thresholds")  # where folds may differ
+TRAINED_ALIKE = {"model", "loss", "optim"}
 TEMPERATURE = "test.temperature"  # where they may if each has fitted its own
 
 
@@ -35,7 +39,25 @@ def report_folds(runs: Sequence[Path], output: Path | None) -> str:
     if output:
         content = {rule: {"mean": finite_or_null(means[rule]), "folds": folds[rule]} for rule in rules}
         write_atomically(output, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    return f"mean over {len(runs)} folds\n{format_scores(rules, list(means.values()), ('mIoU', 'mDice'))}"
+    parts = [f"mean over {len(runs)} folds"]
+    for group, reason in alike(list(results.values()), rules):
+        parts += [f"evaluated otherwise than {rules[0]}: {reason}"] if reason else []
+        parts.append(format_scores(group, [means[rule] for rule in group], ("mIoU", "mDice")))
+    return "\n".join(parts)
+
+
+def alike(results: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> list[tuple[list[str], str]]:
+    """Runs' results by rule -> the rules in groups that can be compared, and how each differs from the first group."""
+    groups: list[tuple[list[str], str]] = []
+    for rule in rules:
+        for group, _ in groups:
+            if not any(differences(run[group[0]], run[rule]) for run in results):
+                group.append(rule)
+                break
+        else:
+            found = [differences(run[rules[0]], run[rule]) for run in results]
+            groups.append(([rule], ", ".join(next(filter(None, found), []))))
+    return groups
 
 
 def load_run(run: Path) -> dict[str, dict[str, Any]]:
@@ -65,8 +87,11 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """A run's result -> how it was evaluated, without what is the fold's own, key by key."""
-    config = content.get("config", {})
+    config, training = content.get("config", {}), content.get("training", {})
     found = {f"{group}.{key}": v for group in config for key, v in config[group].items()}
+    for group in TRAINED_ALIKE & training.keys():
+        free = ("name", *FREE_KEYS.get(group, ()))
+        found |= {f"training.{group}.{key}": v for key, v in training[group].items() if key not in free}
     found = {key: value for key, value in found.items() if key not in OWN}
     fitted = run / "results" / "temperature.json"
     if fitted.is_file() and read_json(fitted, "a fitted temperature").get("temperature") == found.get(TEMPERATURE):

@@ -11,9 +11,10 @@ import numpy as np
 from exp.evaluation.metrics import image_scores
 from exp.files.images import open_image
 from exp.files.text import read_json
+from exp.reproduction.existing import differences
 from exp.reproduction.measured import Training, read_times
 from exp.reproduction.report import plots
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, passing_over
 
 PANEL_WIDTH = 1000  # pixels
 SHOWN_RULES = ("argmax", "rankseg_rma")  # of the validations in training
@@ -31,13 +32,12 @@ class Picture:
 
 
 def illustrate(training: Training) -> Iterator[Picture]:
-    """A training -> its plots, and the pictures of --save_pred."""
+    """A training -> its plots, and the pictures of --save_pred; without those of damaged files, which are told."""
     if len(training.results) > 1:
         yield from _comparisons(training)
-    yield from _calibration(training.folder)
-    yield from _times(training.folder)
-    yield from _curves(training.folder.parent / "log.jsonl")
-    yield from _gallery(training.folder.parent / "pictures")
+    for part in (_calibration, _times, _curves, _gallery):
+        with passing_over():
+            yield from part(training)
 
 
 def _comparisons(training: Training) -> Iterator[Picture]:
@@ -50,10 +50,10 @@ def _comparisons(training: Training) -> Iterator[Picture]:
     yield Picture(plots.histogram_gains((other - base)[both], rule, metric), f"Gains of {rule}")
 
 
-def _calibration(folder: Path) -> Iterator[Picture]:
-    path, expected = folder / "calibration.json", "the calibration of an evaluation"
-    if path.is_file():
-        top = read_json(path, expected).get("top_label")
+def _calibration(training: Training) -> Iterator[Picture]:
+    path, expected = training.folder / "calibration.json", "the calibration of an evaluation"
+    if path.is_file() and not differences(content := read_json(path, expected), training.content):
+        top = content.get("top_label")
         try:
             svg = plots.reliability(top["confidence"], top["accuracy"], top["pixels"])
         except (KeyError, TypeError) as error:
@@ -61,16 +61,16 @@ def _calibration(folder: Path) -> Iterator[Picture]:
         yield Picture(svg, "Reliability diagram of the network")
 
 
-def _times(folder: Path) -> Iterator[Picture]:
-    if (folder / "timing.json").is_file():
-        times = read_times(folder / "timing.json")
+def _times(training: Training) -> Iterator[Picture]:
+    path = training.folder / "timing.json"
+    if path.is_file() and not differences(times := read_times(path), training.content):
         steps = {"forward pass": times["milliseconds_per_image"]["forward"], **times["decision_milliseconds_per_image"]}
         yield Picture(plots.bars(steps), "Milliseconds of network and rules")
 
 
-def _curves(path: Path) -> Iterator[Picture]:
+def _curves(training: Training) -> Iterator[Picture]:
     """A run's log -> its loss, and its validations where there are several."""
-    losses, scores = read_log(path)
+    losses, scores = read_log(training.folder.parent / "log.jsonl")
     if losses:
         yield Picture(plots.curves({"loss": sorted(losses.items())}, "training loss"), "Training loss")
     if any(len(points) > 1 for points in scores.values()):
@@ -97,8 +97,13 @@ def read_log(path: Path) -> tuple[dict[int, float], dict[str, dict[int, float]]]
     return losses, scores
 
 
-def _gallery(folder: Path) -> Iterator[Picture]:
-    """The panels of --save_pred, smaller."""
+def _gallery(training: Training) -> Iterator[Picture]:
+    """The panels of --save_pred, smaller; none of another evaluation."""
+    folder = training.folder.parent / "pictures"
+    record = folder.with_name("pictures.json")
+    origin = read_json(record, "what the pictures are made from") if record.is_file() else {}
+    if any(differences(rule, training.content) for rule in origin.get("rules", [])):
+        return
     for kind, title in KINDS.items():
         for path in sorted((folder / kind).glob("*.png")):
             with open_image(path) as image:

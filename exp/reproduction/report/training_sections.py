@@ -64,7 +64,10 @@ def training_section(key: str, group: str, title: str, training: Training) -> Se
         gains = [format_gain(own[name]) if own else "" for name in compared]
         rows.append((rule, *(f"{values[name]:.2f}" for name in columns), *gains, _wins(own.get(training.metric))))
     header = ("rule", *columns, *(f"{name} against argmax" for name in compared), f"{training.unit}s better / worse")
-    return Section(key, group, title, header, text_rows(rows), notes=(f"From `{training.place}`.",), source=training)
+    notes = [f"From `{training.place}`."]
+    if training.apart:
+        notes.append(f"Evaluated otherwise than argmax, and not compared with it: {'; '.join(training.apart)}.")
+    return Section(key, group, title, header, text_rows(rows), notes=tuple(notes), source=training)
 
 
 def _wins(comparison: Comparison | None) -> str:
