@@ -37,7 +37,7 @@ FREE_KEYS = {
     "data": ("val_split", "val_samples", "damaged"),
 }
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
-LATER_KEYS = {"schedule": {"tf32": "conv"}}
+LATER_KEYS = {"schedule": {"tf32": "conv"}, "model": {"variant": "library"}}
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
