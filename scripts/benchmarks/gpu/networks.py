@@ -195,6 +195,7 @@ class Speeds:
         self.content["networks"][f"{config.model.name}@{height}x{width}"] = {
             "crop_size": [height, width],
             "batch_size": config.schedule.batch_size,
+            "variant": config.model.variant,
             "amp": config.schedule.amp,
             "train_images_per_second": round(row["training, images/s"], 2),
             "eval_windows_per_second": round(row["evaluation, windows/s"], 2),
