@@ -26,7 +26,7 @@ class CPT(nn.Module):
     def __init__(self, channels: Sequence[int], width: int, num_classes: int) -> None:
         super().__init__()
         levels = channels[2:]
-        self.lateral = nn.ModuleList(nn.Conv2d(level, width, 1) for level in levels)
+        self.lateral = nn.ModuleList(nn.Conv2d(level, width, 1) for level in reversed(levels))
         self.blocks = nn.ModuleList(Block(width, num_classes) for _ in levels[1:])
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.blocks)
         self.fuse = conv_norm_gelu(len(levels) * width, width, 3)
@@ -34,9 +34,9 @@ class CPT(nn.Module):
         self.width = width + POOL_WIDTH
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        *finer, high = (conv(feature) for conv, feature in zip(self.lateral, features[2:], strict=True))
+        high, *finer = (conv(feature) for conv, feature in zip(self.lateral, reversed(features[2:])))
         maps = [high]
-        for block, smooth, low in reversed(list(zip(self.blocks, self.smooth, finer, strict=True))):
+        for block, smooth, low in zip(self.blocks, self.smooth, finer):
             high = block(low, high)
             maps.append(smooth(high))
         fused = self.fuse(torch.cat([resize(x, maps[-1]) for x in maps], dim=1))

@@ -98,14 +98,16 @@ def _sketch(encoder: str) -> nn.Module:
 def _any_image_size(encoder: str, variant: str) -> dict[str, bool]:
     """timm's switches by which a network that is made for one image size (Swin, ViT) takes any.
 
-    The paper's code makes Swin for the crop, so that all its stages shift their windows; one that is made for less, as
-    the weights are, has whole windows only with always_partition.
+    The paper's code makes Swin for the crop, where all stages shift their windows. One that is made for less, as the
+    weights are, does so with always_partition.
     """
     if not getattr(timm.get_pretrained_cfg(encoder), "fixed_input_size", False):
         return {}
-    switches = ("dynamic_img_size", "always_partition") if variant == "paper" else ("dynamic_img_size",)
     known = inspect.signature(type(_sketch(encoder))).parameters
-    return {switch: True for switch in switches if switch in known}
+    switches = {"dynamic_img_size": True, "strict_img_size": False}  # the second: Swin's in older timm
+    if variant == "paper":
+        switches["always_partition"] = True
+    return {switch: value for switch, value in switches.items() if switch in known}
 
 
 def _deeplab(network: type[nn.Module], config: ModelConfig, encoder: dict[str, Any]) -> nn.Module:

@@ -146,16 +146,15 @@ class UPerNet(nn.Module):
         super().__init__()
         self.finest = finest
         self.pyramid = PyramidPooling(channels[-1], width)
-        self.lateral = nn.ModuleList(ConvNormReLU(level, width) for level in channels[finest:-1])
+        self.lateral = nn.ModuleList(ConvNormReLU(level, width) for level in reversed(channels[finest:-1]))
         self.smooth = nn.ModuleList(ConvNormReLU(width, width, 3) for _ in self.lateral)
         self.fuse = ConvNormReLU((len(self.lateral) + 1) * width, width, 3)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         state = self.pyramid(features[-1])
         maps = [state]
-        finer = zip(self.lateral, self.smooth, features[self.finest : -1], strict=True)
-        for lateral, smooth, feature in reversed(list(finer)):
+        for lateral, smooth, feature in zip(self.lateral, self.smooth, reversed(features[self.finest : -1])):
             feature = lateral(feature)
-            state = feature + resize(state, feature)
+            state = resize(state, feature) + feature
             maps.append(smooth(state))
         return self.fuse(torch.cat([resize(x, maps[-1]) for x in reversed(maps)], dim=1))
