@@ -132,5 +132,6 @@ def train_a_share(dist: Dist) -> dict[str, Any]:
     memories = [block.memory for block in decoder.blocks]
     before = [memory.clone() for memory in memories]
     features = [torch.randn(4, c, 32 // s, 32 // s).double() for c, s in zip(CHANNELS, (1, 2, 4, 8, 16, 32))]
-    dist.wrap(decoder)([x.chunk(dist.world_size)[dist.rank] for x in features]).square().mean().backward()
+    model = dist.wrap(decoder)  # held until the gradients are averaged
+    model([x.chunk(dist.world_size)[dist.rank] for x in features]).square().mean().backward()
     return {"before": before, "after": memories, "grads": {name: p.grad for name, p in decoder.named_parameters()}}
