@@ -48,6 +48,7 @@ THEN = tuple(
         "pspnet_resnet101d",
         "pspnet_resnet50d",
         "segformer_mit_b2",
+        "cpt_swinlarge",
     )
 )
 MEDICAL_NETWORKS = ("deeplabv3plus_resnet50d", "unet_resnet50d", "deeplabv3plus_resnet18d", "unet_resnet18d")
