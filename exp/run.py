@@ -352,7 +352,7 @@ class TrainingSession:
                 f"{self.folder / CHECKPOINTS}: got checkpoints of iterations {starts} on the processes, expected one "
                 "folder that all of them share"
             )
-        schedule, decoder = self.config.schedule, self.config.model.decoder
+        schedule, model = self.config.schedule, self.config.model
         share, rest = divmod(self.dist.split_batch(schedule.batch_size), schedule.accumulation)
         if rest or not share:
             raise InputError(
@@ -360,9 +360,9 @@ class TrainingSession:
                 f"{self.dist.world_size} process(es), expected a divisor of each process's share"
             )
         synchronised = self.dist.world_size > 1 and self.dist.device.type != "cpu"
-        if share == 1 and not synchronised and DECODER_TABLE[decoder].pools:
+        if share == 1 and not synchronised and model.variant in DECODER_TABLE[model.decoder].pools:
             raise InputError(
-                f"schedule.batch_size: got 1 image per process (and micro-batch), expected 2 or more: {decoder} "
+                f"schedule.batch_size: got 1 image per process (and micro-batch), expected 2 or more: {model.decoder} "
                 "normalises over the batch what it has pooled to one pixel"
             )
 

@@ -42,6 +42,7 @@ FREE_KEYS = {
 LATER_KEYS = {
     "data": {"augmentation": "corner"},
     "loss": {"both_classes": None},
+    "model": {"variant": "library"},
     "optim": {"warmup": "from_start"},
     "schedule": {"tf32": "conv"},
 }

@@ -31,12 +31,14 @@ class RuleEntry(Entry):
 class DecoderEntry(Entry):
     """A decoder: how many widths decoder_channels has, and the output strides that it takes of an encoder.
 
-    pools: it normalises over the batch what it has pooled to one pixel, so it cannot train on one image.
+    variants: whose there are, the library's or the paper's. pools: those of them that normalise over the batch what
+    they have pooled to one pixel, so that they cannot train on one image.
     """
 
     num_widths: int = 1
     strides: tuple[int, ...] = (32,)
-    pools: bool = False
+    variants: tuple[str, ...] = ("library",)
+    pools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class DataSetEntry(Entry):
 
 
 OVERLAP = ("ce_weight", "dataset_weight", "image_weight", "class_weight", "smooth")
+BOTH = ("library", "paper")
 OF_VOLUMES = ("fold", "window")
 NOISE = ("label_noise", "label_spread")
 
@@ -72,18 +75,21 @@ LOSS_TABLE = {  # configs/loss, key `loss`
     "tversky": Entry(needs=(*OVERLAP, "alpha", "beta"), may_have=("both_classes",)),
 }
 DECODER_TABLE = {  # configs/model, key `decoder`
-    "deeplabv3": DecoderEntry(needs=("atrous_rates",), strides=(8, 16), pools=True),
-    "deeplabv3plus": DecoderEntry(needs=("atrous_rates", "low_level_channels"), strides=(8, 16), pools=True),
+    "cpt": DecoderEntry(variants=("paper",), pools=("paper",)),
+    "deeplabv3": DecoderEntry(needs=("atrous_rates",), strides=(8, 16), variants=BOTH, pools=BOTH),
+    "deeplabv3plus": DecoderEntry(
+        needs=("atrous_rates", "low_level_channels"), strides=(8, 16), variants=BOTH, pools=BOTH
+    ),
     "dpt": DecoderEntry(strides=(8, 16, 32)),  # that of the ViT's patches
     "fpn": DecoderEntry(),
     "linknet": DecoderEntry(num_widths=0),
     "manet": DecoderEntry(num_widths=5),
-    "pan": DecoderEntry(strides=(16, 32), pools=True),
-    "pspnet": DecoderEntry(strides=(8, 16, 32)),
-    "segformer": DecoderEntry(),
-    "unet": DecoderEntry(num_widths=5),
+    "pan": DecoderEntry(strides=(16, 32), pools=("library",)),
+    "pspnet": DecoderEntry(strides=(8, 16, 32), variants=BOTH, pools=("paper",)),
+    "segformer": DecoderEntry(variants=BOTH),
+    "unet": DecoderEntry(num_widths=5, variants=BOTH),
     "unetplusplus": DecoderEntry(num_widths=5),
-    "upernet": DecoderEntry(pools=True),
+    "upernet": DecoderEntry(variants=BOTH, pools=BOTH),
 }
 DATASET_TABLE = {  # configs/data, key `dataset`
     "ade20k": DataSetEntry(code="ade20k.ADE20K"),

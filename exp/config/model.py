@@ -19,9 +19,12 @@ class ModelConfig:
     output_stride: Literal[8, 16, 32] = 32  # of the encoder's last feature map
     atrous_rates: tuple[int, int, int] | None = None  # deeplabv3, deeplabv3plus
     low_level_channels: int | None = None  # deeplabv3plus: the branch at stride 4
+    variant: Literal["library", "paper"] = "library"  # whose decoder: segmentation_models_pytorch's, or the paper's
     pretrained: bool | str = True  # true: by name from the hub; false: random; text: a local file
     dropout: float = 0.1  # before the classifier of either head
-    aux_channels: int = 256  # of the auxiliary head, on the encoder's last feature map but one
+    aux_channels: int | None = (
+        256  # of the auxiliary head, on the encoder's last feature map but one; null: no such head
+    )
 
     def __post_init__(self) -> None:
         widths = ("decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
@@ -31,6 +34,9 @@ class ModelConfig:
         require(bool(fits), "encoder", self.encoder, "a name of timm or segmentation_models_pytorch")
         require_entry(self, "decoder", DECODER_TABLE)
         entry = DECODER_TABLE[self.decoder]
+        variants = " or ".join(entry.variants)
+        fits = self.variant in entry.variants
+        require(fits, "variant", self.variant, f"{variants} with the decoder {self.decoder}")
         given, num = self.decoder_channels, entry.num_widths
         kind = {0: "no such key", 1: "one whole number"}.get(num, f"a list of {num} whole numbers")
         widths = len(given) if isinstance(given, tuple) else int(given is not None)

@@ -1,11 +1,11 @@
-"""The decoders by name, each with its encoder: those of segmentation_models_pytorch, set up as in the papers.
+"""The decoders by name, each with its encoder: the paper's (model.variant), and segmentation_models_pytorch's.
 
 The library resizes with align_corners=True here and there, fixes one width, and puts dropout inside some decoders; here
 all is align_corners=False, and the one dropout stands before the classifier.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
@@ -16,6 +16,8 @@ from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv
 from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
+from exp.models.cpt import CPT
+from exp.models.paper_decoders import DeepLabV3, DeepLabV3Plus, PSPNet, SegFormer, UPerNet
 from exp.runtime.errors import InputError
 
 
@@ -23,24 +25,29 @@ class Parts(NamedTuple):
     """A network without its heads: image -> encoder -> list of features -> decoder -> (B, width, h, w).
 
     The encoder's out_channels has the width of each feature, from fine to coarse. Images are padded to a multiple of so
-    many pixels: the coarsest stride of encoder and decoder (None: model.output_stride).
+    many pixels: the coarsest stride of encoder and decoder (None: model.output_stride). init_classifier: what fills the
+    classifiers' weights in place (None: PyTorch's default).
     """
 
     encoder: nn.Module
     decoder: nn.Module
     width: int
     multiple: int | None = None
+    init_classifier: Callable[[Tensor], object] | None = None
 
 
 Builder = Callable[[ModelConfig, dict[str, Any]], Parts]
 
 
-def build_parts(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int) -> Parts:
+def build_parts(config: ModelConfig, encoder: str, from_hub: bool, in_channels: int, num_classes: int) -> Parts:
     """A YAML -> encoder (by the name that smp takes) and decoder, every resizing with align_corners=False."""
     of_timm = encoder.startswith("tu-")
     weights = (True if of_timm else "imagenet") if from_hub else None
     keys = {"encoder_name": encoder, "encoder_weights": weights, "in_channels": in_channels}
-    parts = DECODERS[config.decoder](config, keys | (_any_image_size(encoder.removeprefix("tu-")) if of_timm else {}))
+    if of_timm:
+        keys |= _any_image_size(encoder.removeprefix("tu-"), config.variant)
+    paper = config.variant == "paper"
+    parts = _paper_parts(config, keys, num_classes) if paper else DECODERS[config.decoder](config, keys)
     for module in parts.decoder.modules():
         if isinstance(module, nn.Upsample):
             module.align_corners = False if module.mode == "bilinear" else None
@@ -53,18 +60,54 @@ def _parts(net: nn.Module, multiple: int | None = None) -> Parts:
     return Parts(net.encoder, net.decoder, head.in_channels, multiple)
 
 
+def _paper_parts(config: ModelConfig, encoder: dict[str, Any], num_classes: int) -> Parts:
+    """Decoder and first weights as in the paper's code, which has the library's U-Net."""
+    if config.decoder == "unet":
+        return DECODERS["unet"](config, encoder)._replace(init_classifier=nn.init.xavier_uniform_)
+    keys = {key.removeprefix("encoder_"): value for key, value in encoder.items()}
+    encoder = smp.encoders.get_encoder(**keys, output_stride=config.output_stride)
+    if config.decoder == "cpt":
+        decoder = CPT(encoder.out_channels, config.decoder_channels, num_classes)
+        parts = Parts(encoder, decoder, decoder.width, init_classifier=kaiming_uniform)
+    else:
+        decoder = PAPER_DECODERS[config.decoder](config, encoder.out_channels)
+        parts = Parts(encoder, decoder, config.decoder_channels, init_classifier=nn.init.xavier_uniform_)
+    initialise(decoder)
+    return parts
+
+
+def kaiming_uniform(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, mode="fan_in", nonlinearity="relu")
+
+
+def initialise(module: nn.Module) -> None:
+    """Fill convolutions and linear layers as the paper's code does; norm layers are left as they are."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            kaiming_uniform(layer.weight) if isinstance(layer, nn.Conv2d) else nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def _sketch(encoder: str) -> nn.Module:
     """timm's network by name, without memory for its weights."""
     with torch.device("meta"):
         return timm.create_model(encoder)
 
 
-def _any_image_size(encoder: str) -> dict[str, bool]:
-    """timm's switch by which a network that is made for one image size (Swin, ViT) takes any."""
+def _any_image_size(encoder: str, variant: str) -> dict[str, bool]:
+    """timm's switches by which a network that is made for one image size (Swin, ViT) takes any.
+
+    The paper's code makes Swin for the crop, where all stages shift their windows. One that is made for less, as the
+    weights are, does so with always_partition.
+    """
     if not getattr(timm.get_pretrained_cfg(encoder), "fixed_input_size", False):
         return {}
-    switch = "dynamic_img_size" in inspect.signature(type(_sketch(encoder))).parameters
-    return {"dynamic_img_size": True} if switch else {}
+    known = inspect.signature(type(_sketch(encoder))).parameters
+    switches = {"dynamic_img_size": True, "strict_img_size": False}  # the second: Swin's in older timm
+    if variant == "paper":
+        switches["always_partition"] = True
+    return {switch: value for switch, value in switches.items() if switch in known}
 
 
 def _deeplab(network: type[nn.Module], config: ModelConfig, encoder: dict[str, Any]) -> nn.Module:
@@ -165,7 +208,23 @@ def _unchanged(network: type[nn.Module], width: str = "decoder_channels", **keys
     return lambda config, encoder: _parts(network(**encoder, **{width: config.decoder_channels}, **keys))
 
 
-DECODERS: dict[str, Builder] = {  # the names of exp/config/families.py
+def _paper_upernet(config: ModelConfig, channels: Sequence[int]) -> nn.Module:
+    """The paper's code skips the first two maps of any encoder: where timm has none of stride 2, that of stride 4."""
+    of_timm = timm.is_model(config.encoder.partition(".")[0])
+    return UPerNet(channels, config.decoder_channels, 3 if of_timm and not channels[1] else 2)
+
+
+# Of the paper's code, but for U-Net, which is the library's, and CPT, which must know the classes.
+PAPER_DECODERS: dict[str, Callable[[ModelConfig, Sequence[int]], nn.Module]] = {
+    "deeplabv3": lambda config, channels: DeepLabV3(channels, config.decoder_channels, config.atrous_rates),
+    "deeplabv3plus": lambda config, channels: DeepLabV3Plus(
+        channels, config.decoder_channels, config.atrous_rates, config.low_level_channels
+    ),
+    "pspnet": lambda config, channels: PSPNet(channels, config.decoder_channels),
+    "segformer": lambda config, channels: SegFormer(channels, config.decoder_channels),
+    "upernet": _paper_upernet,
+}
+DECODERS: dict[str, Builder] = {  # of the library; the names of exp/config/families.py
     "deeplabv3": lambda config, encoder: _parts(_deeplab(smp.DeepLabV3, config, encoder)),
     "deeplabv3plus": _deeplabv3plus,
     "dpt": _dpt,

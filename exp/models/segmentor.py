@@ -1,6 +1,7 @@
 """Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
 
 import difflib
+from collections.abc import Callable
 
 import segmentation_models_pytorch as smp
 import timm
@@ -8,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
-from exp.models.decoders import Parts, build_parts
+from exp.models.decoders import Parts, build_parts, initialise
 from exp.models.weights import load_encoder_weights
 from exp.runtime.errors import InputError
 
 
 class Segmentor(nn.Module):
-    """(B, channels, H, W) normalised images -> (B, C, H, W) logits; in training also the auxiliary head's logits.
+    """(B, channels, H, W) normalised images -> (B, C, H, W) logits.
 
+    In training a tuple of them: the head's and, where there is one, the auxiliary head's.
     H and W are arbitrary: the input is padded with zeros (the mean colour) to a multiple of `multiple`, and
     the logits are cut back. Both heads are resized to the input bilinearly, align_corners=False.
     """
@@ -26,15 +28,27 @@ class Segmentor(nn.Module):
         self.multiple = parts.multiple or config.output_stride
         dropout, aux_channels = config.dropout, config.aux_channels
         self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(parts.width, num_classes, kernel_size=1))
-        self.aux_head = nn.Sequential(
-            nn.Conv2d(parts.encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(aux_channels),
-            nn.ReLU(inplace=True),
-            nn.Dropout2d(dropout),
-            nn.Conv2d(aux_channels, num_classes, kernel_size=1),
-        )
+        self.aux_head = None
+        if aux_channels is not None:
+            self.aux_head = nn.Sequential(
+                nn.Conv2d(parts.encoder.out_channels[-2], aux_channels, kernel_size=3, padding=1, bias=False),
+                nn.BatchNorm2d(aux_channels),
+                nn.ReLU(inplace=True),
+                nn.Dropout2d(dropout),
+                nn.Conv2d(aux_channels, num_classes, kernel_size=1),
+            )
+        if parts.init_classifier is not None:
+            self._initialise_heads(parts.init_classifier)
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def _initialise_heads(self, init_classifier: Callable[[Tensor], object]) -> None:
+        if self.aux_head is not None:
+            initialise(self.aux_head)
+        for head in (self.head, self.aux_head):
+            if head is not None:
+                init_classifier(head[-1].weight)
+                nn.init.zeros_(head[-1].bias)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         height, width = image.shape[-2:]
         image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
         outputs = self.encoder(image)
@@ -44,7 +58,9 @@ class Segmentor(nn.Module):
             return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)[..., :height, :width]
 
         logits = resize(self.head(self.decoder(features, *tokens)))
-        return (logits, resize(self.aux_head(features[-2]))) if self.training else logits
+        if not self.training:
+            return logits
+        return (logits,) if self.aux_head is None else (logits, resize(self.aux_head(features[-2])))
 
     @property
     def num_classes(self) -> int:
@@ -69,7 +85,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, 
     """
     source = config.pretrained if pretrained else False
     try:
-        parts = build_parts(config, encoder_name(config.encoder), source is True, in_channels)
+        parts = build_parts(config, encoder_name(config.encoder), source is True, in_channels, num_classes)
         model = Segmentor(parts, config, num_classes)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError):

@@ -3,7 +3,10 @@
 speeds.json, as scripts/check_gpu.py writes it; the key of a network measured with several crops is <YAML>@<h>x<w>:
 
     {"device": "...", "date": "...", "torch": "...", "networks": {"<model YAML>": {"crop_size": [h, w], "batch_size": 8,
-     "amp": "off", "train_images_per_second": 12.3, "eval_windows_per_second": 45.6, "peak_gib": 10.2}}}
+     "variant": "paper", "amp": "off", "train_images_per_second": 12.3, "eval_windows_per_second": 45.6,
+     "peak_gib": 10.2}}}
+
+Where `variant` is missing, the network was measured before there was a choice, with the library's decoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,9 +84,7 @@ def estimate_hours(job: Job, speeds: Mapping[str, Any]) -> float | None:
     if job.reevaluation is not None and job.reevaluation.true:
         return 0.0
     height, width = config.data.crop_size
-    known = speeds["networks"]
-    others = (speed for name, speed in known.items() if name.partition("@")[0] == job.model)
-    network = known.get(f"{job.model}@{height}x{width}") or next(others, None)
+    network = find_speed(job, speeds)
     images = count_images(config.data)
     windows = count_windows(config.data, config.test)
     if network is None or network["amp"] != config.schedule.amp or images is None or windows is None:
@@ -95,6 +96,14 @@ def estimate_hours(job: Job, speeds: Mapping[str, Any]) -> float | None:
         seen = count_iterations(config.schedule, images[0]) * config.schedule.batch_size
         seconds += seen * height * width / pixels / network["train_images_per_second"]
     return seconds / 3600
+
+
+def find_speed(job: Job, speeds: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What was measured of a job's network: with its crop, or else with another."""
+    height, width = job.config.data.crop_size
+    known = speeds["networks"]
+    others = (speed for name, speed in known.items() if name.partition("@")[0] == job.model)
+    return known.get(f"{job.model}@{height}x{width}") or next(others, None)
 
 
 def count_windows(data: DataConfig, test: TestConfig) -> int | None:
@@ -117,7 +126,16 @@ def describe_costs(tables: Mapping[str, Sequence[Job]], total: Sequence[Job], sp
     lines = [f"cost {name}: {_add_up(jobs, speeds)}" for name, jobs in tables.items()]
     lines.append(f"cost in all, each training once: {_add_up(total, speeds)}")
     measured = "{device}, {date}, PyTorch {torch}".format(**speeds)
-    return [*lines, f"by the networks' speeds on {measured}; decision rules, loading and validations come on top"]
+    lines.append(f"by the networks' speeds on {measured}; decision rules, loading and validations come on top")
+    found = {job: find_speed(job, speeds) for job in total}
+    others = {job.model for job, speed in found.items() if speed and _variant(speed) != job.config.model.variant}
+    if others:
+        lines.append(f"of these, measured with another decoder than they train with: {', '.join(sorted(others))}")
+    return lines
+
+
+def _variant(speed: Mapping[str, Any]) -> str:
+    return speed.get("variant", "library")
 
 
 def _add_up(jobs: Sequence[Job], speeds: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ CAMVID = Job(
         f"schedule.train_iters={ITERS}",
         "schedule.log_iters=5",
         "schedule.num_workers=1",
+        "model.variant=library",  # with which the README's figures were measured
         "test.crop_size=[360,480]",  # whole images: windows of the training crop take 1.8 times the pixels
         "model.output_stride=16",
     ),
@@ -33,6 +34,7 @@ HIPPOCAMPUS = Job(
     test="test_dice",
     fold=0,
     overrides=(
+        "model.variant=library",
         "model.pretrained=false",
         "model.decoder_channels=[128,64,32,16,16]",
         "schedule.train_iters=400",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from exp.config.strict_yaml import closest
 from exp.reproduction.job import Job, join_jobs
 from exp.reproduction.laptop import laptop_jobs
-from exp.reproduction.published import PublishedValue, load_tables, load_unavailable
+from exp.reproduction.published import PublishedValue, load_tables
 from exp.runtime.errors import InputError
 
 NATURAL = ("pascal_voc", "cityscapes", "ade20k")
@@ -60,10 +60,8 @@ def paper_job(model: str, data: str, rules: Sequence[str], *, fold: int | None =
 
 
 def jobs_behind(published: PublishedValue) -> tuple[Job, ...]:
-    """The trainings behind a published value; none where the framework has no such network."""
+    """The trainings behind a published value."""
     model = published.row
-    if published.row in load_unavailable():
-        return ()
     if published.table == "table3":
         model = UPERNET if published.data in NATURAL else DEEPLAB
     elif published.table == "table4":
@@ -79,8 +77,8 @@ def jobs_behind(published: PublishedValue) -> tuple[Job, ...]:
     return tuple(paper_job(model, published.data, rules, seed=seed) for seed in seeds)
 
 
-def find_counterpart(published: PublishedValue) -> Counterpart | str:
-    """A published value -> where its measured value comes from, or why there is none.
+def find_counterpart(published: PublishedValue) -> Counterpart:
+    """A published value -> where its measured value comes from.
 
     Where print has another score or data set than is meant, it is that of what is meant.
     """
@@ -89,10 +87,6 @@ def find_counterpart(published: PublishedValue) -> Counterpart | str:
         data, column = meant.get("data", published.data), meant.get("score", published.column)
         published = replace(published, data=data, column=column)
     jobs = jobs_behind(published)
-    if not jobs:
-        return load_unavailable()[published.row]
-    if published.value is None:
-        return "no such value"
     rule = RULES.get(published.rule, "argmax")
     if published.table == "table3":
         step = "forward" if published.rule == "forward" else f"decision:{rule}"

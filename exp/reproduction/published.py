@@ -9,7 +9,6 @@ from typing import Any
 from exp.config.strict_yaml import load_mapping
 
 TABLES_FILE = Path(__file__).with_name("tables.yaml")
-NOT_TABLES = ("unavailable", "errata")
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,7 @@ def load_errata() -> tuple[Erratum, ...]:
 def load_tables() -> dict[str, Table]:
     """The published tables by name, in their order."""
     errata = load_errata()
-    return {name: _build(name, table, errata) for name, table in _content().items() if name not in NOT_TABLES}
-
-
-def load_unavailable() -> dict[str, str]:
-    """Published rows that this framework has no counterpart of -> the reason."""
-    return {entry["row"]: entry["reason"] for entry in _content()["unavailable"]}
+    return {name: _build(name, table, errata) for name, table in _content().items() if name != "errata"}
 
 
 def _build(name: str, content: Mapping[str, Any], errata: tuple[Erratum, ...]) -> Table:

@@ -195,6 +195,11 @@ class Dist:
         return DistributedDataParallel(model, device_ids=[self.device])
 
 
+def mean_over_processes(value: Tensor) -> Tensor:
+    """As Dist.mean, for a module of the network, which sees no Dist."""
+    return Dist(0, torch_dist.get_world_size(), value.device).mean(value) if torch_dist.is_initialized() else value
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto', 'cpu' or 'cuda' -> the device of this process."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -166,7 +166,8 @@ class WithCrossEntropy(nn.Module):
 class WithAuxiliary(nn.Module):
     """(main logits, auxiliary logits), labels -> (1 - weight) x main loss + weight x auxiliary loss.
 
-    Computed in float32 (logits of float64: in float64), whatever the precision around it.
+    Without auxiliary logits (a 1-tuple) it is the first summand alone, as in the paper's code. Computed in float32
+    (logits of float64: in float64), whatever the precision around it.
     """
 
     def __init__(self, loss: nn.Module, weight: float) -> None:
@@ -176,11 +177,12 @@ class WithAuxiliary(nn.Module):
     def count(self, label: Tensor) -> Tensor:
         return self.loss.count(label)
 
-    def forward(self, outputs: tuple[Tensor, Tensor], label: Tensor, counted: Tensor) -> Tensor:
+    def forward(self, outputs: tuple[Tensor, ...], label: Tensor, counted: Tensor) -> Tensor:
         with torch.autocast(label.device.type, enabled=False):
             outputs = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in outputs]
-            main, auxiliary = (self.loss(logits, label, counted) for logits in outputs)
-            return (1 - self.weight) * main + self.weight * auxiliary
+            main, *auxiliary = (self.loss(logits, label, counted) for logits in outputs)
+            total = (1 - self.weight) * main
+            return total + self.weight * auxiliary[0] if auxiliary else total
 
 
 def overlap_loss(

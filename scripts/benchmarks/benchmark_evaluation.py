@@ -66,7 +66,7 @@ def build_model():
     from exp.config.experiment import load_groups
     from exp.models import build_model as build
 
-    config = load_groups({"model": ["deeplabv3plus_resnet18d"]}, [])["model"]
+    config = load_groups({"model": ["deeplabv3plus_resnet18d"]}, ["model.variant=library"])["model"]
     means = torch.from_numpy(colours() / 255).float()
 
     class Opinionated(nn.Module):

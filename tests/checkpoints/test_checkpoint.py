@@ -120,6 +120,10 @@ def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
     check_resumable(loaded, {**CONFIG, "schedule": later}, IMAGES)
     with pytest.raises(InputError, match=r"schedule\.tf32 conv -> all"):
         check_resumable(loaded, {**CONFIG, "schedule": {**later, "tf32": "all"}}, IMAGES)
+    variants = [{**CONFIG, "model": {**CONFIG["model"], "variant": variant}} for variant in ("library", "paper")]
+    check_resumable(loaded, variants[0], IMAGES)
+    with pytest.raises(InputError, match=r"model\.variant library -> paper"):
+        check_resumable(loaded, variants[1], IMAGES)
     other = {**CONFIG, "optim": {"name": "o", "lr": 0.2}, "seed": 5}
     with pytest.raises(InputError, match=r"optim\.lr 0\.1 -> 0\.2; seed 0 -> 5"):
         check_resumable(loaded, other, IMAGES)

@@ -300,5 +300,8 @@ def test_trainings_under_the_recipe_of_before_are_others():
 def test_configs_from_before_a_key_was_there_have_the_digest_of_its_default():
     plain = compose().to_dict()
     older = {**plain, "schedule": {k: v for k, v in plain["schedule"].items() if k not in ("tf32", "cudnn_benchmark")}}
+    older["model"] = {key: value for key, value in plain["model"].items() if key != "variant"}
     assert training_digest(older) == training_digest(plain)
+    paper = compose("model.variant=paper").to_dict()
+    assert training_digest(older) != training_digest(paper)
     assert training_digest(compose("schedule.tf32=all").to_dict()) != training_digest(plain)

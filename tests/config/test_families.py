@@ -1,6 +1,7 @@
 """One table a family: it has the names of the builders' table, and a YAML that names anything else is refused."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from exp.config import families
 from exp.config.experiment import CONFIG_DIR, GROUPS, load_groups
 from exp.config.strict_yaml import load_mapping
 from exp.data.registry import DATASETS
-from exp.models.decoders import DECODERS
+from exp.models.decoders import DECODERS, PAPER_DECODERS
 from exp.rules.registry import RULES
 from exp.runtime.errors import InputError
 from exp.training.losses import LOSSES
@@ -17,19 +18,26 @@ from exp.training.losses import LOSSES
 FAMILIES = [  # group of YAMLs, the key that names one of the family, its table, the builders' table
     ("predict", "rule", families.RULE_TABLE, RULES),
     ("loss", "loss", families.LOSS_TABLE, LOSSES),
-    ("model", "decoder", families.DECODER_TABLE, DECODERS),
+    ("model", "decoder", families.DECODER_TABLE, sorted({*DECODERS, *PAPER_DECODERS, "cpt"})),
     ("data", "dataset", families.DATASET_TABLE, DATASETS),
 ]
 
 
 @pytest.mark.parametrize(("group", "key", "table", "builders"), FAMILIES, ids=[family[1] for family in FAMILIES])
 def test_a_table_has_the_builders_names_and_keys_that_a_yaml_can_have(
-    group: str, key: str, table: dict, builders: dict
+    group: str, key: str, table: dict, builders: Iterable[str]
 ):
     assert list(table) == list(builders)
     known = {field.name for field in dataclasses.fields(GROUPS[group])}
     assert {option for entry in table.values() for option in entry.keys} <= known
     assert not [name for name, entry in table.items() if len(set(entry.keys)) < len(entry.keys)]
+
+
+def test_the_variants_of_a_decoder_are_those_that_can_be_built():
+    variants = {name: entry.variants for name, entry in families.DECODER_TABLE.items()}
+    assert {name for name, own in variants.items() if "library" in own} == DECODERS.keys()
+    assert {name for name, own in variants.items() if "paper" in own} == {*PAPER_DECODERS, "cpt", "unet"}
+    assert all(set(entry.pools) <= set(entry.variants) for entry in families.DECODER_TABLE.values())
 
 
 def test_a_data_set_needs_the_facts_that_its_class_lacks():

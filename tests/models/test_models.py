@@ -19,10 +19,15 @@ from exp.models.segmentor import encoder_name
 from exp.runtime.errors import InputError
 
 YAMLS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
-LARGE = ("resnet101d", "mit_b3", "mit_b4", "mit_b5", "convnext_base", "swin_large", "unet_resnet50d")
+LARGE = ("resnet101d", "mit_b3", "mit_b4", "mit_b5", "convnext_base", "swin", "xception65", "unet_resnet50d")
 MODELS = [pytest.param(n, marks=pytest.mark.slow) if any(part in n for part in LARGE) else n for n in YAMLS]
 NUM_CLASSES = 21
-OF_THE_PAPER = ("deeplabv3", "deeplabv3plus", "pspnet", "segformer", "unet", "upernet")
+NOT_THE_PAPERS = (
+    "unet_mobilenetv3_small_100",
+    "upernet_mobilenetv2_100",
+    "upernet_swin_large_patch4_window12_384.ms_in22k",
+)
+SMALL = ("resnet18d", "resnet34d", "mobilenetv2_100", "efficientnet_b0", "mobilevitv2_100")
 
 
 def shipped(name: str, **changes: object) -> ModelConfig:
@@ -56,9 +61,9 @@ def check_training_and_prediction(model: Segmentor, monkeypatch, in_channels: in
     monkeypatch.setattr(F, "interpolate", watch)
     image = torch.randn(2, in_channels, 64, 64)
     label = torch.randint(0, model.num_classes, (2, 64, 64))
-    logits, auxiliary = model.train()(image)
-    assert logits.shape == auxiliary.shape == (2, model.num_classes, 64, 64)
-    (F.cross_entropy(logits, label) + F.cross_entropy(auxiliary, label)).backward()
+    outputs = model.train()(image)
+    assert [logits.shape for logits in outputs] == [(2, model.num_classes, 64, 64)] * (2 if model.aux_head else 1)
+    sum(F.cross_entropy(logits, label) for logits in outputs).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None]
     assert without == [], "DDP needs a gradient for every parameter"
     before = model.head[-1].weight.detach().clone()
@@ -84,9 +89,10 @@ def modules(model: nn.Module, kind: type) -> list:
 def test_every_model_is_built_as_in_the_paper(model: Segmentor):
     """Output stride 8 of DeepLab and PSPNet, 32 of the others; widths 512, or 128 on a small encoder; and so on."""
     decoder, _, encoder = model.name.partition("_")
-    if encoder == "mobilenetv3_small_100" or decoder not in OF_THE_PAPER:
+    assert shipped(model.name).variant == ("library" if model.name in NOT_THE_PAPERS else "paper")
+    if model.name in NOT_THE_PAPERS:
         pytest.skip("not one of the paper's networks")
-    small = encoder in ("resnet18d", "mobilenetv2_100")
+    small = encoder in SMALL
     width = 128 if small else 512
     with torch.inference_mode():
         strides = [64 // f.shape[-1] for f in model.eval().encoder(torch.randn(1, 3, 64, 64)) if f.shape[1]]
@@ -100,23 +106,27 @@ def test_every_model_is_built_as_in_the_paper(model: Segmentor):
         assert {block.interpolation_mode for block in body.blocks} == {"bilinear"}
         width = base
     elif decoder.startswith("deeplab"):
-        aspp = body.aspp[0] if decoder == "deeplabv3plus" else body.aspp
-        rates = [max(c.dilation[0] for c in modules(branch, nn.Conv2d)) for branch in aspp.convs]
-        assert rates == [1, 12, 24, 36, 1]
-        assert aspp.project[0].out_channels == width
+        rates = [max(c.dilation[0] for c in modules(branch, nn.Conv2d)) for branch in body.aspp.branches]
+        assert rates == [1, 1, 12, 24, 36]
+        assert body.aspp.fuse[0].out_channels == width
         if decoder == "deeplabv3plus":
             low = 12 if small else 48
-            assert (body.block1[0].out_channels, body.block2[0][0].in_channels) == (low, low + width)
+            assert (body.low[0].out_channels, body.fuse[0][0][0].in_channels) == (low, low + width)
     elif decoder in ("pspnet", "upernet"):
-        bins = [pool.output_size for pool in modules(body.psp, nn.AdaptiveAvgPool2d)]
-        assert [b[0] if isinstance(b, tuple) else b for b in bins] == [1, 2, 3, 6]
-    else:  # segformer
-        assert [mlp.linear.out_features for mlp in body.mlp_stage] == [width] * 4
+        assert [pool.output_size for pool in modules(body.pyramid, nn.AdaptiveAvgPool2d)] == [1, 2, 3, 6]
+    elif decoder == "segformer":
+        assert [level[0].out_channels for level in body.levels] == [width] * 4
+    else:  # cpt
+        assert [conv.out_channels for conv in body.lateral] == [256] * 4
+        width = 256 + 48
     assert model.head[-1].in_channels == width
 
 
 def test_heads_of_every_model(model: Segmentor):
     """Dropout 0.1 before the classifiers and nowhere in the decoder; the auxiliary head on the last map but one."""
+    if model.name == "cpt_swinlarge":
+        assert (model.aux_head, model.head[0].p) == (None, 0)
+        return
     kinds = [type(layer) for layer in model.aux_head]
     assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d, nn.Conv2d]
     assert [type(layer) for layer in model.head] == [nn.Dropout2d, nn.Conv2d]
@@ -124,7 +134,7 @@ def test_heads_of_every_model(model: Segmentor):
     assert not any(m.p for m in modules(model.decoder, nn.modules.dropout._DropoutNd))
     conv, classifier = model.aux_head[0], model.aux_head[-1]
     assert (conv.kernel_size, conv.in_channels) == ((3, 3), model.encoder.out_channels[-2])
-    small = any(part in model.name for part in ("resnet18d", "mobilenet"))
+    small = any(part in model.name for part in (*SMALL, "mobilenet"))
     assert conv.out_channels == classifier.in_channels == (64 if small else 256)
     assert classifier.kernel_size == model.head[-1].kernel_size == (1, 1)
     assert model.num_classes == NUM_CLASSES
@@ -156,6 +166,7 @@ def test_header_of_every_yaml(model: Segmentor):
 
 ANY = {"encoder": "mobilenetv2_100"}
 COMBINATIONS = {  # what else a decoder needs, or an encoder of another kind
+    "cpt": {"encoder": "swin_tiny_patch4_window7_224", "variant": "paper", "aux_channels": None},
     "deeplabv3": {"encoder": "mobilenetv2_100", "output_stride": 16, "atrous_rates": [6, 12, 18]},
     "deeplabv3plus": {
         "encoder": "regnetz_b16",
@@ -181,13 +192,15 @@ def combined(decoder: str, **changes: object) -> ModelConfig:
     return build_dataclass(ModelConfig, keys | COMBINATIONS.get(decoder, ANY) | changes, Path("x.yaml"), {})
 
 
-@pytest.mark.parametrize("decoder", DECODER_TABLE)
-def test_every_decoder_on_some_encoder(decoder: str, monkeypatch):
+@pytest.mark.parametrize(
+    ("decoder", "variant"), [(name, variant) for name, entry in DECODER_TABLE.items() for variant in entry.variants]
+)
+def test_every_decoder_on_some_encoder(decoder: str, variant: str, monkeypatch):
     """Also on one grey channel; and of one image alone the decoders that normalise over a pixel train not."""
-    model = build_model(combined(decoder), 3, in_channels=1)
+    model = build_model(combined(decoder, variant=variant), 3, in_channels=1)
     check_training_and_prediction(model, monkeypatch, in_channels=1)
-    outcome = pytest.raises(ValueError, match="more than 1 value") if DECODER_TABLE[decoder].pools else nullcontext()
-    with outcome:
+    pools = variant in DECODER_TABLE[decoder].pools
+    with pytest.raises(ValueError, match="more than 1 value") if pools else nullcontext():
         model.train()(torch.randn(1, 1, 64, 64))
 
 
@@ -210,6 +223,8 @@ def test_every_decoder_on_some_encoder(decoder: str, monkeypatch):
         ("linknet", {"decoder_channels": 64}, "key 'decoder_channels': got 64, expected no such key with the decoder"),
         ("manet", {"decoder_channels": 64}, "key 'decoder_channels': got 64, expected a list of 5 whole numbers"),
         ("manet", {"decoder_channels": [8, 8]}, "key 'decoder_channels': got (8, 8), expected a list of 5"),
+        ("fpn", {"variant": "paper"}, "key 'variant': got 'paper', expected library with the decoder fpn"),
+        ("cpt", {"variant": "library"}, "key 'variant': got 'library', expected paper with the decoder cpt"),
         ("fpn", {"decoder_channels": [64]}, "key 'decoder_channels': got (64,), expected one whole number"),
     ],
 )

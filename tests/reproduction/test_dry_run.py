@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from exp.reproduction import dry_run
-from exp.reproduction.dry_run import count_images, count_windows, estimate_hours, load_speeds
+from exp.reproduction.dry_run import count_images, count_windows, describe_costs, estimate_hours, load_speeds
 from exp.reproduction.job import Job, Reevaluation
 from exp.reproduction.plans import DEEPLAB, UPERNET, paper_job
 from exp.reproduction.published import load_tables
 from exp.runtime.errors import InputError
 
 
-def network(crop: tuple[int, int], train: float, windows: float, amp: str = "off") -> dict:
-    own = {"crop_size": list(crop), "batch_size": 8, "amp": amp, "peak_gib": 1.0}
+def network(crop: tuple[int, int], train: float, windows: float, amp: str = "off", variant: str = "paper") -> dict:
+    own = {"crop_size": list(crop), "batch_size": 8, "amp": amp, "peak_gib": 1.0, "variant": variant}
     return own | {"train_images_per_second": train, "eval_windows_per_second": windows}
 
 
@@ -80,6 +80,18 @@ def test_a_dry_run_tells_the_costs_where_speeds_were_measured(script, tmp_path: 
     printed = script("reproduce", *flags)[1]
     assert printed.count("\ncost ") == len(load_tables()) + 1
     assert "cost table2: 0.0 device hours, without 40 of 40, whose speed is not known\n" in printed
+
+
+def test_networks_that_were_measured_with_another_decoder_are_named(tmp_path: Path):
+    """As they are in a file from before there was a choice."""
+    jobs = [paper_job(name, "pascal_voc", ("argmax",)) for name in (UPERNET, DEEPLAB)]
+    speeds = {name: network((512, 512), 100, 100) for name in (UPERNET, DEEPLAB)}
+    file = write_speeds(tmp_path / "speeds.json", **speeds)
+    assert "decoder" not in describe_costs({}, jobs, load_speeds(file))[-1]
+    del speeds[DEEPLAB]["variant"]
+    file = write_speeds(tmp_path / "speeds.json", **speeds)
+    expected = f"of these, measured with another decoder than they train with: {DEEPLAB}"
+    assert describe_costs({}, jobs, load_speeds(file))[-1] == expected
 
 
 def test_damaged_speeds_are_told(tmp_path: Path):

@@ -92,7 +92,7 @@ def test_the_page_has_everything_and_needs_nothing(output: Path):
     assert NASTY not in text
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert "00_a&amp;b&#x27;&quot;" in text
-    assert "cpt_swin_large" in text
+    assert "cpt_swinlarge" in text
 
 
 def test_the_page_is_the_same_again(output: Path):

@@ -116,6 +116,7 @@ def test_networks(tmp_path: Path):
     assert speeds["networks"]["unet_mobilenetv3_small_100@64x64"].keys() == {
         "crop_size",
         "batch_size",
+        "variant",
         "amp",
         "train_images_per_second",
         "eval_windows_per_second",

@@ -21,6 +21,7 @@ from exp.training.losses import build_criterion
 from exp.training.optim import build_optimizer, build_scheduler
 from exp.training.step import TrainStep
 from tests.conftest import free_port
+from tests.models.test_cpt import train_a_share
 from tests.models.test_models import tiny
 from tests.training.test_losses import losses_of_a_share
 
@@ -132,6 +133,7 @@ def worker(rank: int, world_size: int, port: int, folder: str) -> None:
             "mean": dist.mean(torch.tensor(float(rank))).item(),
             "gather": dist.gather(rank),
             "criteria": losses_of_a_share(dist, rank, 2),
+            "cpt": train_a_share(dist),
             "buffer": buffer.running_mean,
         }
     torch.save(out, Path(folder) / f"rank{rank}.pt")
@@ -163,6 +165,17 @@ def test_two_processes_train_as_one(two_ranks: list[dict], whole: dict, kind: st
     ignored pixels, unevenly spread, do not shift the mean. In float64, so that nothing hides behind rounding."""
     for rank in two_ranks:
         check_equal(rank[kind], whole, grad_tolerance=1e-6, loss_tolerance=1e-5)
+
+
+def test_the_memory_of_cpt_is_that_of_all_images(two_ranks: list[dict]):
+    """Of the prototypes of both processes' images; the step itself reads the memory from before, alike on both."""
+    whole = train_a_share(Dist(0, 1, torch.device("cpu")))
+    first, second = (rank["cpt"] for rank in two_ranks)
+    torch.testing.assert_close(first["after"], second["after"], rtol=0, atol=0)
+    torch.testing.assert_close(first["after"], whole["after"])
+    assert not any(torch.equal(after, before) for after, before in zip(whole["after"], whole["before"]))
+    for rank in (first, second):
+        torch.testing.assert_close(rank["grads"], whole["grads"])
 
 
 def test_two_processes_train_as_one_but_for_rounding_in_float32(two_ranks: list[dict], whole: dict):

@@ -261,6 +261,7 @@ def test_the_yaml_weighs_main_and_auxiliary(loss: str, weight: float):
     single = Focal(2) if loss == "focal" else CrossEntropy()
     main, auxiliary = (alone(single, x, label) for x in (logits, other))
     torch.testing.assert_close(alone(criterion, (logits, other), label), (1 - weight) * main + weight * auxiliary)
+    torch.testing.assert_close(alone(criterion, (logits,), label), (1 - weight) * main)  # no auxiliary head
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ CSV_HEADER = (
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a published table. of: the rule, or what it gains over argmax. reason: why it cannot be measured.
+    """A line of a published table. of: the rule, or what it gains over argmax.
 
     measured: under the rule to the paper's letter; shipped: under this project's own, on the same probabilities.
     """
@@ -36,7 +36,6 @@ class Line:
     interval: Interval | None = None
     shipped: float | None = None
     notes: tuple[str, ...] = ()
-    reason: str | None = None
 
     @property
     def is_gain(self) -> bool:
@@ -48,7 +47,7 @@ class Line:
 
 
 def published_section(table: Table, lines: Sequence[Line]) -> Section:
-    """A published table -> its section: errata as footnotes, and what is not measured with its reason or command."""
+    """A published table -> its section: errata as footnotes, and the command for what is not measured."""
     footnotes: dict[str, int] = {}
     rows = []
     for line in lines:
@@ -60,17 +59,17 @@ def published_section(table: Table, lines: Sequence[Line]) -> Section:
                 Cell(line.score),
                 Cell(line.of),
                 Cell(format_number(line.published, line.is_gain), marks),
-                Cell("not available" if line.reason else format_number(line.measured, line.is_gain)),
+                Cell(format_number(line.measured, line.is_gain)),
                 Cell(format_number(line.difference, signed=True)),
                 Cell(format_interval(line.interval)),
                 Cell(format_number(line.shipped, line.is_gain)),
             )
         )
-    notes = [f"{row}: {reason}" for row, reason in {line.row: line.reason for line in lines if line.reason}.items()]
-    missing = sum(line.measured is None and line.reason is None for line in lines)
+    notes = ()
+    missing = sum(line.measured is None for line in lines)
     if missing:
         command = f"python scripts/reproduce.py {table.name} --data_dir DATA --output_dir OUTPUT"
-        notes.append(f"{missing} of {len(lines)} lines are not measured yet: `{command}` fills them.")
+        notes = (f"{missing} of {len(lines)} lines are not measured yet: `{command}` fills them.",)
     return Section(
         key=table.name,
         group=GROUP,
@@ -79,7 +78,7 @@ def published_section(table: Table, lines: Sequence[Line]) -> Section:
         rows=tuple(rows),
         lead=f"{table.setting}. In {table.unit}." if table.setting else f"In {table.unit}.",
         footnotes=tuple(footnotes),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -90,9 +89,6 @@ def table_lines(table: Table, measured: Measured) -> list[Line]:
         found = find_counterpart(value)
         notes = tuple(erratum.text for erratum in value.errata)
         place = (value.table, value.row, value.data, value.column)
-        if isinstance(found, str):
-            lines.append(Line(*place, value.rule, value.value, None, notes=notes, reason=found))
-            continue
         ours = ours_beside(found)
         shipped = None if ours is None else measured.value(ours)
         lines.append(Line(*place, value.rule, value.value, measured.value(found), shipped=shipped, notes=notes))

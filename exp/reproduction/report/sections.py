@@ -9,7 +9,7 @@ from exp.reproduction.measured import Interval, Training
 
 NOTHING = "–"  # noqa: RUF001
 WIDE = 60  # characters, from which on a column breaks its lines
-NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}|not available")
+NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}")
 
 
 @dataclass(frozen=True)

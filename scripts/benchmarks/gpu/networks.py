@@ -48,6 +48,7 @@ THEN = tuple(
         "pspnet_resnet101d",
         "pspnet_resnet50d",
         "segformer_mit_b2",
+        "cpt_swinlarge",
     )
 )
 MEDICAL_NETWORKS = ("deeplabv3plus_resnet50d", "unet_resnet50d", "deeplabv3plus_resnet18d", "unet_resnet18d")
@@ -195,6 +196,7 @@ class Speeds:
         self.content["networks"][f"{config.model.name}@{height}x{width}"] = {
             "crop_size": [height, width],
             "batch_size": config.schedule.batch_size,
+            "variant": config.model.variant,
             "amp": config.schedule.amp,
             "train_images_per_second": round(row["training, images/s"], 2),
             "eval_windows_per_second": round(row["evaluation, windows/s"], 2),
