@@ -6,7 +6,7 @@ and accelerated bootstrap interval (BCa; Efron, JASA 1987), Wilcoxon's signed-ra
 (1979) over the rules. The same input gives the same interval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ NUM_RESAMPLES = 9999
 NUM_POOLED_RESAMPLES = 1999  # of data-set scores: each pools the counts of all images anew
 BATCH_ELEMENTS = 2**22  # resampled units held at once
 ROUNDING = 9  # decimals of a percent beyond which a difference is that of floating-point sums
+LOSING_POINTS = (1, 5)  # what a unit loses at least to be counted, percent points
 EXACT_UNITS = 50  # up to so many units without ties the rank test is exact, beyond it is the normal approximation
 
 
@@ -29,6 +30,8 @@ class Comparison:
     on the units whose difference is not zero (1 if none is); p_holm: adjusted for the number of rules compared with
     `base`. The score of the whole data set (mIoUD) has no value a unit: its units are resampled, and it has no test
     and no wins.
+    losing: by score, mIoUI and mDiceI (of a 3D score mIoU3D and mDice3D), then by points, "1" and "5": the percent of
+    the units that lose more points than that.
     """
 
     rule: str
@@ -43,6 +46,7 @@ class Comparison:
     wins: int | None = None
     ties: int | None = None
     losses: int | None = None
+    losing: Mapping[str, Mapping[str, float]] | None = None
 
 
 def compare_rules(results: Sequence[EvalResult], metric: str, seed: int = 0) -> list[Comparison]:
@@ -79,7 +83,24 @@ def _compare(base: EvalResult, other: EvalResult, metric: str, seed: int) -> Com
         wins=wins,
         ties=len(values) - wins - losses,
         losses=losses,
+        losing=_losing_shares(base, other, metric) if len(values) else None,
     )
+
+
+def _losing_shares(base: EvalResult, other: EvalResult, metric: str) -> dict[str, dict[str, float]]:
+    names = losing_names(metric)
+    return {name: share_losing(paired_differences(base, other, name)) for name in names}
+
+
+def losing_names(metric: str) -> tuple[str, str]:
+    """A score of units -> the scores by which losing units are counted beside it."""
+    ending = "3D" if metric.endswith("3D") else "I"
+    return f"mIoU{ending}", f"mDice{ending}"
+
+
+def share_losing(values: np.ndarray) -> dict[str, float]:
+    """(n,) differences of units in percent points -> the percent of them that lose more than 1 and more than 5."""
+    return {str(points): float(100 * (values < -points).mean()) for points in LOSING_POINTS}
 
 
 def paired_differences(base: EvalResult, other: EvalResult, metric: str) -> np.ndarray:
