@@ -33,7 +33,8 @@ LOSING_HEADER = " / ".join(f"> {points}" for points in LOSING_POINTS) + " points
 METHOD = (
     f"per unit: rule - base, in percent points. interval: {LEVEL:.0%}, bootstrap over units, BCa, of {NUM_RESAMPLES} "
     f"resamples (D scores: {NUM_POOLED_RESAMPLES}). p_value: Wilcoxon's signed-rank test, two-sided, units without a "
-    "difference dropped. p_holm: the same after Holm over the rules. losing: percent of the units that lose more than so many points"
+    "difference dropped. p_holm: the same after Holm over the rules. losing: percent of "
+    "the units that lose more than so many points"
 )
 
 

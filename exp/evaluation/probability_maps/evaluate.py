@@ -1,0 +1,98 @@
+"""Units under decision rules -> results, calibration and times."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exp.evaluation.calibration import count_calibration
+from exp.evaluation.evaluator import Clock, Timing
+from exp.evaluation.metrics import EvalResult, build_results, count_rules
+from exp.evaluation.probability_maps.reader import Unit
+from exp.rules.pooled import PooledRule, gather_thresholds
+from exp.rules.registry import Rule, bind_rules
+from exp.runtime.errors import InputError
+
+REST = "rest"  # the other class of a class that overlaps with others
+
+
+@dataclass(frozen=True)
+class MapEvaluation:
+    """A result per rule, and the (N, C + 1, 3, num_bins) counts of the calibration. Volumes are cases."""
+
+    results: tuple[EvalResult, ...]
+    calibration: np.ndarray
+
+
+def evaluate_maps(
+    units: Callable[[], Iterator[Unit]], rules: Mapping[str, Rule | PooledRule], classes: Sequence[str]
+) -> tuple[MapEvaluation, Timing]:
+    """Every unit under every rule, and how long the rules took.
+
+    Pooled rules have all units read once more before, for their thresholds.
+    """
+    scopes = {rule.scope for rule in rules.values() if isinstance(rule, PooledRule)}
+
+    def maps() -> Iterator[tuple[Tensor, str | None]]:
+        for unit in units():
+            if "case" in scopes and unit.case is None:
+                raise InputError(f"predict.scope: got case for {unit.name}, which is in no case, expected volumes")
+            yield to_tensor(unit, len(classes)), unit.case
+            del unit  # before the next map is read: there is room for one
+
+    thresholds, clock = gather_thresholds(rules, maps()), Clock(torch.device("cpu"))
+    table = _Table(list(rules), classes)
+    for unit in units():
+        table.add(unit, bind_rules(rules, thresholds, unit.case), clock)
+        clock.timing.num_images += 1
+        del unit
+    return table.evaluation(), clock.stop()
+
+
+def evaluate_overlapping(
+    units: Callable[[], Iterator[Unit]], rules: Mapping[str, Rule], classes: Sequence[str]
+) -> tuple[dict[str, MapEvaluation], Timing]:
+    """Units whose classes overlap -> an evaluation per class, each decided and scored as a foreground alone."""
+    tables, clock = {name: _Table(list(rules), (REST, name)) for name in classes}, Clock(torch.device("cpu"))
+    for unit in units():
+        if len(unit.prob) != len(classes):
+            raise InputError(f"{unit.source}: got {len(unit.prob)} classes, expected {len(classes)}")
+        for prob, label, table in zip(unit.prob, unit.label, tables.values()):
+            table.add(replace(unit, prob=np.stack([1 - prob, prob]), label=label), rules, clock)
+        clock.timing.num_images += 1
+        del unit, prob, label
+    return {name: table.evaluation() for name, table in tables.items()}, clock.stop()
+
+
+class _Table:
+    """The counts of units, one after the other."""
+
+    def __init__(self, rules: Sequence[str], classes: Sequence[str]) -> None:
+        self.rules, self.classes = rules, classes
+        self.rows: list[tuple[str, str | None, np.ndarray, np.ndarray]] = []
+
+    def add(self, unit: Unit, rules: Mapping[str, Rule], clock: Clock) -> None:
+        prob = to_tensor(unit, len(self.classes))
+        label, preds = torch.from_numpy(unit.label.reshape(-1, unit.label.shape[-1])), []
+        for name, rule in rules.items():
+            with clock(clock.timing.decisions, name):
+                preds.append(rule(prob)[0])
+        counts = count_rules(preds, label, len(self.classes)).numpy()
+        self.rows.append((unit.name, unit.case, counts, count_calibration(prob, label).numpy()))
+        if (unit.case is None) != (self.rows[0][1] is None):
+            raise InputError(f"{unit.source}: got images and volumes together, expected the one or the other")
+
+    def evaluation(self) -> MapEvaluation:
+        names, cases, counts, calibration = zip(*self.rows)
+        results = build_results(self.rules, names, self.classes, np.stack(counts), cases)
+        return MapEvaluation(results, np.stack(calibration))
+
+
+def to_tensor(unit: Unit, num_classes: int) -> Tensor:
+    """(C, ..., W) probabilities -> (1, C, pixels / W, W), which is all one to a rule; float64 stays, else float32."""
+    if len(unit.prob) != num_classes:
+        raise InputError(f"{unit.source}: got {len(unit.prob)} classes, expected {num_classes}")
+    dtype = np.float64 if unit.prob.dtype == np.float64 else np.float32
+    return torch.from_numpy(np.require(unit.prob, dtype, "W")).reshape(1, num_classes, -1, unit.prob.shape[-1])
