@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ FREE_KEYS = {
 LATER_KEYS = {"schedule": {"tf32": "conv"}}
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
+VARIANT = re.compile(r"(?P<name>[^=:/]+)=(?P<yaml>[^:]+):(?P<settings>.+)")  # of a rule: NAME=YAML:KEY=VALUE,...
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
     "model": ModelConfig,
@@ -125,14 +127,26 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
 
 
 def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:
-    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them."""
+    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them.
+
+    A name of predict may be NAME=YAML:KEY=VALUE,KEY=VALUE: that YAML under another name, with other values.
+    """
+    variants = [VARIANT.fullmatch(name) for name in yamls.get("predict", ())]
+
+    def path_of(group: str, name: str) -> Path:
+        variant = VARIANT.fullmatch(name) if group == "predict" else None
+        return find_yaml(group, variant["yaml"] if variant else name)
+
     values = {
-        group: [(path, load_mapping(path)) for path in (find_yaml(group, name) for name in names)]
+        group: [(path, load_mapping(path)) for path in (path_of(group, name) for name in names)]
         for group, names in yamls.items()
     }
     origins = {}
     for text in overrides:
         _apply_override(text, values, origins)
+    for variant, (_, mapping) in zip(variants, values.get("predict", ())):
+        if variant:
+            _apply_variant(variant, mapping)
     configs = {}
     for group, files in values.items():
         built = []
@@ -145,6 +159,17 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
     if len(set(names)) < len(names):
         raise InputError(f"--predict_yaml: got {' '.join(names)}, expected each rule once")
     return configs
+
+
+def _apply_variant(variant: re.Match, mapping: dict) -> None:
+    """Give a rule's mapping the name and the values of NAME=YAML:KEY=VALUE,KEY=VALUE."""
+    known = [f.name for f in dataclasses.fields(PredictConfig) if f.name != "name"]
+    for setting in variant["settings"].split(","):
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise InputError(f"--predict_yaml {variant[0]}: got '{setting}', expected KEY=VALUE{closest(key, known)}")
+        mapping[key] = parse_value(value, f"--predict_yaml {variant[0]}")
+    mapping["name"] = variant["name"]
 
 
 def _check_name(group: str, name: str, path: Path) -> None:

@@ -130,16 +130,11 @@ def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RE
 def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int = 0) -> Comparison:
     """Two results of the same images -> the difference of a score of the data set (mAccD, mIoUD, mDiceD or Acc), its
     interval by resampling images or cases."""
-    units = [
-        np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
-        for r in (base, other)
-    ]
-    counts = np.stack(units, 1).astype(np.float64)  # (units, 2 rules, 3, C)
+    counts = _unit_counts(base, other)
     num = len(counts)
 
     def difference(pooled: np.ndarray) -> np.ndarray:
-        score = pooled_scores(pooled)[metric]
-        return np.round(score[..., 1] - score[..., 0], ROUNDING)
+        return _pooled_difference(pooled, metric)
 
     def differences(drawn: np.ndarray) -> np.ndarray:
         rows = np.arange(len(drawn))[:, None] * num
@@ -160,6 +155,36 @@ def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int =
         difference=None if np.isnan(difference(total)) else float(difference(total)),
         interval=interval,
     )
+
+
+def standard_error(base: EvalResult, other: EvalResult, metric: str) -> float | None:
+    """Two results of the same images -> the standard error of the difference of a score, in percent points.
+
+    By the jackknife over images (cases), which for the mean of a score per unit is s / sqrt(n). None below two units.
+    """
+    if metric.endswith(("I", "3D")):
+        values = paired_differences(base, other, metric)
+        left_out = (values.sum() - values) / max(1, len(values) - 1)
+    else:
+        counts = _unit_counts(base, other)
+        left_out = _pooled_difference(counts.sum(0) - counts, metric)
+    num = len(left_out)
+    return float(np.sqrt((num - 1) * left_out.var())) if num > 1 else None
+
+
+def _unit_counts(base: EvalResult, other: EvalResult) -> np.ndarray:
+    """Two results of the same images -> (units, 2, K, C) counts of each image or case, as float64."""
+    units = [
+        np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
+        for r in (base, other)
+    ]
+    return np.stack(units, 1).astype(np.float64)
+
+
+def _pooled_difference(pooled: np.ndarray, metric: str) -> np.ndarray:
+    """(..., 2, K, C) pooled counts of two rules -> (...) the difference of their scores."""
+    score = pooled_scores(pooled)[metric]
+    return np.round(score[..., 1] - score[..., 0], ROUNDING)
 
 
 def _resample(
