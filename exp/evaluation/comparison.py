@@ -161,13 +161,17 @@ def standard_error(base: EvalResult, other: EvalResult, metric: str) -> float | 
     """Two results of the same images -> the standard error of the difference of a score, in percent points.
 
     By the jackknife over images (cases), which for the mean of a score per unit is s / sqrt(n). None below two units.
+    Scores of the data set are means over the classes that are in the labels, with and without each unit.
     """
     if metric.endswith(("I", "3D")):
         values = paired_differences(base, other, metric)
         left_out = (values.sum() - values) / max(1, len(values) - 1)
     else:
         counts = _unit_counts(base, other)
-        left_out = _pooled_difference(counts.sum(0) - counts, metric)
+        pooled = counts.sum(0) - counts
+        labelled = pooled[:, :, :1] + pooled[:, :, 2:3] > 0
+        left_out = _pooled_difference(np.where(labelled, pooled, 0), metric)
+        left_out = left_out[~np.isnan(left_out)]
     num = len(left_out)
     return float(np.sqrt((num - 1) * left_out.var())) if num > 1 else None
 

@@ -178,7 +178,8 @@ def evaluate_training(name: str, args: argparse.Namespace) -> Evaluated | None:
     job = replace({"camvid": CAMVID, "hippocampus": HIPPOCAMPUS}[name], rules=("argmax",))
     job = replace(job, overrides=(*job.overrides, *SETTINGS[name]))
     (job,) = with_settings([job], (), args.weights and str(Path(args.weights).resolve()))
-    runner = Runner(laptop_data(args.data_dir, args.output_dir).resolve(), args.output_dir.resolve())
+    data_dir = laptop_data(args.data_dir, args.output_dir) if name == "hippocampus" else args.data_dir
+    runner = Runner(data_dir.resolve(), args.output_dir.resolve())
     places = [place for place in (args.runs, args.output_dir) if place is not None]
     found = [weights for place in places if (weights := Existing(place).weights(job)) is not None]
     if not found:

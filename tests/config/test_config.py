@@ -1,12 +1,21 @@
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from exp.config.cli import DEFAULT_YAMLS
-from exp.config.experiment import CONFIG_DIR, GROUPS, dump_config, find_yaml, load_experiment, training_digest
+from exp.config.experiment import (
+    CONFIG_DIR,
+    GROUPS,
+    dump_config,
+    find_yaml,
+    load_experiment,
+    load_groups,
+    training_digest,
+)
 from exp.config.strict_yaml import build_dataclass, load_mapping, parse_value
 from exp.runtime.errors import InputError
 
@@ -247,3 +256,28 @@ def test_configs_from_before_a_key_was_there_have_the_digest_of_its_default():
     older = {**plain, "schedule": {k: v for k, v in plain["schedule"].items() if k not in ("tf32", "cudnn_benchmark")}}
     assert training_digest(older) == training_digest(plain)
     assert training_digest(compose("schedule.tf32=all").to_dict()) != training_digest(plain)
+
+
+def test_a_rule_under_another_name_with_other_values():
+    names = ["argmax", "rankseg_rma", "half=rankseg_rma:pruning_prob=0.5,opt_metric=iou"]
+    _, plain, half = load_groups({"predict": names}, ["predict.unassigned=first"])["predict"]
+    assert (plain.name, plain.pruning_prob, plain.opt_metric) == ("rankseg_rma", 0.1, "dice")
+    assert half == replace(plain, name="half", pruning_prob=0.5, opt_metric="iou")
+    assert half.unassigned == "first"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a=rankseg_rma:pruning=0.5", "got 'pruning=0.5', expected KEY=VALUE; did you mean 'pruning_prob'"),
+        ("a=rankseg_rma:pruning_prob", "got 'pruning_prob', expected KEY=VALUE"),
+        ("a=rankseg_rma:pruning_prob=2", "key 'pruning_prob': got 2"),
+        ("a=rankseg_rm:pruning_prob=0.2", "did you mean 'rankseg_rma'"),
+        ("argmax=rankseg_rma:pruning_prob=0.2", "expected each rule once"),
+        ("comparison=rankseg_rma:pruning_prob=0.2", "got a rule named 'comparison', expected another name"),
+    ],
+)
+def test_wrong_variants_of_a_rule(name: str, part: str):
+    with pytest.raises(InputError) as caught:
+        load_groups({"predict": ["argmax", name]}, [])
+    assert part in str(caught.value)

@@ -12,7 +12,15 @@ import pytest
 from scipy import stats
 
 from exp.evaluation import comparison
-from exp.evaluation.comparison import bca_interval, compare_rules, holm, mean_interval, paired_differences, signed_rank
+from exp.evaluation.comparison import (
+    bca_interval,
+    compare_rules,
+    holm,
+    mean_interval,
+    paired_differences,
+    signed_rank,
+    standard_error,
+)
 from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, pooled_scores
 from tests.conftest import ROOT
 
@@ -231,3 +239,18 @@ def test_two_thousand_images_take_less_than_a_second():
 def test_scipy_is_imported_for_a_comparison_alone():
     code = "import sys; import exp.evaluation.results; assert 'scipy.stats' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_standard_errors_of_differences():
+    cases = tuple(f"case{i // 4}" for i in range(40))
+    for grouping in (None, cases):
+        base, other = result("argmax", 0, cases=grouping), result("rma", 5, cases=grouping)
+        values = paired_differences(base, other, "mDiceI")
+        assert standard_error(base, other, "mDiceI") == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)))
+        names = np.array(grouping or range(40))
+        left_out = []
+        for name in dict.fromkeys(names):
+            first, second = (pooled_scores(r.counts[names != name].sum(0))["mIoUD"] for r in (base, other))
+            left_out.append(second - first)
+        expected = math.sqrt((len(left_out) - 1) / len(left_out) * ((left_out - np.mean(left_out)) ** 2).sum())
+        assert standard_error(base, other, "mIoUD") == pytest.approx(expected)
