@@ -89,7 +89,6 @@ def test_halves_are_by_name_and_keep_volumes_whole():
     ("flags", "part"),
     [
         (["--networks", "voc_deeplabv3_mobilenetv2"], "got nothing of the networks asked for, expected some"),
-        (["--maps", "mine", "MAPS", "LABELS", ""], "status 2 of the command above, expected 0"),
         (["--write", "nowhere.md"], "nowhere.md: no such file, expected one"),
         (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),
     ],
