@@ -163,7 +163,11 @@ def main() -> None:
 
 
 def evaluate_exclusive(
-    units: Callable, predict: Sequence[PredictConfig], classes: Sequence[str], contexts: Sequence[dict], args
+    units: Callable,
+    predict: Sequence[PredictConfig],
+    classes: Sequence[str],
+    contexts: Sequence[dict],
+    args: argparse.Namespace,
 ) -> "Timing":
     """Evaluate units whose classes exclude each other, write results/ and print its tables."""
     from exp.evaluation.probability_maps import evaluate_maps
@@ -181,7 +185,11 @@ def evaluate_exclusive(
 
 
 def evaluate_overlapping(
-    units: Callable, predict: Sequence[PredictConfig], classes: Sequence[str], contexts: Sequence[dict], args
+    units: Callable,
+    predict: Sequence[PredictConfig],
+    classes: Sequence[str],
+    contexts: Sequence[dict],
+    args: argparse.Namespace,
 ) -> "Timing":
     """Evaluate units whose classes overlap, write results/<class>/ and results/classes.json and print their tables."""
     from exp.evaluation import probability_maps
