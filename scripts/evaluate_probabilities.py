@@ -51,7 +51,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,9 +59,6 @@ from exp.config.data import DataConfig
 from exp.config.evaluation import PredictConfig
 from exp.config.experiment import load_groups
 from exp.runtime.errors import InputError, run_and_report
-
-if TYPE_CHECKING:
-    from exp.evaluation.evaluator import Timing
 
 DECODING = ("scale", "offset", "input_size", "inside", "align_corners", "temperature")  # flags of --logits
 
@@ -149,16 +145,16 @@ def main() -> None:
     true = {"data": [args.true_of]} if args.true_of else {}
     configs = load_groups({**true, "predict": args.predict_yaml}, args.overrides)
     units, classes, origin, config = open_true(args, configs["data"]) if args.true_of else open_files(args)
-    from exp.evaluation.evaluator import format_timing  # PyTorch comes in only now
-    from exp.files.atomic import write_atomically
+    from exp.files.atomic import write_atomically  # PyTorch comes in only now
     from exp.provenance import describe_code
 
     predict, code = configs["predict"], describe_code()
     contexts = [{**origin, **code, "config": {**config, "predict": asdict(c)}} for c in predict]
     evaluate = evaluate_overlapping if args.multilabel else evaluate_exclusive
-    timing = evaluate(units, predict, classes, contexts, args)
-    write_atomically(args.output_dir / "timing.json", json.dumps(timing.to_dict(), indent=2) + "\n")
-    print(format_timing(timing))
+    times = evaluate(units, predict, classes, contexts, args)
+    timing = {"decision_milliseconds_per_image": times}  # as timing.json of a run has it
+    write_atomically(args.output_dir / "timing.json", json.dumps(timing, indent=2) + "\n")
+    print("milliseconds per unit: " + ", ".join(f"{rule} {value:.2f}" for rule, value in times.items()))
     print(f"results: {args.output_dir / 'results'}")
 
 
@@ -168,20 +164,16 @@ def evaluate_exclusive(
     classes: Sequence[str],
     contexts: Sequence[dict],
     args: argparse.Namespace,
-) -> "Timing":
-    """Evaluate units whose classes exclude each other, write results/ and print its tables."""
+) -> dict[str, float]:
+    """Units whose classes exclude each other -> results/ and its tables; the milliseconds per unit of each rule."""
     from exp.evaluation.probability_maps import evaluate_maps
     from exp.evaluation.results import report_results
     from exp.rules.registry import build_rule
 
-    found, timing = evaluate_maps(units, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
-    calibration = found.calibration
-    print(
-        report_results(
-            found.results, args.output_dir / "results", contexts, metric=args.metric, calibration=calibration
-        )
-    )
-    return timing
+    found, times = evaluate_maps(units, {c.name: build_rule(c, len(classes)) for c in predict}, classes)
+    folder, calibration = args.output_dir / "results", found.calibration
+    print(report_results(found.results, folder, contexts, metric=args.metric, calibration=calibration))
+    return times
 
 
 def evaluate_overlapping(
@@ -190,8 +182,8 @@ def evaluate_overlapping(
     classes: Sequence[str],
     contexts: Sequence[dict],
     args: argparse.Namespace,
-) -> "Timing":
-    """Evaluate units whose classes overlap, write results/<class>/ and results/classes.json and print their tables."""
+) -> dict[str, float]:
+    """Units whose classes overlap -> results/<class>/, results/classes.json and their tables; times as above."""
     from exp.evaluation import probability_maps
     from exp.evaluation.metrics import average_folds
     from exp.evaluation.results import finite_or_null, format_scores, report_results
@@ -202,7 +194,7 @@ def evaluate_overlapping(
     rules = {c.name: build_rule(c, 2) for c in predict}
     if pooled := [name for name, rule in rules.items() if isinstance(rule, PooledRule)]:
         raise InputError(f"--predict_yaml {pooled[0]}: expected a rule that decides unit by unit with --multilabel")
-    by_class, timing = probability_maps.evaluate_overlapping(units, rules, classes)
+    by_class, times = probability_maps.evaluate_overlapping(units, rules, classes)
     for name, found in by_class.items():
         folder, calibration = args.output_dir / "results" / name, found.calibration
         print(f"{name}\n{report_results(found.results, folder, contexts, metric=args.metric, calibration=calibration)}")
@@ -211,7 +203,7 @@ def evaluate_overlapping(
     print(f"mean over {len(classes)} classes\n{format_scores(list(means), list(means.values()), [args.metric[:-1]])}")
     content = {"classes": list(classes), "metrics": {rule: finite_or_null(scores) for rule, scores in means.items()}}
     write_atomically(args.output_dir / "results" / "classes.json", json.dumps(content, indent=2) + "\n")
-    return timing
+    return times
 
 
 def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict, dict]:

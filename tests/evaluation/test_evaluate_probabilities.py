@@ -92,6 +92,9 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
     assert context["maps"]["files"] == 3
     comparison = json.loads((tmp_path / "out" / "results" / "comparison.json").read_text())
     assert comparison["comparisons"][0]["num_units"] == 3
+    times = json.loads((tmp_path / "out" / "timing.json").read_text())["decision_milliseconds_per_image"]
+    assert list(times) == ["argmax", "rankseg_rma"]
+    assert min(times.values()) > 0
 
 
 def test_calibration_is_that_of_the_maps(script, tmp_path: Path, images: dict):
