@@ -113,7 +113,8 @@ def add_rules(parser: argparse.ArgumentParser, default: list[str]) -> None:
         nargs="+",
         default=default,
         metavar="NAME",
-        help=f"configs/predict/NAME.yaml, one or more rules (default: {' '.join(default)})",
+        help="configs/predict/NAME.yaml, one or more rules, or NAME=YAML:KEY=VALUE,... for one of them under another "
+        f"name with other values (default: {' '.join(default)})",
     )
 
 

@@ -49,6 +49,7 @@ LATER_KEYS = {
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
 LATER_PREDICT_KEYS = {"sees_padding": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
+VARIANT = re.compile(r"(?P<name>[^=:/]+)=(?P<yaml>[^:]+):(?P<settings>.+)")  # of a rule: NAME=YAML:KEY=VALUE,...
 RESERVED_NAMES = ("comparison", "calibration", "images", "timing", "temperature", "older")  # in a run's folders
 RESERVED_ENDS = (".cases", ".thresholds")  # of names of files beside a rule's own
 GROUPS = {
@@ -145,11 +146,19 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
 
 
 def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) -> dict[str, Any]:
-    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them."""
+    """As load_experiment, for some of the groups: group -> its config, for predict a tuple of them.
+
+    A name of predict may be NAME=YAML:KEY=VALUE,KEY=VALUE: that YAML under another name, with other values.
+    """
+    variants = [VARIANT.fullmatch(name) for name in yamls.get("predict", ())]
+
     values = {group: [_read_yaml(group, name) for name in names] for group, names in yamls.items()}
     origins = {}
     for text in overrides:
         _apply_override(text, values, origins)
+    for variant, (_, mapping) in zip(variants, values.get("predict", ())):
+        if variant:
+            _apply_variant(variant, mapping)
     configs = {}
     for group, files in values.items():
         built = []
@@ -166,6 +175,8 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
 
 def _read_yaml(group: str, name: str) -> tuple[Path, dict[str, Any]]:
     """A YAML's name -> its path and what it says. Of a data set in folds, lits_fold2 is lits with `fold: 2`."""
+    if group == "predict" and (variant := VARIANT.fullmatch(name)):
+        name = variant["yaml"]
     fold = re.fullmatch(rf"(\w+)_fold([0-{NUM_FOLDS - 1}])", name)
     if group == "data" and fold and not (CONFIG_DIR / group / f"{name}.yaml").is_file():
         path = CONFIG_DIR / group / f"{fold[1]}.yaml"
@@ -174,6 +185,17 @@ def _read_yaml(group: str, name: str) -> tuple[Path, dict[str, Any]]:
             return path, {**mapping, "fold": int(fold[2])}
     path = find_yaml(group, name)
     return path, load_mapping(path)
+
+
+def _apply_variant(variant: re.Match, mapping: dict) -> None:
+    """Give a rule's mapping the name and the values of NAME=YAML:KEY=VALUE,KEY=VALUE."""
+    known = [f.name for f in dataclasses.fields(PredictConfig) if f.name != "name"]
+    for setting in variant["settings"].split(","):
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise InputError(f"--predict_yaml {variant[0]}: got '{setting}', expected KEY=VALUE{closest(key, known)}")
+        mapping[key] = parse_value(value, f"--predict_yaml {variant[0]}")
+    mapping["name"] = variant["name"]
 
 
 def _check_name(group: str, name: str, path: Path) -> None:

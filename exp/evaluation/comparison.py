@@ -6,7 +6,7 @@ and accelerated bootstrap interval (BCa; Efron, JASA 1987), Wilcoxon's signed-ra
 (1979) over the rules. The same input gives the same interval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ NUM_RESAMPLES = 9999
 NUM_POOLED_RESAMPLES = 1999  # of data-set scores: each pools the counts of all images anew
 BATCH_ELEMENTS = 2**22  # resampled units held at once
 ROUNDING = 9  # decimals of a percent beyond which a difference is that of floating-point sums
+LOSING_POINTS = (1, 5)  # what a unit loses at least to be counted, percent points
 EXACT_UNITS = 50  # up to so many units without ties the rank test is exact, beyond it is the normal approximation
 
 
@@ -29,6 +30,8 @@ class Comparison:
     on the units whose difference is not zero (1 if none is); p_holm: adjusted for the number of rules compared with
     `base`. The score of the whole data set (mIoUD) has no value a unit: its units are resampled, and it has no test
     and no wins.
+    losing: by score, mIoUI and mDiceI (of a 3D score mIoU3D and mDice3D), then by points, "1" and "5": the percent of
+    the units that lose more points than that.
     """
 
     rule: str
@@ -43,6 +46,7 @@ class Comparison:
     wins: int | None = None
     ties: int | None = None
     losses: int | None = None
+    losing: Mapping[str, Mapping[str, float]] | None = None
 
 
 def compare_rules(results: Sequence[EvalResult], metric: str, seed: int = 0) -> list[Comparison]:
@@ -79,7 +83,24 @@ def _compare(base: EvalResult, other: EvalResult, metric: str, seed: int) -> Com
         wins=wins,
         ties=len(values) - wins - losses,
         losses=losses,
+        losing=_losing_shares(base, other, metric) if len(values) else None,
     )
+
+
+def _losing_shares(base: EvalResult, other: EvalResult, metric: str) -> dict[str, dict[str, float]]:
+    names = losing_names(metric)
+    return {name: share_losing(paired_differences(base, other, name)) for name in names}
+
+
+def losing_names(metric: str) -> tuple[str, str]:
+    """A score of units -> the scores by which losing units are counted beside it."""
+    ending = "3D" if metric.endswith("3D") else "I"
+    return f"mIoU{ending}", f"mDice{ending}"
+
+
+def share_losing(values: np.ndarray) -> dict[str, float]:
+    """(n,) differences of units in percent points -> the percent of them that lose more than 1 and more than 5."""
+    return {str(points): float(100 * (values < -points).mean()) for points in LOSING_POINTS}
 
 
 def paired_differences(base: EvalResult, other: EvalResult, metric: str) -> np.ndarray:
@@ -109,16 +130,11 @@ def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RE
 def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int = 0) -> Comparison:
     """Two results of the same images -> the difference of a score of the data set (mAccD, mIoUD, mDiceD or Acc), its
     interval by resampling images or cases."""
-    units = [
-        np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
-        for r in (base, other)
-    ]
-    counts = np.stack(units, 1).astype(np.float64)  # (units, 2 rules, 3, C)
+    counts = _unit_counts(base, other)
     num = len(counts)
 
     def difference(pooled: np.ndarray) -> np.ndarray:
-        score = pooled_scores(pooled)[metric]
-        return np.round(score[..., 1] - score[..., 0], ROUNDING)
+        return _pooled_difference(pooled, metric)
 
     def differences(drawn: np.ndarray) -> np.ndarray:
         rows = np.arange(len(drawn))[:, None] * num
@@ -139,6 +155,40 @@ def compare_pooled(base: EvalResult, other: EvalResult, metric: str, seed: int =
         difference=None if np.isnan(difference(total)) else float(difference(total)),
         interval=interval,
     )
+
+
+def standard_error(base: EvalResult, other: EvalResult, metric: str) -> float | None:
+    """Two results of the same images -> the standard error of the difference of a score, in percent points.
+
+    By the jackknife over images (cases), which for the mean of a score per unit is s / sqrt(n). None below two units.
+    Scores of the data set are means over the classes that are in the labels, with and without each unit.
+    """
+    if metric.endswith(("I", "3D")):
+        values = paired_differences(base, other, metric)
+        left_out = (values.sum() - values) / max(1, len(values) - 1)
+    else:
+        counts = _unit_counts(base, other)
+        pooled = counts.sum(0) - counts
+        labelled = pooled[:, :, :1] + pooled[:, :, 2:3] > 0
+        left_out = _pooled_difference(np.where(labelled, pooled, 0), metric)
+        left_out = left_out[~np.isnan(left_out)]
+    num = len(left_out)
+    return float(np.sqrt((num - 1) * left_out.var())) if num > 1 else None
+
+
+def _unit_counts(base: EvalResult, other: EvalResult) -> np.ndarray:
+    """Two results of the same images -> (units, 2, K, C) counts of each image or case, as float64."""
+    units = [
+        np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
+        for r in (base, other)
+    ]
+    return np.stack(units, 1).astype(np.float64)
+
+
+def _pooled_difference(pooled: np.ndarray, metric: str) -> np.ndarray:
+    """(..., 2, K, C) pooled counts of two rules -> (...) the difference of their scores."""
+    score = pooled_scores(pooled)[metric]
+    return np.round(score[..., 1] - score[..., 0], ROUNDING)
 
 
 def _resample(

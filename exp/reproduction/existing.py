@@ -80,6 +80,10 @@ class Existing:
                 return path
         return None
 
+    def weights(self, job: Job) -> Path | None:
+        """The last weights of the job's training; None unless it came to its end."""
+        return self._trained.get(job.digest)
+
     def _is_finished(self, digest: str, iteration: int) -> bool:
         """Whether weights of so many iterations are those that the training ended with, as last.safetensors says."""
         return self._ends.get(digest) == iteration

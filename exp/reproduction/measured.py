@@ -14,8 +14,10 @@ from exp.evaluation.comparison import (
     Comparison,
     compare_pooled,
     compare_rules,
+    losing_names,
     mean_interval,
     paired_differences,
+    share_losing,
     unit_differences,
 )
 from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
@@ -214,9 +216,9 @@ class Training:
         """What is scored each: an image or, where images are slices of volumes, a case."""
         return "image" if self.results[0].cases is None else "case"
 
-    def unit_gains(self, rule: str) -> np.ndarray:
-        """What a rule gains over argmax by the metric, per image (case); NaN where the score is undefined."""
-        return unit_differences(self.results[0], self.results[self.rules.index(rule)], self.metric)
+    def unit_gains(self, rule: str, metric: str) -> np.ndarray:
+        """What a rule gains over argmax by a metric, per image (case); NaN where the score is undefined."""
+        return unit_differences(self.results[0], self.results[self.rules.index(rule)], metric)
 
     @property
     def is_true(self) -> bool:
@@ -267,11 +269,18 @@ def compare_seeds(trainings: Sequence[Training], rule: str) -> Comparison:
 
     Each one's gain is averaged over the seeds, where the score is defined in all of them.
     """
-    values = np.mean([training.unit_gains(rule) for training in trainings], axis=0)
-    values = values[~np.isnan(values)]
+
+    def mean_gains(metric: str) -> np.ndarray:
+        values = np.mean([training.unit_gains(rule, metric) for training in trainings], axis=0)
+        return values[~np.isnan(values)]
+
+    metric = trainings[0].metric
+    values = mean_gains(metric)
     difference, wins, losses = (float(values.mean()) if len(values) else None), (values > 0).sum(), (values < 0).sum()
-    alike = ("argmax", trainings[0].metric, trainings[0].unit, len(values))
-    return Comparison(rule, *alike, difference, mean_interval(values), wins=int(wins), losses=int(losses))
+    alike = ("argmax", metric, trainings[0].unit, len(values))
+    losing = {name: share_losing(mean_gains(name)) for name in losing_names(metric)} if len(values) else None
+    interval = mean_interval(values)
+    return Comparison(rule, *alike, difference, interval, wins=int(wins), losses=int(losses), losing=losing)
 
 
 def mean_score(trainings: Sequence[Training], rule: str, name: str) -> float:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from exp.config.experiment import (
     dump_config,
     find_yaml,
     load_experiment,
+    load_groups,
     training_digest,
     with_number_keys,
 )
@@ -305,3 +307,28 @@ def test_configs_from_before_a_key_was_there_have_the_digest_of_its_default():
     paper = compose("model.variant=paper").to_dict()
     assert training_digest(older) != training_digest(paper)
     assert training_digest(compose("schedule.tf32=all").to_dict()) != training_digest(plain)
+
+
+def test_a_rule_under_another_name_with_other_values():
+    names = ["argmax", "rankseg_rma", "half=rankseg_rma:pruning_prob=0.5,opt_metric=iou"]
+    _, plain, half = load_groups({"predict": names}, ["predict.unassigned=first"])["predict"]
+    assert (plain.name, plain.pruning_prob, plain.opt_metric) == ("rankseg_rma", 0.1, "dice")
+    assert half == replace(plain, name="half", pruning_prob=0.5, opt_metric="iou")
+    assert half.unassigned == "first"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a=rankseg_rma:pruning=0.5", "got 'pruning=0.5', expected KEY=VALUE; did you mean 'pruning_prob'"),
+        ("a=rankseg_rma:pruning_prob", "got 'pruning_prob', expected KEY=VALUE"),
+        ("a=rankseg_rma:pruning_prob=2", "key 'pruning_prob': got 2"),
+        ("a=rankseg_rm:pruning_prob=0.2", "did you mean 'rankseg_rma'"),
+        ("argmax=rankseg_rma:pruning_prob=0.2", "expected each rule once"),
+        ("comparison=rankseg_rma:pruning_prob=0.2", "got a rule named 'comparison', expected another name"),
+    ],
+)
+def test_wrong_variants_of_a_rule(name: str, part: str):
+    with pytest.raises(InputError) as caught:
+        load_groups({"predict": ["argmax", name]}, [])
+    assert part in str(caught.value)

@@ -12,7 +12,15 @@ import pytest
 from scipy import stats
 
 from exp.evaluation import comparison
-from exp.evaluation.comparison import bca_interval, compare_rules, holm, mean_interval, paired_differences, signed_rank
+from exp.evaluation.comparison import (
+    bca_interval,
+    compare_rules,
+    holm,
+    mean_interval,
+    paired_differences,
+    signed_rank,
+    standard_error,
+)
 from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, pooled_scores
 from tests.conftest import ROOT
 
@@ -120,7 +128,7 @@ def test_holm_by_hand():
 
 
 def test_rules_are_compared_image_by_image():
-    base, better, same = result("argmax", 0), result("rma", 9), result("again", 0)
+    base, better, same, worse = result("argmax", 0), result("rma", 9), result("again", 0), result("worse", 5)
     rows = compare_rules([base, better, same], "mIoUI")
     assert [(c.rule, c.metric, c.unit) for c in rows] == [
         ("rma", "mIoUI", "image"),
@@ -136,6 +144,14 @@ def test_rules_are_compared_image_by_image():
     assert rma.p_value == pytest.approx(stats.wilcoxon(differences).pvalue)
     assert rma.p_holm == pytest.approx(min(1, 2 * rma.p_value))
     assert (again.difference, again.interval, again.p_value, again.ties) == (0.0, (0.0, 0.0), 1.0, 40)
+    for name in ("mIoUI", "mDiceI"):
+        lost = image_scores(worse.counts)[name] - image_scores(better.counts)[name]
+        shares = [100 * sum(value < -points for value in lost) / 40 for points in (1, 5)]
+        assert 100 > shares[0] > shares[1] > 0
+        row = compare_rules([better, worse], "mIoUI")[0]
+        assert list(row.losing[name].values()) == pytest.approx(shares)
+    assert again.losing == {name: {"1": 0.0, "5": 0.0} for name in ("mIoUI", "mDiceI")}
+    assert pooled.losing is None
     scores = [compute_scores(r.counts)["mIoUD"] for r in (base, better)]
     assert pooled.difference == pytest.approx(scores[1] - scores[0])
     assert pooled.interval[0] < pooled.difference < pooled.interval[1]
@@ -164,6 +180,7 @@ def test_cases_are_what_is_compared_and_resampled():
         ("mDiceD", "case", 10),
     ]
     scores = [case_scores(r.counts, cases)[1] for r in (base, other)]
+    assert [list(row.losing) for row in (by_slice, volume)] == [["mIoUI", "mDiceI"], ["mIoU3D", "mDice3D"]]
     for row in (by_slice, volume):
         assert row.difference == pytest.approx((scores[1][row.metric] - scores[0][row.metric]).mean())
         assert row.wins + row.ties + row.losses == 10
@@ -222,3 +239,18 @@ def test_two_thousand_images_take_less_than_a_second():
 def test_scipy_is_imported_for_a_comparison_alone():
     code = "import sys; import exp.evaluation.results; assert 'scipy.stats' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_standard_errors_of_differences():
+    cases = tuple(f"case{i // 4}" for i in range(40))
+    for grouping in (None, cases):
+        base, other = result("argmax", 0, cases=grouping), result("rma", 5, cases=grouping)
+        values = paired_differences(base, other, "mDiceI")
+        assert standard_error(base, other, "mDiceI") == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)))
+        names = np.array(grouping or range(40))
+        left_out = []
+        for name in dict.fromkeys(names):
+            first, second = (pooled_scores(r.counts[names != name].sum(0))["mIoUD"] for r in (base, other))
+            left_out.append(second - first)
+        expected = math.sqrt((len(left_out) - 1) / len(left_out) * ((left_out - np.mean(left_out)) ** 2).sum())
+        assert standard_error(base, other, "mIoUD") == pytest.approx(expected)

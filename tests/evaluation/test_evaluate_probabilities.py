@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from exp.data.sets.shapes import Shapes, ShapesNoisy
 from exp.rules.dep import rankseg_dep
@@ -92,6 +93,9 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
     assert context["maps"]["files"] == 3
     comparison = json.loads((tmp_path / "out" / "results" / "comparison.json").read_text())
     assert comparison["comparisons"][0]["num_units"] == 3
+    times = json.loads((tmp_path / "out" / "timing.json").read_text())["decision_milliseconds_per_image"]
+    assert list(times) == ["argmax", "rankseg_rma"]
+    assert min(times.values()) > 0
 
 
 def test_calibration_is_that_of_the_maps(script, tmp_path: Path, images: dict):
@@ -467,3 +471,241 @@ def test_bad_data_with_known_probabilities_ends_in_one_line(script, tmp_path: Pa
     assert part in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    scaled = np.exp(logits - logits.max(0))
+    return scaled / scaled.sum(0)
+
+
+def save_logits(folder: Path, name: str, stored: np.ndarray, label: np.ndarray, **facts: object) -> None:
+    (folder / "maps").mkdir(exist_ok=True)
+    np.savez(folder / "maps" / f"{name}.npz", logits=stored, **facts)
+    write_png(folder / "labels" / f"{name}.png", label)
+
+
+def linear_weights(size: int, length: int, corners: bool) -> np.ndarray:
+    """(size, length): what each of `length` values contributes to each of `size` that are interpolated linearly."""
+    if corners:
+        places = np.arange(size) * (length - 1) / (size - 1)
+    else:
+        places = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
+    return (1 - np.abs(places[:, None] - np.arange(length))).clip(0)
+
+
+def bilinear(values: np.ndarray, size: tuple[int, int], corners: bool) -> np.ndarray:
+    rows, columns = (linear_weights(n, m, corners) for n, m in zip(size, values.shape[1:]))
+    return np.einsum("hi,cij,wj->chw", rows, values, columns)
+
+
+@pytest.mark.parametrize("letterbox", [True, False])
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("facts_in_file", [True, False])
+def test_logits_are_decoded(script, tmp_path: Path, letterbox: bool, corners: bool, facts_in_file: bool):
+    """Against the same steps in numpy: storage, both resizings, the part that the image fills, temperature."""
+    rng = np.random.default_rng(6)
+    stored, label = rng.integers(0, 256, (4, 5, 6)).astype(np.uint8), rng.integers(0, 4, (21, 30)).astype(np.uint8)
+    label[3] = 255
+    facts = {"scale": 0.05, "offset": -7.0, "align_corners": corners}
+    if letterbox:
+        facts |= {"input_size": (17, 19), "inside": (12, 19)}
+    logits = stored * 0.05 - 7
+    if letterbox:
+        logits = bilinear(bilinear(logits, (17, 19), corners)[:, :12, :19], label.shape, False)
+    else:
+        logits = bilinear(logits, label.shape, corners)
+    prob = softmax(logits / 1.7)
+    save_logits(tmp_path, "a", stored, label, **(facts if facts_in_file else {}))
+    flags = ["--logits", "--temperature", 1.7]
+    for name, value in {} if facts_in_file else facts.items():
+        values = value if isinstance(value, tuple) else (value,)
+        flags += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", *values]
+    status, _, err = evaluate(script, tmp_path, *flags, "--predict_yaml", "argmax", "rankseg_rma")
+    assert status == 0, err
+    (row,) = read_rows(tmp_path / "out" / "results" / "argmax.csv")
+    check_counts(row, prob.argmax(0), label, 4)
+    calibration = json.loads((tmp_path / "out" / "results" / "calibration.json").read_text())["top_label"]
+    confidence = sum(c * p for c, p in zip(calibration["confidence"], calibration["pixels"]) if p)
+    assert confidence / (label != 255).sum() == pytest.approx(prob.max(0)[label != 255].mean(), abs=1e-5)
+
+
+def test_half_precision_logits_of_volumes_and_images(script, tmp_path: Path):
+    rng = np.random.default_rng(7)
+    logits, label = 4 * rng.normal(size=(3, 2, 5, 6)), rng.integers(0, 3, (2, 5, 6))
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "labels").mkdir()
+    np.save(tmp_path / "maps" / "a.npy", logits.astype(np.float16))
+    np.save(tmp_path / "labels" / "a.npy", label)
+    assert evaluate(script, tmp_path, "--logits", "--predict_yaml", "argmax")[0] == 0
+    for z, row in enumerate(read_rows(tmp_path / "out" / "results" / "argmax.csv")):
+        check_counts(row, logits.astype(np.float16).argmax(0)[z], label[z], 3)
+    np.save(tmp_path / "labels" / "a.npy", label[:, :4])
+    status, _, err = evaluate(script, tmp_path, "--logits")
+    assert status == 2
+    assert "a.npy: got labels of shape (2, 4, 6), expected (2, 5, 6) as its map has" in err
+
+
+@pytest.mark.parametrize(
+    ("facts", "flags", "message"),
+    [
+        ({}, ["--logits"], "got uint8 values, expected their scale: an array 'scale', or --scale"),
+        ({"scale": 1.0}, [], "got the arrays logits, scale, expected probabilities or softmax"),
+        ({"scale": 1.0, "inside": (4, 4)}, ["--logits"], "got inside 4x4 of an input of no size, expected a part"),
+        ({"scale": 1.0, "inside": (9, 4)}, ["--logits", "--input_size", 8, 8], "got inside 9x4 of an input of 8x8"),
+        (
+            {"scale": 1.0, "inside": (0, 4)},
+            ["--logits", "--input_size", 8, 8],
+            "got 'inside' [0, 4], expected a height",
+        ),
+        ({"scale": np.ones(3)}, ["--logits"], "got 'scale' of float64 and shape (3,), expected a single number"),
+        ({"scale": 1e39}, ["--logits"], "got logits that are non-finite, expected finite ones"),
+        ({}, ["--scale", 2], "--scale: expected together with --logits"),
+        ({}, ["--logits", "--temperature", 0], "--temperature: got 0.0, expected a number above 0"),
+        ({}, ["--logits", "--input_size", 0, 8], "--input_size: got [0, 8], expected a height and a width"),
+        ({}, ["--regions", "1,2"], "--regions: expected together with --multilabel"),
+    ],
+)
+def test_logits_that_cannot_be_decoded(script, tmp_path: Path, facts: dict, flags: list, message: str):
+    stored = np.arange(1, 4 * 16 + 1, dtype=np.uint8).reshape(4, 4, 4)
+    save_logits(tmp_path, "a", stored, np.zeros((6, 6), np.uint8), **facts)
+    status, _, err = evaluate(script, tmp_path, *flags)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_palette_pngs_and_listed_names(script, tmp_path: Path):
+    """Labels as VOC has them: colours of a palette, 255 at the borders; and more of them than maps."""
+    rng = np.random.default_rng(8)
+    label = rng.choice(np.array([0, 1, 2, 255], np.uint8), (7, 8))
+    logits = rng.normal(size=(3, 7, 8)).astype(np.float32)
+    save_logits(tmp_path, "b", logits, label)
+    image = Image.fromarray(label, "P")
+    image.putpalette(rng.integers(0, 255, 768, np.uint8).tobytes())
+    image.save(tmp_path / "labels" / "b.png")
+    write_png(tmp_path / "labels" / "a.png", label)
+    assert "a.png: got no file of that name" in evaluate(script, tmp_path, "--logits")[2]
+    (tmp_path / "val.txt").write_text("b\n")
+    assert evaluate(script, tmp_path, "--logits", "--names", tmp_path / "val.txt")[0] == 0
+    (row,) = read_rows(tmp_path / "out" / "results" / "argmax.csv")
+    check_counts(row, logits.argmax(0), label, 3)
+    (tmp_path / "val.txt").write_text("b\na\n")
+    status, _, err = evaluate(script, tmp_path, "--logits", "--names", tmp_path / "val.txt")
+    assert status == 2
+    assert f"{tmp_path / 'maps'}: got no file of the listed name 'a', expected one" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags", "mean_iou"),
+    [("deeplabv3_mobilenetv2", ["--input_size", 513, 513, "--align_corners"], 83.73), ("espnetv2", [], 80.16)],
+)
+def test_known_figures_of_trained_networks(script, tmp_path: Path, real_data: Path, name, flags, mean_iou):
+    maps, labels = (
+        real_data / "voc" / "logits" / name,
+        real_data / "voc" / "VOCdevkit" / "VOC2012" / "SegmentationClass",
+    )
+    shared = ["--output_dir", tmp_path, "--metric", "mIoUI", "--predict_yaml", "argmax", "--logits"]
+    status, _, err = script(NAME, maps, labels, *shared, *flags)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "results" / "argmax.json").read_text())["metrics"]
+    assert metrics["mIoUI"] == pytest.approx(mean_iou, abs=0.005)
+
+
+REGIONS = ((1, 2, 3), (2, 3), (3,))  # as BraTS has them: whole tumour, core, enhancing
+
+
+@pytest.fixture
+def regions(tmp_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Sigmoid maps (C, z, y, x) as nnU-Net writes those of regions, and NIfTI labels (x, y, z) of values 0..3 and 7."""
+    rng, made = np.random.default_rng(9), {}
+    (tmp_path / "maps").mkdir()
+    for i, spatial in enumerate(((3, 5, 4), (2, 6, 5))):
+        logits = 3 * rng.normal(size=(3, *spatial)).astype(np.float32)
+        label = rng.choice(np.array([0, 1, 2, 3, 7], np.uint8), spatial)
+        save_nifti(tmp_path / "labels" / f"case_{i}.nii.gz", label.transpose(2, 1, 0))
+        np.savez(tmp_path / "maps" / f"case_{i}.npz", probabilities=1 / (1 + np.exp(-logits)))
+        made[f"case_{i}"] = logits, label
+    return made
+
+
+def masks_of(label: np.ndarray) -> np.ndarray:
+    return np.stack([np.where(label == 7, 255, np.isin(label, region)) for region in REGIONS]).astype(np.uint8)
+
+
+def check_region(row: dict[str, str], chosen: np.ndarray, mask: np.ndarray, name: str) -> None:
+    literal = counts_of(chosen.astype(int), mask, 2)
+    assert [int(row[f"{kind}.{name}"]) for kind in ("tp", "fp", "fn")] == [
+        literal[f"{k}.1"] for k in ("tp", "fp", "fn")
+    ]
+
+
+OVERLAPPING = ["--multilabel", "--regions", "1,2,3", "2,3", "3", "--classes", "whole", "core", "enhancing"]
+
+
+def test_regions_are_decided_and_scored_one_by_one(script, tmp_path: Path, regions: dict):
+    from rankseg_rma import rankseg_rma
+
+    flags = [*OVERLAPPING, "--unit", "case", "--ignore_label", 7, "--predict_yaml", "argmax", "rankseg_rma"]
+    status, printed, err = evaluate(script, tmp_path, *flags)
+    assert status == 0, err
+    assert "mean over 3 classes" in printed
+    means = []
+    for c, name in enumerate(("whole", "core", "enhancing")):
+        folder = tmp_path / "out" / "results" / name
+        for rule in ("argmax", "rankseg_rma"):
+            for row, (logits, label) in zip(read_rows(folder / f"{rule}.csv"), regions.values(), strict=True):
+                prob = 1 / (1 + np.exp(-logits[None]))
+                chosen = prob > 0.5 if rule == "argmax" else rankseg_rma(prob, allow_overlap=True)
+                check_region(row, np.asarray(chosen)[0, c], masks_of(label)[c], name)
+        means.append(json.loads((folder / "argmax.json").read_text())["metrics"]["mDiceI"])
+    content = json.loads((tmp_path / "out" / "results" / "classes.json").read_text())
+    assert content["metrics"]["argmax"]["mDiceI"] == pytest.approx(np.mean(means))
+
+
+def test_masks_and_logits_of_overlapping_classes(script, tmp_path: Path, regions: dict):
+    """The same as masks of (C, ...) and logits, slice by slice."""
+    shared = ["--multilabel", "--slice_axis", 1, "--predict_yaml", "argmax", "--classes", "whole", "core", "enhancing"]
+    assert evaluate(script, tmp_path, *OVERLAPPING, *shared[1:], "--ignore_label", 7)[0] == 0
+    other = tmp_path / "other"
+    for folder in ("maps", "labels"):
+        (other / folder).mkdir(parents=True)
+    for name, (logits, label) in regions.items():
+        np.savez(other / "maps" / f"{name}.npz", logits=logits)
+        np.save(other / "labels" / f"{name}.npy", masks_of(label))
+    status, _, err = evaluate(script, other, "--logits", *shared)
+    assert status == 0, err
+    for name in ("whole", "core", "enhancing"):
+        rows = [read_rows(folder / "out" / "results" / name / "argmax.csv") for folder in (tmp_path, other)]
+        assert rows[0] == rows[1]
+        assert [row["image"] for row in rows[0]][:6] == [*(f"case_0/{y:04d}" for y in range(5)), "case_1/0000"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (OVERLAPPING, "case_0.nii.gz: got label value 7, expected 0..3 as the regions have, or 255 (ignored)"),
+        (OVERLAPPING[:4], "--regions: got 2 regions, expected 3"),
+        (["--multilabel"], "case_0.nii.gz: got labels of shape (4, 5, 3), expected (3, 3, 5, 4)"),
+        ([], "is off from 1 by"),
+        ([*OVERLAPPING, "--predict_yaml", "rankseg_rma_dataset"], "expected a rule that decides unit by unit"),
+        ([*OVERLAPPING[:-1], "a/b"], "--classes: got 'a/b', expected names of folders"),
+    ],
+)
+def test_wrong_regions_end_in_one_line(script, tmp_path: Path, regions: dict, flags: list[str], message: str):
+    status, _, err = evaluate(script, tmp_path, *flags)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_single_class_and_its_mask_without_an_axis(script, tmp_path: Path):
+    rng = np.random.default_rng(10)
+    prob, label = rng.random((1, 6, 7)).astype(np.float32), rng.integers(0, 2, (6, 7)).astype(np.uint8)
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "a.npy", prob)
+    write_png(tmp_path / "labels" / "a.png", label)
+    status, _, err = evaluate(script, tmp_path, "--multilabel", "--classes", "lesion", "--predict_yaml", "argmax")
+    assert status == 0, err
+    (row,) = read_rows(tmp_path / "out" / "results" / "lesion" / "argmax.csv")
+    check_region(row, prob[0] > 0.5, label, "lesion")

@@ -219,6 +219,8 @@ def test_tables_and_comparison():
     ]
     assert lines[7].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} [")
     assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[7]
+    shares = " / ".join(f"{100 * sum(g < -points for g in gains) / 3:.1f}" for points in (1, 5))
+    assert f"; images that lose > 1 / > 5 points: mIoUI {shares} %, mDiceI " in lines[7]
     assert lines[8].startswith("rankseg_rma against argmax: mIoUD ")
     assert "after Holm" not in lines[6]
     three = [base, other, result("again")]

@@ -26,7 +26,7 @@ from exp.data.prepare.jobs import run_jobs, worker_pool
 from exp.data.prepare.voc import read_mat, write_label
 from exp.data.slice_files import Case, read_case, read_slice, write_case
 from exp.data.verify import read_manifest
-from exp.evaluation.probability_maps import MapReader, read_array
+from exp.evaluation.probability_maps import Decoding, MapReader, read_array
 from exp.evaluation.results import load_result
 from exp.evaluation.temperature import load_temperature
 from exp.files.nifti import open_volume, read_labels, value_range
@@ -38,6 +38,7 @@ from exp.runtime.errors import InputError
 MUTATIONS = 120
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 255, (20, 30, 3), np.uint8)
+LOGITS = {"scale": 0.5, "input_size": (12, 13), "inside": (9, 13)}
 SLICE = {"image": RNG.integers(0, 9, (8, 9)).astype(np.int16), "label": RNG.integers(0, 3, (8, 9)).astype(np.uint8)}
 THRESHOLD = {"threshold": 0.5, "size": 3, "mass": 1.0, "total": 5, "kept": True, "resolution": 0.1}
 CASE = Case("i", "l", (6, 7, 5), tuple(map(tuple, np.eye(4).tolist())), (1.0,) * 3, 2, (1,), (6, 7), False, False)
@@ -60,6 +61,11 @@ def read_volume(path: Path) -> None:
     value_range(volume)
 
 
+def read_logits(path: Path) -> None:
+    stored, decoding = Decoding().read(path, None)
+    decoding.decode(stored, (20, 30), False, path)
+
+
 def write_prepared(path: Path) -> None:
     write_case(path.parent, CASE, np.zeros((1, 6, 7), np.int16), np.zeros((1, 6, 7), np.uint8))
 
@@ -76,6 +82,7 @@ FORMATS: dict[str, Format] = {  # name: what writes a sound file, what reads it
     "slice.npz": (lambda p: np.savez(p, **SLICE), (read_slice, lambda p: read_array(p, "image"))),
     "packed.npz": (lambda p: np.savez_compressed(p, **SLICE), (read_slice, lambda p: read_array(p, "image"))),
     "map.npy": (lambda p: np.save(p, np.full((2, 4, 4), 0.5, np.float32)), (MapReader().read_map,)),
+    "logits.npz": (lambda p: np.savez(p, logits=SLICE["label"][None], **LOGITS), (read_logits,)),
     "v.nii": (write_volume, (read_volume,)),
     "v.nii.gz": (write_volume, (read_volume,)),
     "new.pt": (lambda p: torch.save({"a": torch.ones(5), "b": [1]}, p), (lambda p: load_tensor_file(p, "x"),)),

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from exp.evaluation.comparison import Comparison
 from exp.evaluation.metrics import compute_scores
+from exp.evaluation.results import LOSING_HEADER, format_losing
 from exp.reproduction.measured import Training, compare_seeds, group_seeds, mean_score
 from exp.reproduction.report.sections import Section, format_gain, text_rows
 
@@ -62,17 +63,21 @@ def training_section(key: str, group: str, title: str, training: Training) -> Se
     for rule, values in scores.items():
         own = {c.metric: c for c in training.comparisons if c.rule == rule}
         gains = [format_gain(own[name]) if own else "" for name in compared]
-        rows.append((rule, *(f"{values[name]:.2f}" for name in columns), *gains, _wins(own.get(training.metric))))
-    header = ("rule", *columns, *(f"{name} against argmax" for name in compared), f"{training.unit}s better / worse")
+        rows.append((rule, *(f"{values[name]:.2f}" for name in columns), *gains, *_units(own.get(training.metric))))
+    header = ("rule", *columns, *(f"{name} against argmax" for name in compared), *_units_header(training.unit))
     notes = [f"From `{training.place}`."]
     if training.apart:
         notes.append(f"Evaluated otherwise than argmax, and not compared with it: {'; '.join(training.apart)}.")
     return Section(key, group, title, header, text_rows(rows), notes=tuple(notes), source=training)
 
 
-def _wins(comparison: Comparison | None) -> str:
-    """Units better and worse; nothing for argmax itself."""
-    return f"{comparison.wins} / {comparison.losses}" if comparison else ""
+def _units_header(unit: str) -> tuple[str, str]:
+    return f"{unit}s better / worse", f"{unit}s that lose {LOSING_HEADER}"
+
+
+def _units(comparison: Comparison | None) -> tuple[str, str]:
+    """Units better and worse, and the shares that lose so many points; nothing for argmax itself."""
+    return (f"{comparison.wins} / {comparison.losses}", format_losing(comparison)) if comparison else ("", "")
 
 
 def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
@@ -87,9 +92,9 @@ def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
         for rule in group[0].rules:
             gain = None if rule == "argmax" else compare_seeds(group, rule)
             scores = (f"{mean_score(group, rule, name):.2f}" for name in names)
-            row = ["" if gain else title, rule, *scores, format_gain(gain) if gain else "", _wins(gain)]
+            row = ["" if gain else title, rule, *scores, format_gain(gain) if gain else "", *_units(gain)]
             rows.append([*row, _seed_gains(group, rule)] if is_seeded else row)
-    header = ("training", "rule", *names, f"{metric} against argmax", f"{unit}s better / worse")
+    header = ("training", "rule", *names, f"{metric} against argmax", *_units_header(unit))
     header += ("gain of each seed",) if is_seeded else ()
     has_true, title = any(group[0].is_true for group in groups), f"Rules beside argmax, by {metric} over {unit}s"
     return Section(key, OTHERS, title, header, text_rows(rows), notes=(TRUE_NOTE,) if has_true else ())

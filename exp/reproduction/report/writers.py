@@ -97,14 +97,19 @@ def _latex_prose(text: str) -> str:
 
 def update_readme(path: Path, sections: Iterable[Section], lead: str) -> None:
     """Write `lead` and sections between the marks in the file; InputError if it has not both, once each."""
-    text = read_text(path, "a README with marks for results")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InputError(f"{path}: got no place for results, expected the lines {BEGIN!r} and {END!r}, once each")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     parts = [_wrap(lead)]
     for section in sections:
         parts += [f"{section.title}:\n", *(p if p.startswith("|") else _wrap(p) for p in markdown_parts(section))]
-    write_atomically(path, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
+    write_between(path, BEGIN, END, "\n".join(parts))
+
+
+def write_between(path: Path, begin: str, end: str, content: str) -> None:
+    """Put `content` between two marks of a file, in place of what is there; InputError unless both are there once."""
+    text = read_text(path, "a text with marks for results")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise InputError(f"{path}: got no place for results, expected the lines {begin!r} and {end!r}, once each")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    write_atomically(path, f"{before}{begin}\n\n{content}\n{end}{after}")
 
 
 def _wrap(text: str) -> str:
