@@ -1,4 +1,4 @@
-"""Docstrings as they are written here -> Markdown: a line `name: text` describes a parameter and becomes a list item."""
+"""Docstrings as written here -> Markdown: a line `name: text` describes a parameter and becomes a list item."""
 
 import re
 

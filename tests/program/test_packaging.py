@@ -152,3 +152,25 @@ def test_without_the_frameworks_packages_a_command_says_how_to_get_them(site: Pa
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no package yaml; expected the framework's: pip install '.[framework]'\n"
+
+
+@pytest.mark.slow
+def test_type_checkers_see_what_the_installed_rule_returns(site: Path, tmp_path: Path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "import torch\nfrom rankseg_rma import rankseg_levelset, rankseg_rma\nprob = torch.rand(1, 3, 4, 4)\n"
+        "reveal_type(rankseg_rma(prob))\nreveal_type(rankseg_rma(prob, return_tau=True))\n"
+        "reveal_type(rankseg_rma(prob.numpy(), 'iou'))\nreveal_type(rankseg_levelset(prob))\nrankseg_rma([0.5])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": "", "MYPYPATH": ""}
+    executable = tmp_path / "python"  # a Python whose packages are those of this one and `site`
+    executable.write_text(f"#!/bin/sh\nPYTHONPATH='{site}' exec '{sys.executable}' \"$@\"\n")
+    executable.chmod(0o755)
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", executable, "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(revealed) == 4, done.stdout + done.stderr
+    assert revealed[0] == revealed[3] == "torch._tensor.Tensor"
+    assert revealed[1] == "tuple[torch._tensor.Tensor, torch._tensor.Tensor]"
+    assert "ndarray" in revealed[2]
+    assert "user.py:8: error:" in done.stdout
