@@ -18,5 +18,6 @@ def to_markdown(text: str) -> str:
 
 class Parameters(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_: object) -> None:
+        func.overloads = None  # for type checkers; a reader sees the one signature
         if func.docstring:
             func.docstring.value = to_markdown(func.docstring.value)

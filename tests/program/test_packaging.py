@@ -44,7 +44,7 @@ def test_from_exp():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what `pip install .` puts into an environment, without the packages that it depends on."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="78")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("rankseg_rma.py", "pyproject.toml", "setup.py", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
