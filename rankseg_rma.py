@@ -27,10 +27,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import triton.language as tl
+
+Array = TypeVar("Array", bound="Tensor | np.ndarray[Any, Any]")  # a result is of the kind that the map is of
+Found = tuple[Tensor, "Tensor | None"]  # labels or masks, and sizes of sets
 
 BLOCK = 4096  # pixels summed in working precision; block sums are added in float64, in one fixed order
 SAMPLE = 2048  # pixels of the strided sample that starts the iteration on large maps
@@ -62,9 +69,39 @@ class _Rule:
         return 1.0 if self.metric == "dice" else 0.0
 
 
+@overload
+def rankseg_rma(
+    prob: Array,
+    opt_metric: str = ...,
+    allow_overlap: bool = ...,
+    in_batch: bool = ...,
+    return_tau: Literal[False] = ...,
+    to_nonoverlap_method: str = ...,
+    unassigned: str | int = ...,
+    pruning_prob: float = ...,
+    valid: Tensor | np.ndarray[Any, Any] | None = ...,
+    *,
+    contested: str = ...,
+    binary_threshold: bool = ...,
+) -> Array: ...
+@overload
+def rankseg_rma(
+    prob: Array,
+    opt_metric: str = ...,
+    allow_overlap: bool = ...,
+    in_batch: bool = ...,
+    *,
+    return_tau: Literal[True],
+    to_nonoverlap_method: str = ...,
+    unassigned: str | int = ...,
+    pruning_prob: float = ...,
+    valid: Tensor | np.ndarray[Any, Any] | None = ...,
+    contested: str = ...,
+    binary_threshold: bool = ...,
+) -> tuple[Array, Array]: ...
 @torch.no_grad()
 def rankseg_rma(
-    prob,
+    prob: Any,
     opt_metric: str = "dice",
     allow_overlap: bool = False,
     in_batch: bool = True,
@@ -72,11 +109,11 @@ def rankseg_rma(
     to_nonoverlap_method: str = "rma_score",
     unassigned: str | int = "max_score",
     pruning_prob: float = 0.1,
-    valid=None,
+    valid: Any = None,
     *,
     contested: str = "holders",
     binary_threshold: bool = True,
-):
+) -> Any:
     """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels, what argmax(1) returns but for another aim.
 
     prob: float16, bfloat16, float32 or float64 in [0, 1], torch (any device and strides) or numpy, which is then
@@ -123,17 +160,20 @@ def rankseg_rma(
     else:
         out, tau = _solve_batched(prob, valid, rule, allow_overlap, binary)
     out = out.reshape(batch, classes, *spatial) if allow_overlap else out.reshape(batch, *spatial)
+    results: tuple[Any, ...] = (out, tau) if return_tau else (out,)
     if not in_batch:
-        out, tau = out[0], tau[0] if return_tau else None
+        results = tuple(x[0] for x in results)
     if as_numpy:
-        out, tau = out.numpy(), tau.numpy() if return_tau else None
-    return (out, tau) if return_tau else out
+        results = tuple(x.numpy() for x in results)
+    return results if return_tau else results[0]
 
 
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def _check_options(opt_metric, to_nonoverlap_method, unassigned, contested, pruning_prob) -> _Rule:
+def _check_options(
+    opt_metric: str, to_nonoverlap_method: str, unassigned: str | int, contested: str, pruning_prob: float
+) -> _Rule:
     """Keyword arguments -> the rule they describe, or an error that names the choices."""
     choices = {
         "opt_metric": (opt_metric, ("dice", "iou")),
@@ -157,7 +197,7 @@ def _check_options(opt_metric, to_nonoverlap_method, unassigned, contested, prun
     return _Rule(opt_metric, to_nonoverlap_method, label, contested, float(pruning_prob))
 
 
-def _check_inputs(prob, valid, in_batch: bool, allow_overlap: bool) -> tuple[bool, Tensor, Tensor | None]:
+def _check_inputs(prob: Any, valid: Any, in_batch: bool, allow_overlap: bool) -> tuple[bool, Tensor, Tensor | None]:
     """What the caller gave -> whether it was numpy, (B, C, *spatial), (B, *spatial) or None."""
     as_numpy = _is_numpy(prob)
     prob, valid = _check_prob(prob, in_batch), _check_valid(valid, in_batch)
@@ -177,11 +217,11 @@ def _check_inputs(prob, valid, in_batch: bool, allow_overlap: bool) -> tuple[boo
     return as_numpy, prob, valid
 
 
-def _is_numpy(x) -> bool:
+def _is_numpy(x: object) -> bool:
     return "numpy" in sys.modules and isinstance(x, sys.modules["numpy"].ndarray)
 
 
-def _to_tensor(x, name: str) -> Tensor:
+def _to_tensor(x: Any, name: str) -> Tensor:
     """A tensor, or a numpy array seen as one (negative strides are copied) -> tensor."""
     if isinstance(x, Tensor):
         return x
@@ -197,9 +237,9 @@ def _to_tensor(x, name: str) -> Tensor:
             raise TypeError(f"{name} is a numpy array of dtype {x.dtype} that torch cannot read") from error
 
 
-def _check_prob(prob, in_batch: bool) -> Tensor:
+def _check_prob(given: Any, in_batch: bool) -> Tensor:
     """Whatever the caller gave -> a tensor of the right rank, dtype and size."""
-    prob = _to_tensor(prob, "prob")
+    prob = _to_tensor(given, "prob")
     layout = "(B, C, *spatial)" if in_batch else "(C, *spatial) (in_batch=False)"
     if prob.dtype not in DTYPES:
         raise TypeError(f"prob must be float16, bfloat16, float32 or float64, got {prob.dtype}")
@@ -212,10 +252,10 @@ def _check_prob(prob, in_batch: bool) -> Tensor:
     return prob.detach()
 
 
-def _check_valid(valid, in_batch: bool) -> Tensor | None:
-    if valid is None:
+def _check_valid(given: Any, in_batch: bool) -> Tensor | None:
+    if given is None:
         return None
-    valid = _to_tensor(valid, "valid")
+    valid = _to_tensor(given, "valid")
     if valid.dtype != torch.bool:
         raise TypeError(f"valid must be bool, got {valid.dtype}")
     return valid
@@ -324,9 +364,12 @@ def _gain(p: Tensor, n: Tensor, s: Tensor, mu: Tensor, rule: _Rule) -> Tensor:
     return (p - ratio * (1 - p)) / (size + (1 - p)).clamp_min(1e-30)
 
 
-def _pick(p: Tensor, own: Tensor, kept: Tensor, names: Tensor, stats: tuple[Tensor, ...], rule: _Rule) -> Tensor:
+def _pick(
+    p: Tensor, own: Tensor, kept: Tensor, names: Tensor, stats: tuple[Tensor, Tensor, Tensor], rule: _Rule
+) -> Tensor:
     """(B, C, K) probabilities and membership, (B, C) unpruned classes, (C,) labels, (n, s, mu) -> (B, K) labels."""
-    score = _gain(p, *(value.unsqueeze(-1) for value in stats), rule)
+    n, s, mu = (value.unsqueeze(-1) for value in stats)
+    score = _gain(p, n, s, mu, rule)
     count = own.sum(1, keepdim=True)
     kept = kept.unsqueeze(-1)
     eligible = own
@@ -336,12 +379,19 @@ def _pick(p: Tensor, own: Tensor, kept: Tensor, names: Tensor, stats: tuple[Tens
     if rule.unassigned == "max_score":
         eligible = eligible | ((count == 0) & kept)
     label = names[score.masked_fill(~eligible, -torch.inf).max(1).indices]  # the first of equals; faster than argmax
-    if rule.unassigned != "max_score":
+    if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
     return label
 
 
-def _assign(pieces: Sequence, look_up: Callable, sets: tuple[Tensor, ...], kept: Tensor, names: Tensor, rule: _Rule):
+def _assign(
+    pieces: Sequence[slice],
+    look_up: Callable[[slice], tuple[Tensor, Tensor]],
+    sets: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor,
+    names: Tensor,
+    rule: _Rule,
+) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of pixels and their (B, C, K) probabilities and membership, (B, C) n, s, mu -> pieces with (B, K) labels.
 
     One round takes the contested pixels out of n and s, a second one gives the labels.
@@ -366,7 +416,7 @@ def _assign(pieces: Sequence, look_up: Callable, sets: tuple[Tensor, ...], kept:
 # ------------------------------------------------------------------------------------- all classes at once
 
 
-def _solve_small(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+def _solve_small(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool) -> Found:
     """As `_solve_batched` on a CPU, where it pays to look at the maxima first and leave the pruned classes out."""
     if binary and valid is None and not want_tau and prob.numel() <= TINY:
         return _tiny_foreground(prob, rule), None
@@ -477,8 +527,8 @@ def _thresholds(flat: Tensor, valid: Tensor | None, rule: _Rule, pieces: int) ->
                 value[span] = new
             rounds.append(torch.stack([low, high, same.to(low.dtype)]))
         status = torch.stack(rounds).tolist()
-        for low, high, _ in status:
-            _check_range(low, high, flat.dtype)
+        for lowest, highest, _ in status:
+            _check_range(lowest, highest, flat.dtype)
     return found
 
 
@@ -588,7 +638,9 @@ class _Stream:
         return _round_down(torch.tensor(t, dtype=torch.float64), self.inside.dtype).item()
 
 
-def _solve_streamed(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+def _solve_streamed(
+    prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
+) -> Found:
     """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets.
 
     For labels, the set of class c adds C + 1 + c to a code of -(C + 1) per pixel: below 0 the pixel is then in no
@@ -666,7 +718,9 @@ def _nonzero(flags: Tensor) -> Tensor:
     return index[mask[index]]
 
 
-def _candidates(prob: Tensor, valid: Tensor | None, sets: dict, rule: _Rule, stream: _Stream) -> dict[int, _Set]:
+def _candidates(
+    prob: Tensor, valid: Tensor | None, sets: dict[int, _Set], rule: _Rule, stream: _Stream
+) -> dict[int, _Set]:
     """The classes a pixel may get, with their sets."""
     if not sets:  # all pruned: all compete
         return {c: _Set(0.0, 0.0, stream.mass(row, valid), torch.inf) for c, row in _rows(prob, 0)}
@@ -676,7 +730,7 @@ def _candidates(prob: Tensor, valid: Tensor | None, sets: dict, rule: _Rule, str
     return dict(sorted({**sets, first: _Set(0.0, 0.0, 0.0, torch.inf)}.items()))
 
 
-def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule: _Rule, out: Tensor) -> None:
+def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict[int, _Set], rule: _Rule, out: Tensor) -> None:
     """Labels of the contested and unassigned pixels `index` of a (C, *spatial) map, written to (d,) `out`."""
     n, s, mu, cuts = torch.tensor(list(sets.values()), dtype=torch.float64).t().unsqueeze(1).unbind()
     cut = cuts.to(_working(prob.dtype)).unsqueeze(-1)
@@ -710,14 +764,14 @@ LEVEL_PIECE, LEVEL_PIECE_CUDA = 2**15 - 1, 2**22  # elements worked on at a time
 
 @torch.no_grad()
 def rankseg_levelset(
-    prob,
+    prob: Array,
     opt_metric: str = "iou",
     allow_overlap: bool = False,
     in_batch: bool = True,
     *,
     pruning_prob: float = 0.1,
-    valid=None,
-):
+    valid: Tensor | np.ndarray[Any, Any] | None = None,
+) -> Array:
     """(B, C, *spatial) probabilities -> (B, *spatial) int64 labels by level sets: the rule for trained networks.
 
     `rankseg_rma` supposes independent pixels, so a class that is spread thinly over an image is surely there for it.
@@ -739,25 +793,25 @@ def rankseg_levelset(
     images, for masks on all pixels.
     """
     _check_options(opt_metric, "rma_score", "max_score", "holders", pruning_prob)
-    as_numpy, prob, valid = _check_inputs(prob, valid, in_batch, allow_overlap)
-    shape = prob.shape if allow_overlap else (len(prob), *prob.shape[2:])
-    out = torch.empty(shape, dtype=torch.bool if allow_overlap else torch.int64, device=prob.device)
-    for i, image in enumerate(prob):
+    as_numpy, maps, within = _check_inputs(prob, valid, in_batch, allow_overlap)
+    shape = maps.shape if allow_overlap else (len(maps), *maps.shape[2:])
+    out = torch.empty(shape, dtype=torch.bool if allow_overlap else torch.int64, device=maps.device)
+    for i, image in enumerate(maps):
         rows = image.reshape(len(image), -1)
-        inside = None if valid is None else valid[i].reshape(-1).nonzero()[:, 0]
+        inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
         high = _highest(rows, inside)
-        _check_range(rows.amin().item(), rows.amax().item() if valid is not None else high.amax().item(), prob.dtype)
-        high = high.to(_working(prob.dtype))
+        _check_range(rows.amin().item(), rows.amax().item() if within is not None else high.amax().item(), maps.dtype)
+        high = high.to(_working(maps.dtype))
         if allow_overlap:
             out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
         elif len(image) == 2:
             out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
         else:
             out[i] = _level_labels(rows, inside, high, opt_metric, pruning_prob).view(out[i].shape)
-    if valid is not None and allow_overlap:
-        out &= valid.unsqueeze(1)
+    if within is not None and allow_overlap:
+        out &= within.unsqueeze(1)
     out = out if in_batch else out[0]
-    return out.numpy() if as_numpy else out
+    return out.numpy() if as_numpy else out  # type: ignore[return-value] # whose kind as_numpy knows
 
 
 def _highest(rows: Tensor, inside: Tensor | None) -> Tensor:
@@ -776,7 +830,8 @@ def _grid(rows: Tensor, inside: Tensor | None, step: int, pixels: int) -> Iterab
     """(C, d) -> (C, step) pieces of a regular grid of its valid pixels that has `pixels` of them or more, or all."""
     stride = max(1, (rows.shape[1] if inside is None else len(inside)) // pixels - 1) | 1  # odd: no few columns alone
     if inside is None:
-        return rows[:, ::stride].split(step, 1)
+        pieces: Iterable[Tensor] = rows[:, ::stride].split(step, 1)
+        return pieces
     return (rows.index_select(1, part) for part in inside[::stride].split(step))
 
 
@@ -922,13 +977,14 @@ FUSED_DIRECT = True  # whether kernels are launched without Triton; False once t
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
 FUSED_PLAIN = ("chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes")
 
-tl = None  # triton.language, from the first CUDA map on
-_KERNELS: dict[str, Callable] = {}
-_COMPILED: dict[tuple, object] = {}
-_PLANS: dict[tuple, _Plan] = {}
+if not TYPE_CHECKING:
+    tl = None  # triton.language, from the first CUDA map on
+_KERNELS: dict[str, Callable[..., Any]] = {}
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
 
 
-def _kernel(function: Callable) -> Callable:
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a function that `_load_triton` compiles; until then it is not to be called."""
     _KERNELS[function.__name__] = function
     return function
@@ -937,7 +993,7 @@ def _kernel(function: Callable) -> Callable:
 @functools.lru_cache(64)
 def _limit_bits(pruning_prob: float, dtype: torch.dtype) -> int:
     """The bits of `_limit`, for kernels take floats in single precision only."""
-    return torch.full((), pruning_prob, dtype=dtype, device="cpu").double().view(torch.int64).item()
+    return int(torch.full((), pruning_prob, dtype=dtype, device="cpu").double().view(torch.int64).item())
 
 
 @functools.cache
@@ -959,7 +1015,7 @@ def _load_triton() -> bool:
 
 
 @functools.cache
-def _runtime() -> object | None:
+def _runtime() -> Any:
     """Triton's settings for launches, where this version of it launches as `_Plan` does."""
     import triton
 
@@ -980,13 +1036,13 @@ def _give_up() -> None:
     FUSED_DIRECT = False
 
 
-def _remember(table: dict, key: tuple, value: object) -> None:
+def _remember(table: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: object) -> None:
     if len(table) >= FUSED_PLANS:
         table.clear()
     table[key] = value
 
 
-def _variant(x) -> tuple:
+def _variant(x: Any) -> tuple[Any, ...]:
     """All of an argument that Triton may compile for: no two values that it tells apart have the same."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16
@@ -1005,7 +1061,9 @@ def _is_fused(prob: Tensor) -> bool:
     return _is_recent(prob.device) and _load_triton()
 
 
-def _try_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+def _try_fused(
+    prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
+) -> Found | None:
     """As `_solve_fused`; None where it is not for this map, or where its kernels cannot be compiled."""
     if not _is_fused(prob):
         return None
@@ -1062,7 +1120,7 @@ class _Fused:
         self.shared_n, self.shared_s, self.names, self.held, self.lead = counts
         self.tau = tau[: self.rows].view(self.batch, self.classes)
         self.parts = self.space[14 * even :].view(3, parts).unbind()
-        self.launches: list[tuple] = []
+        self.launches: list[tuple[Any, ...]] = []
         self.direct = _is_direct()
         shape = [1] * (3 - len(sizes)) + sizes
         steps = [0] * (3 - len(strides)) + strides
@@ -1089,7 +1147,7 @@ class _Fused:
         """One program for each chunk of the pixels and each group of classes from `first` on."""
         return (self.batch * -(-(self.classes - first) // self.group) * self.chunks,)
 
-    def enqueue(self, kernel, grid: tuple[int], *args, **options) -> None:
+    def enqueue(self, kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
         """Without Triton if it has compiled the kernel for such arguments; what was launched is noted."""
         key = compiled = None
         if self.direct:
@@ -1207,7 +1265,7 @@ class _Plan:
             self.launches.append((compiled.run, grid, compiled.function, compiled.packed_metadata, pick, compiled))
         self.slots = list(slots)
 
-    def solve(self, prob: Tensor, valid: Tensor | None, want_tau: bool):
+    def solve(self, prob: Tensor, valid: Tensor | None, want_tau: bool) -> Found | None:
         """As `_solve_fused`; None if a launch has failed."""
         prob = prob.contiguous() if self.copied else prob
         space = torch.empty(self.words, dtype=torch.float64, device=prob.device)
@@ -1252,7 +1310,7 @@ def _sizes(space: Tensor, batch: int, classes: int) -> Tensor:
     return space[first : first + rows].view(torch.int64).view(batch, classes).clone()
 
 
-def _kind(prob: Tensor, valid: Tensor | None, *options) -> tuple:
+def _kind(prob: Tensor, valid: Tensor | None, *options: object) -> tuple[Any, ...]:
     """All that the launches for a map depend on, but for the addresses of tensors."""
     return (
         *options, prob.shape, prob.stride(), prob.dtype, prob.device, prob.data_ptr() % 16,
@@ -1261,7 +1319,7 @@ def _kind(prob: Tensor, valid: Tensor | None, *options) -> tuple:
     )  # fmt: skip
 
 
-def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool):
+def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool) -> Found:
     """(B, C, *spatial) on a CUDA device -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets."""
     valid = None if valid is None else valid.reshape(-1)
     kind = _kind(prob, valid, rule, masks, binary, want_tau) if _is_direct() else None
@@ -1287,7 +1345,7 @@ def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, b
 
 
 @_kernel
-def _distance(pixel, s0, s1, s2, n1, n2, AXES: tl.constexpr):
+def _distance(pixel, s0, s1, s2, n1, n2, AXES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Numbers of pixels -> their distance from the first one in memory."""
     if AXES == 1:
         distance = pixel.to(tl.int64) * s2
@@ -1300,14 +1358,14 @@ def _distance(pixel, s0, s1, s2, n1, n2, AXES: tl.constexpr):
 
 
 @_kernel
-def _pixels(tile, PIXELS: tl.constexpr, LONG: tl.constexpr):
+def _pixels(tile, PIXELS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
     """The numbers of the pixels of a tile; in 64 bits only where it takes them, for divisions are slow in those."""
     start = tile.to(tl.int64) * PIXELS if LONG else tile * PIXELS
     return start + tl.arange(0, PIXELS)
 
 
 @_kernel
-def _cut_at(t, WORK: tl.constexpr):
+def _cut_at(t, WORK: tl.constexpr):  # type: ignore[no-untyped-def]
     """As `_round_down`, but the result is in float64 again; t is not negative."""
     low = t.to(WORK)
     if low.dtype == tl.float32:
@@ -1317,13 +1375,13 @@ def _cut_at(t, WORK: tl.constexpr):
 
 
 @_kernel
-def _quotient(n, s, mu, OFFSET: tl.constexpr):
+def _quotient(n, s, mu, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
     """As `_ratio`."""
     return s / tl.maximum(n + mu + OFFSET, 1e-30)
 
 
 @_kernel
-def _survey(
+def _survey(  # type: ignore[no-untyped-def]
     prob, valid, masses, highs, bads, chunks, classes, size, sb, sc, s0, s1, s2, n1, n2, CHUNK: tl.constexpr,
     UNROLL: tl.constexpr, SLACK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,
     AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
@@ -1364,7 +1422,7 @@ def _survey(
 
 
 @_kernel
-def _begin(
+def _begin(  # type: ignore[no-untyped-def]
     prob, valid, masses, highs, bads, chunks, all_bad, all_open, all_kept, all_mu, all_t, all_n, all_s, all_cut, first,
     limit, step, classes, size, sb, sc, s0, s1, s2, n1, n2, OFFSET: tl.constexpr, SAMPLE: tl.constexpr,
     PARTS: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
@@ -1415,7 +1473,7 @@ def _begin(
 
 
 @_kernel
-def _tally(
+def _tally(  # type: ignore[no-untyped-def]
     prob, valid, sizes, masses, nexts, chunks, all_open, all_cut, first, classes, size, sb, sc, s0, s1, s2, n1, n2,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
     VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
@@ -1451,7 +1509,7 @@ def _tally(
 
 
 @_kernel
-def _advance(
+def _advance(  # type: ignore[no-untyped-def]
     sizes, masses, nexts, chunks, all_open, all_kept, all_mu, all_t, all_n, all_s, all_cut, shared_n, shared_s, names,
     held, lead, tau, classes, OFFSET: tl.constexpr, PARTS: tl.constexpr, FINAL: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
@@ -1507,7 +1565,7 @@ def _advance(
 
 
 @_kernel
-def _mask(
+def _mask(  # type: ignore[no-untyped-def]
     prob, valid, out, chunks, all_cut, first, classes, size, sb, sc, s0, s1, s2, n1, n2, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr,
     WORK: tl.constexpr,
@@ -1533,7 +1591,7 @@ def _mask(
 
 
 @_kernel
-def _class_group(names, b, start, total, classes, GROUP: tl.constexpr, LAST: tl.constexpr):
+def _class_group(names, b, start, total, classes, GROUP: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """A group of the classes that compete in an image -> their numbers and which of them exist.
 
     Adjacent classes where they are adjacent in memory, pruned ones included; from the list `names` where not.
@@ -1549,7 +1607,7 @@ def _class_group(names, b, start, total, classes, GROUP: tl.constexpr, LAST: tl.
 
 
 @_kernel
-def _claim(
+def _claim(  # type: ignore[no-untyped-def]
     prob, valid, out, tiles, all_cut, names, held, shared_n, shared_s, undecided, empty, classes, size, sb, sc, s0, s1,
     s2, n1, n2, LAST: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,
     AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
@@ -1598,7 +1656,7 @@ def _claim(
 
 
 @_kernel
-def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):
+def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
     """As `_gain`: (group, pixels) probabilities and (group, 1) statistics -> scores."""
     if METHOD == "prob":
         score = p
@@ -1615,7 +1673,7 @@ def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @_kernel
-def _contend(
+def _contend(  # type: ignore[no-untyped-def]
     prob, out, tiles, all_cut, all_kept, all_mu, all_n, all_s, names, held, lead, shared_n, shared_s, undecided,
     classes, size, sb, sc, s0, s1, s2, n1, n2, LAST: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
     ALL: tl.constexpr, EMPTY: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,

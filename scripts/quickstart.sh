@@ -4,6 +4,6 @@
 # on real images, with any further flags of exp/main.py:
 #   scripts/quickstart.sh --data_dir DIR --data_yaml camvid
 # Run again, it finds what is trained and evaluates it; results stay in output/quickstart of the clone.
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../.ci/env.sh"
 exec "$PYTHON" "$ROOT/exp/main.py" --output_dir "$ROOT/output/quickstart" --predict_yaml argmax rankseg_rma \
     --save_pred 3 "$@"

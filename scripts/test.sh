@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests (flags go to pytest; "-m slow" runs the longer ones, "-m long" the longest). RANKSEG_TEST_DATA names a
 # folder with camvid/, hippocampus/, weights/ and others for the tests on real data, which skip without it.
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../.ci/env.sh"
 cd "$ROOT"
 exec "$PYTHON" -m pytest "$@"

@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: sets ROOT and PYTHON, and makes ROOT/.venv where it is not yet complete.
+# Sourced by what stands in scripts/: sets ROOT and PYTHON, and makes ROOT/.venv where it is not yet complete.
 # RANKSEG_PYTHON names an existing Python that has the requirements; then nothing is installed.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
