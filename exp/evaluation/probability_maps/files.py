@@ -96,7 +96,7 @@ def _members(archive: zipfile.ZipFile) -> list[str]:
 
 
 def read_label_values(path: Path, most_axes: int = 3) -> np.ndarray:
-    """A PNG, TIFF, .npy or NIfTI file -> its whole numbers, 2-D to `most_axes`, axes as stored (an image: rows, columns)."""
+    """A PNG, TIFF, .npy or NIfTI file -> its whole numbers, 2-D to `most_axes`, axes as stored (rows, columns)."""
     if is_nifti(path):
         volume = open_volume(path)
         return np.moveaxis(read_labels(volume, range(volume.num_slices)), 0, volume.axis)
