@@ -1,6 +1,7 @@
 import inspect
 import shlex
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def shipped(name: str, **changes: object) -> ModelConfig:
     return build_dataclass(
         GROUPS["model"], {"name": name, **load_mapping(path), "pretrained": False, **changes}, path, {}
     )
+
+
+def build_without_weights(monkeypatch, *args: object) -> Segmentor:
+    """build_model on PyTorch's meta device: shapes alone, in no time."""
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))  # MiT reads values of one
+        return build_model(*args, pretrained=False)
 
 
 def tiny(**changes: object) -> ModelConfig:

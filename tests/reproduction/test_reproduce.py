@@ -95,7 +95,7 @@ def test_table_1_trains_its_rows_with_the_decoders_of_the_paper():
     for job in jobs:
         assert job.config.model.variant == "paper"
         if job.config.model.decoder != "cpt":
-            older = replace(job, overrides=("model.variant=library",))
+            older = replace(job, overrides=(*job.overrides, "model.variant=library"))
             assert older.digest != job.digest
             config = older.config.to_dict()
             del config["model"]["variant"]  # as it was stored before there was a choice

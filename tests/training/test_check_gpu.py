@@ -13,6 +13,7 @@ from scripts.benchmarks.gpu import networks as gpu_networks
 from scripts.benchmarks.gpu import rules as gpu_rules
 from scripts.benchmarks.gpu import training as gpu_training
 from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, shares
+from tests.models.test_models import build_without_weights
 
 CPU = torch.device("cpu")
 
@@ -125,16 +126,15 @@ def test_networks(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_every_network_of_the_paper_can_be_measured():
+def test_every_network_of_the_paper_can_be_measured(monkeypatch):
     """Its YAMLs go together, and the plans need no other network or crop."""
-    from exp.models import build_model
     from exp.reproduction.plans import table_jobs
 
     measured = set()
     for model, data in gpu_networks.NETWORKS:
         config = gpu_networks.compose(model, data, (), tiny=False)
         classes, channels = gpu_networks.data_facts(config)
-        assert build_model(config.model, classes, channels, pretrained=False).num_classes == classes
+        assert build_without_weights(monkeypatch, config.model, classes, channels).num_classes == classes
         measured.add((config.model.name, config.data.crop_size))
     assert measured == {(job.config.model.name, job.config.data.crop_size) for job in table_jobs("all")}
 
