@@ -10,7 +10,7 @@
         --predict_yaml argmax rankseg_rma rankseg_exact --output_dir true
 
 MAPS holds .npy or .npz files of (C, H, W) or (C, D, H, W) floats that sum to 1 over the C classes, LABELS a file of the
-same name for each: an index image (.png), an array (.npy) or a volume (.nii, .nii.gz). Values 0..C-1 are classes, 255
+same name for each: an index image (.png, .tif), array (.npy) or volume (.nii, .nii.gz). Values 0..C-1 are classes, 255
 (and --ignore_label) does not count. PNGs with a palette are read as its indices. One map is in memory at a time, and
 nothing is unpickled. --names takes those files alone that a list names, VOC's val.txt for one.
 

@@ -130,8 +130,9 @@ class SegmentationDataset(Dataset):
             known = describe_numbers(np.flatnonzero(self._label_table >= 0))
             found = np.unique(values[wrong > 0]).tolist()
             merged = describe_numbers((v for v in found if v in self.label_map.values()), ", ")
-            hint = f" (label_map makes class {merged} of others: name the value {merged}, too)" if merged else ""
-            raise InputError(f"{path}: got label value {describe_numbers(found, ', ')}, expected {known}{hint}")
+            hint = f" (label_map makes class {merged} of others: name the value {merged}, too; 255 ignores it)"
+            said = f"{path}: got label value {describe_numbers(found, ', ')}, expected {known}"
+            raise InputError(said + hint if merged else said)
         return cv2.LUT(values, self._label_table.astype(np.uint8)) if self.label_map else values
 
     def __len__(self) -> int:
