@@ -93,7 +93,7 @@ def rankseg_rma(
     pruning_prob: a class whose largest probability in an image does not exceed it gets no set there.
     valid: bool (B, *spatial); a pixel outside it counts in no sum and is in no set.
     contested: the classes that may win a pixel of several sets: its "holders", or "all" as in the paper's code, where
-        a pruned class has score 0.
+        a pruned class has no pixels: its growth counts as 0, and both other scores are its probability.
     binary_threshold: label two classes by the set of the second one alone, as the paper does; False treats them as
         any other number of classes.
 
@@ -324,7 +324,7 @@ def _pick(p: Tensor, own: Tensor, kept: Tensor, names: Tensor, stats: tuple[Tens
     kept = kept.unsqueeze(-1)
     eligible = own
     if rule.contested == "all":
-        score = torch.where(kept, score, 0.0)
+        score = torch.where(kept, score, 0.0) if rule.method == "rma_score" else score
         eligible = eligible | (count > 1)
     if rule.unassigned == "max_score":
         eligible = eligible | ((count == 0) & kept)
@@ -663,10 +663,12 @@ def _candidates(prob: Tensor, valid: Tensor | None, sets: dict, rule: _Rule, str
     """The classes a pixel may get, with their sets."""
     if not sets:  # all pruned: all compete
         return {c: _Set(0.0, 0.0, stream.mass(row, valid), torch.inf) for c, row in _rows(prob, 0)}
-    if rule.contested == "holders" or len(sets) == len(prob):
+    if rule.contested == "holders":
         return sets
-    first = next(c for c in range(len(prob)) if c not in sets)  # of those that score 0, only the first can win
-    return dict(sorted({**sets, first: _Set(0.0, 0.0, 0.0, torch.inf)}.items()))
+    pruned = [c for c in range(len(prob)) if c not in sets]
+    if rule.method == "rma_score":
+        pruned = pruned[:1]  # of those that score 0, only the first can win
+    return dict(sorted({**sets, **dict.fromkeys(pruned, _Set(0.0, 0.0, 0.0, torch.inf))}.items()))
 
 
 def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict, rule: _Rule, out: Tensor) -> None:
@@ -976,11 +978,12 @@ class _Fused:
             undecided, empty, *self.map, LAST=self.last, SCORED=rule.method != "prob", **tile, **self.kinds,
         )  # fmt: skip
         tile = self.tile("_contend")
+        every = self.last or (rule.contested == "all" and rule.method != "rma_score")  # pruned classes are read, too
         tiles = -(-self.size // tile["PIXELS"])
         self.enqueue(
             _contend, (self.batch * tiles,),
             self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
-            self.shared_n, self.shared_s, undecided, *self.map, LAST=self.last, METHOD=rule.method,
+            self.shared_n, self.shared_s, undecided, *self.map, EVERY=every, METHOD=rule.method,
             OFFSET=int(rule.offset), ALL=rule.contested == "all", EMPTY=given == "max_score", **tile, **self.kinds,
         )  # fmt: skip
 
@@ -1429,7 +1432,7 @@ def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):
 @_kernel
 def _contend(
     prob, out, tiles, all_cut, all_kept, all_mu, all_n, all_s, names, held, lead, shared_n, shared_s, undecided,
-    classes, size, sb, sc, s0, s1, s2, n1, n2, LAST: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
+    classes, size, sb, sc, s0, s1, s2, n1, n2, EVERY: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
     ALL: tl.constexpr, EMPTY: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
     VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
@@ -1447,18 +1450,21 @@ def _contend(
         total = tl.load(held + b).to(tl.int32)
         best = tl.full([PIXELS], float("-inf"), tl.float64)
         pick = tl.zeros([PIXELS], tl.int32)
-        if ALL:  # the pruned classes score 0 for a contested pixel: the first of them stands for all
+        if ALL and METHOD == "rma_score":  # pruned classes score 0 for a contested pixel: the first stands for all
             pruned = tl.load(lead + b).to(tl.int32)
             best = tl.where(shared & (pruned < classes), 0.0, best)
             pick = tl.where(shared & (pruned < classes), pruned, pick)
         stop = tl.where(total > 0, total, classes)
-        if LAST:
+        if EVERY:
             stop = classes
         for start in range(0, stop, GROUP):
-            c, here = _class_group(names, b, start, stop, classes, GROUP, LAST)
+            c, here = _class_group(names, b, start, stop, classes, GROUP, EVERY)
             row = b * classes + c
-            if LAST:
-                here = here & ((tl.load(all_kept + row, mask=here, other=0.0) > 0.0) | (total == 0))
+            open = here
+            if EVERY:
+                open = here & ((tl.load(all_kept + row, mask=here, other=0.0) > 0.0) | (total == 0))
+                if not ALL or METHOD == "rma_score":
+                    here = open
             cut = tl.load(all_cut + row, mask=here, other=float("inf"))[:, None]
             mu = tl.load(all_mu + row, mask=here, other=0.0)
             n = tl.load(all_n + row, mask=here, other=0.0)
@@ -1470,7 +1476,9 @@ def _contend(
             p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=here[:, None] & waiting[None, :], other=0.0).to(WORK)
             score = _growth(p.to(tl.float64), n[:, None], s[:, None], mu[:, None], METHOD, OFFSET)
             eligible = here[:, None] & waiting[None, :]
-            if not ALL:
+            if ALL:
+                eligible = eligible & (open[:, None] | shared[None, :])
+            else:
                 eligible = eligible & ((p > cut.to(WORK)) | (shared[None, :] == 0))
             score = tl.where(eligible, score, float("-inf"))
             top = tl.max(score, 0)
