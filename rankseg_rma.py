@@ -37,7 +37,8 @@ BLOCK = 4096  # pixels summed in working precision; block sums are added in floa
 SAMPLE = 2048  # pixels of the strided sample that starts the iteration on large maps
 TINY = 2**13  # inputs of up to that many elements are sorted on a CPU
 ROW = 2**10  # ... if a class has no more than that many of them
-SMALL = 2**18  # inputs of up to that many elements are solved in one piece
+SMALL = 2**20  # inputs of up to that many elements are solved in one piece
+LONG = 2**14  # ... on a CPU, of up to a 64th of that many if a class has so many of them
 TILE = 2**17  # pixels the CPU strategy works on at a time at most: 512 KB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
 PIECES = 32  # temporaries hold about a 32nd of the input's elements each
@@ -129,7 +130,8 @@ def rankseg_rma(
         )
     binary = classes == 2 and binary_threshold and not allow_overlap
     if _on_cpu(prob):
-        solve = _solve_streamed if prob.numel() > SMALL else _solve_small
+        large = prob.numel() > (SMALL if prob[0, 0].numel() < LONG else SMALL // 64)
+        solve = _solve_streamed if large else _solve_small
         with _one_thread():
             out, tau = solve(prob, valid, rule, allow_overlap, binary, return_tau)
     elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
@@ -549,9 +551,9 @@ class _Blocks:
 class _Stream:
     """Passes over one class map at a time, on a CPU, in tiles of blocks that stay in the cache."""
 
-    def __init__(self, prob: Tensor, masked: bool) -> None:
-        """A (B, C, *spatial) map; masked: some pixels do not count."""
-        size, share = prob[0, 0].numel(), 32 if masked or prob.dtype != _working(prob.dtype) else 20
+    def __init__(self, prob: Tensor, valid: Tensor | None) -> None:
+        """A (B, C, *spatial) map, and (d,) bool: the pixels of an image that count."""
+        size, share = prob[0, 0].numel(), 20 if valid is None and prob.dtype == _working(prob.dtype) else 32
         budget = prob.numel() * prob.element_size() // 4 // share  # elements of a buffer; with two, they take a 16th
         self.dtype, self.rest = _working(prob.dtype), size % BLOCK
         self.whole, self.count = size // BLOCK, -(-size // BLOCK)  # whole blocks, and all
@@ -560,8 +562,8 @@ class _Stream:
         self.parts = torch.empty(2, self.count, dtype=self.dtype)
         self.sizes, self.masses = self.parts.unbind()
         self.cut, self.zero = torch.zeros(2, dtype=self.dtype).unbind()
-        self.map: _Blocks  # of the class, and the pixels that count
-        self.valid: _Blocks | None = None
+        self.map: _Blocks  # of the class
+        self.valid = None if valid is None else _Blocks(valid)
         self.mu, self.highs = 0.0, [0.0]  # mass of the class, and the largest value of each of its blocks
 
     def _buffer(self) -> _Blocks:
@@ -671,12 +673,11 @@ def _solve_streamed(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool
     in no set or in several where the code is farther than C / 2 from 0; else it is its label less C // 2.
     """
     batch, classes, size = *prob.shape[:2], prob[0, 0].numel()
-    stream = _Stream(prob, valid is not None)
     limit = _limit(rule, prob).item()
     out = torch.zeros(batch, classes, size, dtype=torch.bool) if masks else torch.zeros(batch, size, dtype=torch.int64)
     tau = torch.zeros(batch, classes, dtype=torch.int64)
     for b in range(batch):
-        stream.valid = None if valid is None else _Blocks(valid[b].reshape(-1))
+        stream = _Stream(prob, None if valid is None else valid[b].reshape(-1))
         sets: dict[int, _Set] = {}
         codes = None
         if not (masks or binary):  # in the memory of the labels, at its end: labels replace codes from the front
@@ -693,8 +694,10 @@ def _solve_streamed(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool
                 out[b].zero_()
         if codes is not None:
             index = _label(codes.row, classes, stream.inside.row, out[b])
+            sets, seen = _candidates(prob[b], sets, rule, stream), None if valid is None else valid[b].reshape(-1)
+            del stream  # its buffers, too
             if len(index):
-                _settle(prob[b], index, _candidates(prob[b], sets, rule, stream), rule, stream, out[b])
+                _settle(prob[b], index, sets, rule, seen, out[b])
     return out, tau
 
 
@@ -757,7 +760,7 @@ def _candidates(prob: Tensor, sets: dict, rule: _Rule, stream: _Stream) -> dict[
     return dict(sorted({**sets, **dict.fromkeys(pruned, _Set(0.0, 0.0, 0.0, torch.inf))}.items()))
 
 
-def _settle(prob: Tensor, index: Tensor, sets: dict, rule: _Rule, stream: _Stream, out: Tensor) -> None:
+def _settle(prob: Tensor, index: Tensor, sets: dict, rule: _Rule, valid: Tensor | None, out: Tensor) -> None:
     """Labels of the contested and unassigned pixels `index` of a (C, *spatial) map, written to (d,) `out`."""
     n, s, mu, cuts = torch.tensor(list(sets.values()), dtype=torch.float64).t().unsqueeze(1).unbind()
     cut = cuts.to(_working(prob.dtype)).unsqueeze(-1)
@@ -770,7 +773,7 @@ def _settle(prob: Tensor, index: Tensor, sets: dict, rule: _Rule, stream: _Strea
     def look_up(piece: slice) -> tuple[Tensor, Tensor]:
         p = (gather(index[piece]) if gathered is None else gathered[:, piece]).to(cut.dtype).unsqueeze(0)
         own = torch.gt(p, cut, out=torch.empty_like(p))
-        return p, own if stream.valid is None else own * stream.valid.row[index[piece]]
+        return p, own if valid is None else own * valid[index[piece]]
 
     step = max(2**13, prob.numel() * prob.element_size() // 400) // len(sets) + 1  # about 25 bytes per element
     pieces = [slice(a, a + step) for a in range(0, len(index), step)]
