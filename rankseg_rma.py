@@ -10,13 +10,14 @@ The rule per class and image, with mu the sum of its probabilities p and a set S
 Both are ratios of sums over pixels, so the best set of all is a threshold set {p > t} at the fixed point
 t = s / (n + mu + k), k = 1 for Dice and 0 for IoU. Iterating t climbs to it in a few passes (Dinkelbach's method):
 nothing is sorted. Three strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
-what it can (large maps on a CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
+what it can, on one thread (CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
 is with PyTorch on Linux); `_solve_batched` runs all classes at once without asking the device anything it could do
 without (other accelerators, small maps).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -44,7 +45,8 @@ SAMPLE = 2048  # pixels of the strided sample that starts the iteration on large
 TINY = 2**13  # inputs of up to that many elements are sorted on a CPU
 ROW = 2**10  # ... if a class has no more than that many of them
 SMALL = 2**20  # inputs of up to that many elements are solved in one piece
-TILE = 2**19  # pixels the CPU strategy works on at a time at most: 2 MB in float32
+LONG = 2**14  # ... on a CPU, of up to a 64th of that many if a class has so many of them
+TILE = 2**17  # pixels the CPU strategy works on at a time at most: 512 KB in float32
 PASSES_PER_CHECK = 6  # passes an accelerator makes between two looks at convergence
 PIECES = 32  # temporaries hold about a 32nd of the input's elements each
 # On a CUDA device without Triton the launches for many small pieces would take longer than all else. A temporary of the
@@ -130,7 +132,7 @@ def rankseg_rma(
     pruning_prob: a class whose largest probability in an image does not exceed it gets no set there.
     valid: bool (B, *spatial); a pixel outside it counts in no sum and is in no set.
     contested: the classes that may win a pixel of several sets: its "holders", or "all" as in the paper's code, where
-        a pruned class has score 0.
+        a pruned class has no pixels: its growth counts as 0, and both other scores are its probability.
     binary_threshold: label two classes by the set of the second one alone, as the paper does; False treats them as
         any other number of classes.
 
@@ -151,10 +153,11 @@ def rankseg_rma(
     as_numpy, prob, valid = _check_inputs(prob, valid, in_batch, allow_overlap)
     batch, classes, *spatial = prob.shape
     binary = classes == 2 and binary_threshold and not allow_overlap
-    if _on_cpu(prob) and prob.numel() > SMALL:
-        out, tau = _solve_streamed(prob, valid, rule, allow_overlap, binary, return_tau)
-    elif _on_cpu(prob):
-        out, tau = _solve_small(prob, valid, rule, allow_overlap, binary, return_tau)
+    if _on_cpu(prob):
+        large = prob.numel() > (SMALL if prob[0, 0].numel() < LONG else SMALL // 64)
+        solve = _solve_streamed if large else _solve_small
+        with _one_thread():
+            out, tau = solve(prob, valid, rule, allow_overlap, binary, return_tau)
     elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
         out, tau = found
     else:
@@ -277,6 +280,25 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps what the calling thread computes on a CPU to itself.
+
+    PyTorch shares an operation of 2^15 elements or more out to its threads. Here one takes microseconds; waiting for
+    the others at its end takes milliseconds where the cores are busy, and a call has hundreds. The setting is the
+    calling thread's own (as OpenMP has it); a thread that uses PyTorch for the first time meanwhile inherits it.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _wide(device: torch.device) -> torch.dtype:
     """The precision sums are kept in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -332,14 +354,18 @@ def _ratio(n: Tensor, s: Tensor, mu: Tensor, offset: float) -> Tensor:
     return s / (n + mu + offset).clamp_min(1e-30)
 
 
-def _start(rows: Tensor, valid: Tensor | None, high: Tensor, offset: float) -> Tensor:
-    """(..., d) rows with (...) maxima -> (...) first thresholds, on large maps from a strided sample of the pixels."""
+def _stride(size: int) -> int:
+    """Which pixels the sample has that starts the iteration: every so-manieth; odd, or it would fall on few columns."""
+    return size // SAMPLE | 1
+
+
+def _start(x: Tensor, high: Tensor, offset: float) -> Tensor:
+    """(..., d) contiguous rows with (...) maxima -> (...) first thresholds, on large maps from the sample."""
     t = 0.8 * high / (1 + high)  # no fixed point exceeds high / (1 + high)
-    stride = rows.shape[-1] // SAMPLE | 1  # odd, or the sample would fall on few columns of the image
+    stride = _stride(x.shape[-1])
     if stride < 16:
         return t
-    x = rows[..., ::stride].to(_working(rows.dtype))
-    x = x.contiguous() if valid is None else x * valid[..., ::stride]
+    x = x[..., ::stride].contiguous()
     mu = _block_sum(x)
     for _ in range(3):
         step = _ratio(*_measure(x, t), mu, offset / stride)
@@ -369,19 +395,26 @@ def _pick(
 ) -> Tensor:
     """(B, C, K) probabilities and membership, (B, C) unpruned classes, (C,) labels, (n, s, mu) -> (B, K) labels."""
     n, s, mu = (value.unsqueeze(-1) for value in stats)
-    score = _gain(p, n, s, mu, rule)
+    score = _gain(p.to(n.dtype), n, s, mu, rule)
     count = own.sum(1, keepdim=True)
     kept = kept.unsqueeze(-1)
-    eligible = own
+    eligible = own.to(torch.bool)
     if rule.contested == "all":
-        score = torch.where(kept, score, 0.0)
+        score = torch.where(kept, score, 0.0) if rule.method == "rma_score" else score
         eligible = eligible | (count > 1)
     if rule.unassigned == "max_score":
         eligible = eligible | ((count == 0) & kept)
-    label = names[score.masked_fill(~eligible, -torch.inf).max(1).indices]  # the first of equals; faster than argmax
+    label = names.take(_first_largest(torch.where(eligible, score, -torch.inf)))
     if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
     return label
+
+
+def _first_largest(score: Tensor) -> Tensor:
+    """(B, C, K), which is overwritten -> (B, K) int64: as argmax(1) the first of equals, but vectorised on a CPU."""
+    rank = torch.arange(score.shape[1], 0, -1, dtype=score.dtype, device=score.device).unsqueeze(1)
+    largest = torch.eq(score, score.amax(1, keepdim=True), out=score)
+    return score.shape[1] - largest.mul_(rank).amax(1).to(torch.int64)
 
 
 def _assign(
@@ -394,16 +427,16 @@ def _assign(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of pixels and their (B, C, K) probabilities and membership, (B, C) n, s, mu -> pieces with (B, K) labels.
 
-    One round takes the contested pixels out of n and s, a second one gives the labels.
+    Membership is 0.0 or 1.0. One round takes the contested pixels out of n and s, a second one gives the labels.
     """
     n, s, mu = sets
     shared_n, shared_s = torch.zeros_like(n), torch.zeros_like(n, dtype=torch.int64)
     for piece in pieces:
         p, own = look_up(piece)
-        shared = own & (own.sum(1, keepdim=True) > 1)
+        shared = own * (own.sum(1, keepdim=True) > 1).to(own.dtype)
         shared_n += shared.sum(-1)
         # In multiples of 2^-32, whose sum has no rounding and therefore does not depend on the pieces.
-        shared_s += (p.masked_fill(~shared, 0.0) * 2.0**32).round().to(torch.int64).sum(-1)
+        shared_s += shared.mul_(p).mul_(2.0**32).round_().to(torch.int64).sum(-1)
     n = n - shared_n
     s = torch.where(n > 0, (s - shared_s.to(s.dtype) / 2.0**32).clamp_min(0.0), 0.0)
     kept = kept | ~kept.any(1, keepdim=True)  # an image whose classes are all pruned still gets its labels
@@ -461,8 +494,8 @@ def _solve_batched(
 
     def look_up(span: slice) -> tuple[Tensor, Tensor]:
         p = flat[..., span].to(cut.dtype)
-        own = p > cut
-        return p.to(s.dtype), own if valid is None else own & valid[..., span]
+        own = torch.gt(p, cut, out=torch.empty_like(p))
+        return p, own if valid is None else own * valid[..., span]
 
     if masks or binary:
         for span in spans:
@@ -536,7 +569,7 @@ def _refine(x: Tensor, state: list[Tensor] | None, offset: float) -> tuple[list[
     """(b, c, d) contiguous -> (b, c) mu, maximum, t, n, s after more passes, and whether all of them have settled."""
     if state is None:
         mu, high = _block_sum(x), x.amax(-1).to(_wide(x.device))
-        n, s = _measure(x, _start(x, None, high, offset))
+        n, s = _measure(x, _start(x, high, offset))
         t = _ratio(n, s, mu, offset)
     else:
         mu, high, t, n, s = state
@@ -559,83 +592,138 @@ class _Set(NamedTuple):
     cut: float
 
 
+class _Blocks:
+    """A contiguous (d,) map as its whole blocks, (n, BLOCK), and what remains of it, (1, rest)."""
+
+    def __init__(self, row: Tensor) -> None:
+        whole = len(row) // BLOCK
+        self.row = row
+        self.whole, self.rest = row[: whole * BLOCK].view(whole, BLOCK), row[whole * BLOCK :].unsqueeze(0)
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """Some of the whole blocks, or the rest, which comes after them."""
+        return self.whole[span] if span.start < len(self.whole) else self.rest
+
+
 class _Stream:
-    """Passes over single maps of `size` pixels on a CPU, in pieces that stay in the cache.
+    """Passes over one class map at a time, on a CPU, in tiles of blocks that stay in the cache."""
 
-    `budget` is the size of the whole input as a number of float32 values; a buffer takes up to a 32nd of it.
-    """
+    def __init__(self, prob: Tensor, valid: Tensor | None) -> None:
+        """A (B, C, *spatial) map, and (d,) bool: the pixels of an image that count."""
+        self.dtype, size = _working(prob.dtype), prob[0, 0].numel()
+        share = (
+            12 if valid is None and prob.dtype == self.dtype else 24
+        )  # of the input for a buffer, or for each of two
+        budget = prob.numel() * prob.element_size() // (torch.finfo(self.dtype).bits // 8 * share)
+        self.rest = size % BLOCK
+        self.whole, self.count = size // BLOCK, -(-size // BLOCK)  # whole blocks, and all
+        self.step = max(1, min(TILE, size, budget) // BLOCK)  # blocks of a tile
+        self.inside = self._buffer()
+        self.parts = torch.empty(2, self.count, dtype=self.dtype)
+        self.sizes, self.masses = self.parts.unbind()
+        self.cut, self.zero = torch.zeros(2, dtype=self.dtype).unbind()
+        self.map: _Blocks  # of the class
+        self.valid = None if valid is None else _Blocks(valid)
+        self.mu, self.highs = 0.0, [0.0]  # mass of the class, and the largest value of each of its blocks
 
-    def __init__(self, size: int, budget: int, dtype: torch.dtype) -> None:
-        tile = max(BLOCK, min(TILE, budget // PIECES // BLOCK * BLOCK))
-        self.inside = torch.empty(min(tile, size), dtype=dtype)
-        self.copy = torch.empty_like(self.inside)
-        self.parts = torch.empty(2, -(-size // BLOCK), dtype=dtype)
-        self.spans = [slice(a, min(a + tile, size)) for a in range(0, size, tile)]
+    def _buffer(self) -> _Blocks:
+        return _Blocks(torch.empty(self.step * BLOCK + self.rest, dtype=self.dtype))
 
-    def tiles(self, row: Tensor, valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """(d,) contiguous row -> its tiles in working precision, zero outside `valid`."""
-        for span in self.spans:
-            x = row[span]
-            if valid is not None:
-                x = self.copy[: len(x)].copy_(valid[span]).mul_(x)
-            elif x.dtype != self.copy.dtype:
-                x = self.copy[: len(x)].copy_(x)
+    @functools.cached_property
+    def copy(self) -> _Blocks:
+        """A second buffer, where one is needed."""
+        return self._buffer()
+
+    def _use(self, buffer: _Blocks, span: slice) -> Tensor:
+        """The part of a buffer for a tile."""
+        return buffer.whole[: span.stop - span.start] if span.start < self.whole else buffer.rest
+
+    def tiles(self, first: int, end: int, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks first..end-1 of the class map, tile by tile, in working precision and zero outside `valid`."""
+        spans = [slice(a, min(a + step, end, self.whole)) for a in range(first, min(end, self.whole), step)]
+        for span in [*spans, slice(self.whole, self.count)] if end > self.whole else spans:
+            x = self.map[span]
+            if self.valid is not None:
+                x = self._use(self.copy, span).copy_(self.valid[span]).mul_(x)
+            elif x.dtype != self.dtype:
+                x = self._use(self.copy, span).copy_(x)
             yield span, x
 
-    def _sum(self, x: Tensor, span: slice, parts: Tensor) -> None:
-        """Block sums of a tile into their places; `_block_sum` would give the same."""
-        blocks, first = len(x) // BLOCK, span.start // BLOCK
-        if blocks:
-            torch.sum(x[: blocks * BLOCK].view(blocks, BLOCK), 1, out=parts[first : first + blocks])
-        if len(x) % BLOCK:
-            torch.sum(x[blocks * BLOCK :], 0, out=parts[first + blocks])
+    def load(self, row: Tensor) -> float:
+        """The (d,) map of a class, whose turn it is -> its largest value."""
+        self.map = _Blocks(row)
+        needs_copy = self.valid is not None or row.dtype != self.dtype
+        for span, x in self.tiles(0, self.count, self.step if needs_copy else self.count):
+            torch.sum(x, 1, out=self.masses[span])
+            torch.amax(x, 1, out=self.sizes[span])
+        self.mu, self.highs = _block_sum(self.masses.to(torch.float64)).item(), self.sizes.tolist()
+        return max(self.highs)
 
-    def mass(self, row: Tensor, valid: Tensor | None) -> float:
-        """Sum of a class map."""
-        for span, x in self.tiles(row, valid):
-            self._sum(x, span, self.parts[0])
-        return _block_sum(self.parts[0].to(torch.float64)).item()
+    def members(self, cut: float, skip: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tiles, and where in them p > `cut`: 1.0 or 0.0, far faster to write and sum than bool on a CPU.
 
-    def measure(self, row: Tensor, valid: Tensor | None, cut: float) -> list[float]:
+        skip: leave out the blocks before the first and after the last with such a pixel. The blocks' sizes are left in
+        `sizes`, and zeros in `masses`.
+        """
+        self.parts.zero_()
+        self.cut.fill_(cut)
+        first, end = 0, self.count
+        if skip:
+            first = next((k for k in range(end) if self.highs[k] > cut), end)
+            end = next((k for k in range(end, first, -1) if self.highs[k - 1] > cut), first)
+        for span, x in self.tiles(first, end, self.step):
+            inside = torch.gt(x, self.cut, out=self._use(self.inside, span))
+            torch.sum(inside, 1, out=self.sizes[span])
+            yield span, x, inside
+
+    def measure(self, cut: float) -> list[float]:
         """Size and mass of {p > cut}."""
-        for span, x in self.tiles(row, valid):
-            inside = torch.gt(x, cut, out=self.inside[: len(x)])
-            self._sum(inside, span, self.parts[0])
-            self._sum(inside.mul_(x), span, self.parts[1])
+        for span, x, inside in self.members(cut):
+            torch.sum(inside.mul_(x), 1, out=self.masses[span])
         return _block_sum(self.parts.to(torch.float64)).tolist()
 
-    def place(self, row: Tensor, valid: Tensor | None, cut: float, target: Tensor, value: int) -> float:
-        """Write {p > cut} into `target`, added with weight `value` if that is not 0 -> its size."""
-        for span, x in self.tiles(row, valid):
-            inside = torch.gt(x, cut, out=self.inside[: len(x)])
-            self._sum(inside, span, self.parts[0])
-            if value:
-                target[span].add_(inside, alpha=value)
+    def place(self, cut: float, target: _Blocks, code: int) -> float:
+        """Write {p > cut} into `target`, added with weight `code` if that is not 0 -> its size."""
+        for span, _, inside in self.members(cut, skip=code != 0):
+            if code:
+                target[span].add_(inside, alpha=code)
             else:
                 _copy(inside, target[span])
-        return _block_sum(self.parts[0].to(torch.float64)).item()
+        return _block_sum(self.sizes.to(torch.float64)).item()
 
-    def solve(self, row: Tensor, valid: Tensor | None, high: float, offset: float, target: Tensor, value: int) -> _Set:
-        """(d,) class map with maximum `high` -> its set, which is written into `target` as `place` does."""
-        mu = self.mass(row, valid)
-        t = _start(row, valid, torch.tensor(high, dtype=torch.float64), offset).item()
-        n, s = self.measure(row, valid, self._cut(t))
-        t = s / max(n + mu + offset, 1e-30)
-        n, s = self.measure(row, valid, self._cut(t))
-        t = max(t, s / max(n + mu + offset, 1e-30))  # from here on it climbs, but for rounding
+    def start(self, offset: float) -> float:
+        """As `_start`: the first threshold."""
+        high, stride = max(self.highs), _stride(len(self.map.row))
+        t = 0.8 * high / (1 + high)
+        if stride >= 16:
+            x = self.map.row[::stride].to(self.dtype)
+            x = x.contiguous() if self.valid is None else x * self.valid.row[::stride]
+            inside = torch.empty_like(x)
+            for _ in range(2):
+                n = torch.gt(x, self.cut.fill_(t), out=inside).sum().item()
+                t = inside.mul_(x).sum().item() / max(n + (self.mu + offset) / stride, 1e-30) or t
+        return t
+
+    def solve(self, offset: float, target: _Blocks, code: int) -> _Set:
+        """The set of the class, which is written into `target` as `place` does."""
+        n, s = self.measure(self._cut(self.start(offset)))
+        t, settled = s / max(n + self.mu + offset, 1e-30), False
         cut = self._cut(t)
-        while self.place(row, valid, cut, target, value) != n:
-            n, s = self.measure(row, valid, cut)
-            t = max(t, s / max(n + mu + offset, 1e-30))
-            if self._cut(t) == cut:
-                break
-            if value:
-                self.place(row, valid, cut, target, -value)
+        while not settled:
+            n, s = self.measure(cut)
+            before, t = t, max(t, s / max(n + self.mu + offset, 1e-30))  # it climbs, but for rounding
             cut = self._cut(t)
-        return _Set(n, s, mu, cut)
+            if (t - before) * len(self.map.row) < 2:  # so close that as a rule no pixel lies between
+                settled = self.place(cut, target, code) == n
+                if code and not settled:
+                    self.place(cut, target, -code)
+        return _Set(n, s, self.mu, cut)
 
     def _cut(self, t: float) -> float:
-        return _round_down(torch.tensor(t, dtype=torch.float64), self.inside.dtype).item()
+        """As `_round_down`."""
+        if self.cut.fill_(t).item() > t:
+            torch.nextafter(self.cut, self.zero, out=self.cut)
+        return self.cut.item()
 
 
 def _solve_streamed(
@@ -643,35 +731,35 @@ def _solve_streamed(
 ) -> Found:
     """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets.
 
-    For labels, the set of class c adds C + 1 + c to a code of -(C + 1) per pixel: below 0 the pixel is then in no
-    set, up to C - 1 the code is its label, and from C on it is contested.
+    For labels, a code per pixel starts as -(C + 1) - C // 2, and the set of class c adds C + 1 + c: the pixel is then
+    in no set or in several where the code is farther than C / 2 from 0; else it is its label less C // 2.
     """
     batch, classes, size = *prob.shape[:2], prob[0, 0].numel()
-    stream = _Stream(size, prob.numel() * prob.element_size() // 4, _working(prob.dtype))
     limit = _limit(rule, prob).item()
     out = torch.zeros(batch, classes, size, dtype=torch.bool) if masks else torch.zeros(batch, size, dtype=torch.int64)
-    code = None if masks or binary else torch.empty(size, dtype=stream.copy.dtype)
     tau = torch.zeros(batch, classes, dtype=torch.int64)
     for b in range(batch):
-        inside = None if valid is None else valid[b].reshape(-1)
+        stream = _Stream(prob, None if valid is None else valid[b].reshape(-1))
         sets: dict[int, _Set] = {}
-        if code is not None:
-            code.fill_(-(classes + 1))
+        codes = None
+        if not (masks or binary):  # in the memory of the labels, at its end: labels replace codes from the front
+            codes = _Blocks(out[b].view(stream.dtype)[-size:].fill_(-(classes + 1) - classes // 2))
         for c, row in _rows(prob[b], prob.numel() // 8):
-            high = max(_bounds(piece)[1] for piece in row.split(4 * TILE))
-            if inside is not None:
-                high = max(x.amax().item() for _, x in stream.tiles(row, inside))
-            if high <= limit or (binary and c == 0 and not want_tau):
+            if _high(row) <= limit or (binary and c == 0 and not want_tau):
                 continue
-            target = code if code is not None else out[b, c] if masks else out[b]
-            sets[c] = stream.solve(row, inside, high, rule.offset, target, 0 if code is None else classes + 1 + c)
+            if stream.load(row) <= limit:  # inside `valid`
+                continue
+            target = codes if codes is not None else _Blocks(out[b, c] if masks else out[b])
+            sets[c] = stream.solve(rule.offset, target, 0 if codes is None else classes + 1 + c)
             tau[b, c] = int(sets[c].n)
             if binary and c == 0:  # solved for its size alone
                 out[b].zero_()
-        if code is not None:
-            index = _undecided(code, classes, out[b], stream.spans)
+        if codes is not None:
+            index = _label(codes.row, classes, stream.inside.row, out[b])
+            sets, seen = _candidates(prob[b], sets, rule, stream), None if valid is None else valid[b].reshape(-1)
+            del stream  # its buffers, too
             if len(index):
-                _settle(prob[b], inside, index, _candidates(prob[b], inside, sets, rule, stream), rule, out[b])
+                _settle(prob[b], index, sets, rule, seen, out[b])
     return out, tau
 
 
@@ -683,14 +771,15 @@ def _rows(prob: Tensor, spare: int) -> Iterator[tuple[int, Tensor]]:
         yield from enumerate(prob[first : first + group].reshape(-1, size).contiguous(), first)
 
 
-def _bounds(x: Tensor) -> tuple[float, float]:
-    """Smallest and largest value of a contiguous piece, which are checked."""
-    if x.dtype in (torch.float16, torch.bfloat16) and (bits := x.view(torch.int16)).amin() >= 0:
-        low, high = 0.0, bits.amax().view(x.dtype).item()  # the bits of positive numbers are ordered as they are
-    else:
-        low, high = x.amin().item(), x.amax().item()
-    _check_range(low, high, x.dtype)
-    return low, high
+def _high(row: Tensor) -> float:
+    """Largest value of a contiguous class map; ValueError if it holds what is no probability."""
+    # The bits of positive numbers are ordered as they are; as whole numbers, those of negative ones are negative.
+    low, high = torch.aminmax(row.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[row.element_size()]))
+    top = high.view(row.dtype).item()
+    if low.item() < 0 or not top <= 1.0:
+        low, top = row.amin().item(), row.amax().item()
+        _check_range(low, top, row.dtype)
+    return top
 
 
 def _copy(x: Tensor, target: Tensor) -> None:
@@ -698,39 +787,42 @@ def _copy(x: Tensor, target: Tensor) -> None:
     target.copy_(x.to(torch.int32) if target.dtype == torch.int64 else x)
 
 
-def _undecided(code: Tensor, classes: int, out: Tensor, spans: list[slice]) -> Tensor:
+def _label(codes: Tensor, classes: int, buffer: Tensor, out: Tensor) -> Tensor:
     """(d,) codes, which are overwritten -> their labels, written to `out`, and the pixels that have none yet."""
-    found = [torch.empty(0, dtype=torch.int64)]
-    for span in spans:
-        piece = code[span]
-        _copy(piece, out[span])
-        piece.sub_((classes - 1) / 2).abs_()
-        if piece.amax() > classes / 2:
-            found.append(_nonzero(piece.gt_(classes / 2)) + span.start)
+    found, numbers = [], buffer.view(torch.int32)  # by way of these to int64, for both steps are vectorised
+    flags = torch.zeros(-(-len(buffer) // 8) * 8, dtype=torch.bool)
+    for start, piece in zip(range(0, len(codes), len(buffer)), codes.split(len(buffer))):
+        size = len(piece)
+        flags[:size].copy_(torch.hardshrink(piece, classes / 2 + 0.25, out=buffer[:size]))
+        flags[size:].zero_()
+        found.append(_nonzero(flags) + start)
+        out[start : start + size].copy_(numbers[:size].copy_(piece.add_(classes // 2)))
     return torch.cat(found)
 
 
 def _nonzero(flags: Tensor) -> Tensor:
-    """(d,) flags, few of them set -> their indices; eight at a time are seen to be zero."""
-    mask = torch.zeros(-(-len(flags) // 8) * 8, dtype=torch.bool)
-    mask[: len(flags)].copy_(flags)
-    index = (mask.view(torch.int64).nonzero() * 8 + torch.arange(8)).flatten()
-    return index[mask[index]]
+    """(8 m,) bool, few of them set -> their indices; eight at a time are seen to be zero."""
+    words = flags.view(torch.int64).nonzero().squeeze(1)
+    word, place = flags.view(-1, 8).index_select(0, words).nonzero().unbind(1)
+    return words.take(word).mul_(8).add_(place)
 
 
-def _candidates(
-    prob: Tensor, valid: Tensor | None, sets: dict[int, _Set], rule: _Rule, stream: _Stream
-) -> dict[int, _Set]:
+def _candidates(prob: Tensor, sets: dict[int, _Set], rule: _Rule, stream: _Stream) -> dict[int, _Set]:
     """The classes a pixel may get, with their sets."""
     if not sets:  # all pruned: all compete
-        return {c: _Set(0.0, 0.0, stream.mass(row, valid), torch.inf) for c, row in _rows(prob, 0)}
-    if rule.contested == "holders" or len(sets) == len(prob):
+        for c, row in _rows(prob, 0):
+            stream.load(row)
+            sets[c] = _Set(0.0, 0.0, stream.mu, torch.inf)
         return sets
-    first = next(c for c in range(len(prob)) if c not in sets)  # of those that score 0, only the first can win
-    return dict(sorted({**sets, first: _Set(0.0, 0.0, 0.0, torch.inf)}.items()))
+    if rule.contested == "holders":
+        return sets
+    pruned = [c for c in range(len(prob)) if c not in sets]
+    if rule.method == "rma_score":
+        pruned = pruned[:1]  # of those that score 0, only the first can win
+    return dict(sorted({**sets, **dict.fromkeys(pruned, _Set(0.0, 0.0, 0.0, torch.inf))}.items()))
 
 
-def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict[int, _Set], rule: _Rule, out: Tensor) -> None:
+def _settle(prob: Tensor, index: Tensor, sets: dict[int, _Set], rule: _Rule, valid: Tensor | None, out: Tensor) -> None:
     """Labels of the contested and unassigned pixels `index` of a (C, *spatial) map, written to (d,) `out`."""
     n, s, mu, cuts = torch.tensor(list(sets.values()), dtype=torch.float64).t().unsqueeze(1).unbind()
     cut = cuts.to(_working(prob.dtype)).unsqueeze(-1)
@@ -738,17 +830,17 @@ def _settle(prob: Tensor, valid: Tensor | None, index: Tensor, sets: dict[int, _
     def gather(index: Tensor) -> Tensor:
         return torch.stack([prob[c].reshape(-1).index_select(0, index) for c in sets])
 
-    gathered = gather(index) if len(index) * len(sets) <= prob.numel() // 16 else None
+    gathered = gather(index) if len(index) * len(sets) <= prob.numel() // 32 else None
 
     def look_up(piece: slice) -> tuple[Tensor, Tensor]:
         p = (gather(index[piece]) if gathered is None else gathered[:, piece]).to(cut.dtype).unsqueeze(0)
-        own = p > cut
-        return p.to(torch.float64), own if valid is None else own & valid[index[piece]]
+        own = torch.gt(p, cut, out=torch.empty_like(p))
+        return p, own if valid is None else own * valid[index[piece]]
 
-    step = max(2**13, prob.numel() * prob.element_size() // 1024) // len(sets) + 1  # about 40 bytes per element
+    step = max(2**13, prob.numel() * prob.element_size() // 400) // len(sets) + 1  # about 25 bytes per element
     pieces = [slice(a, a + step) for a in range(0, len(index), step)]
     for piece, label in _assign(pieces, look_up, (n, s, mu), cuts.isfinite(), torch.tensor(list(sets)), rule):
-        out[index[piece]] = label[0]
+        out.index_copy_(0, index[piece], label[0])
 
 
 # ---------------------------------------------------------------------------------------------- level sets
@@ -1222,11 +1314,12 @@ class _Fused:
             undecided, empty, *self.map, LAST=self.last, SCORED=rule.method != "prob", **tile, **self.kinds,
         )  # fmt: skip
         tile = self.tile("_contend")
+        every = self.last or (rule.contested == "all" and rule.method != "rma_score")  # pruned classes are read, too
         tiles = -(-self.size // tile["PIXELS"])
         self.enqueue(
             _contend, (self.batch * tiles,),
             self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
-            self.shared_n, self.shared_s, undecided, *self.map, LAST=self.last, METHOD=rule.method,
+            self.shared_n, self.shared_s, undecided, *self.map, EVERY=every, METHOD=rule.method,
             OFFSET=int(rule.offset), ALL=rule.contested == "all", EMPTY=given == "max_score", **tile, **self.kinds,
         )  # fmt: skip
 
@@ -1675,7 +1768,7 @@ def _growth(p, n, s, mu, METHOD: tl.constexpr, OFFSET: tl.constexpr):  # type: i
 @_kernel
 def _contend(  # type: ignore[no-untyped-def]
     prob, out, tiles, all_cut, all_kept, all_mu, all_n, all_s, names, held, lead, shared_n, shared_s, undecided,
-    classes, size, sb, sc, s0, s1, s2, n1, n2, LAST: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
+    classes, size, sb, sc, s0, s1, s2, n1, n2, EVERY: tl.constexpr, METHOD: tl.constexpr, OFFSET: tl.constexpr,
     ALL: tl.constexpr, EMPTY: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, AXES: tl.constexpr,
     VALID: tl.constexpr, LONG: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
@@ -1693,18 +1786,21 @@ def _contend(  # type: ignore[no-untyped-def]
         total = tl.load(held + b).to(tl.int32)
         best = tl.full([PIXELS], float("-inf"), tl.float64)
         pick = tl.zeros([PIXELS], tl.int32)
-        if ALL:  # the pruned classes score 0 for a contested pixel: the first of them stands for all
+        if ALL and METHOD == "rma_score":  # pruned classes score 0 for a contested pixel: the first stands for all
             pruned = tl.load(lead + b).to(tl.int32)
             best = tl.where(shared & (pruned < classes), 0.0, best)
             pick = tl.where(shared & (pruned < classes), pruned, pick)
         stop = tl.where(total > 0, total, classes)
-        if LAST:
+        if EVERY:
             stop = classes
         for start in range(0, stop, GROUP):
-            c, here = _class_group(names, b, start, stop, classes, GROUP, LAST)
+            c, here = _class_group(names, b, start, stop, classes, GROUP, EVERY)
             row = b * classes + c
-            if LAST:
-                here = here & ((tl.load(all_kept + row, mask=here, other=0.0) > 0.0) | (total == 0))
+            open = here
+            if EVERY:
+                open = here & ((tl.load(all_kept + row, mask=here, other=0.0) > 0.0) | (total == 0))
+                if not ALL or METHOD == "rma_score":
+                    here = open
             cut = tl.load(all_cut + row, mask=here, other=float("inf"))[:, None]
             mu = tl.load(all_mu + row, mask=here, other=0.0)
             n = tl.load(all_n + row, mask=here, other=0.0)
@@ -1716,7 +1812,9 @@ def _contend(  # type: ignore[no-untyped-def]
             p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=here[:, None] & waiting[None, :], other=0.0).to(WORK)
             score = _growth(p.to(tl.float64), n[:, None], s[:, None], mu[:, None], METHOD, OFFSET)
             eligible = here[:, None] & waiting[None, :]
-            if not ALL:
+            if ALL:
+                eligible = eligible & (open[:, None] | shared[None, :])
+            else:
                 eligible = eligible & ((p > cut.to(WORK)) | (shared[None, :] == 0))
             score = tl.where(eligible, score, float("-inf"))
             top = tl.max(score, 0)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,26 +50,10 @@ def rankseg_package(prob: Tensor, *, opt_metric: str, pruning_prob: float, solve
     return package.predict(prob[:, 1:])[:, 0].to(torch.int64)
 
 
-def rankseg_rma_on_one_thread(prob: Tensor, **options: Any) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): the same labels, on a CPU by one thread.
-
-    Its many short steps gain little from a second thread, and waking one that sleeps (OMP_WAIT_POLICY=PASSIVE) costs
-    more: 114 ms on one thread and 221 on two for a map of 21 classes and 512x512 pixels, on a busy machine.
-    """
-    if prob.device.type != "cpu":
-        return rankseg_rma(prob, **options)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return rankseg_rma(prob, **options)
-    finally:
-        torch.set_num_threads(threads)
-
-
 RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and options of exp/config/families.py
     "argmax": argmax,
     "threshold": threshold,
-    "rankseg_rma": rankseg_rma_on_one_thread,
+    "rankseg_rma": rankseg_rma,
     "rankseg_rma_pooled": PooledRule,
     "rankseg_rma_fixed": lambda prob, *, thresholds: thresholds.decide(prob),  # which come from other images
     "rankseg_levelset": rankseg_levelset,

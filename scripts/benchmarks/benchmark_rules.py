@@ -1,26 +1,32 @@
-"""Time and memory of `rankseg_rma` beside argmax, a sort-based RankSEG-RMA and the PyPI package `rankseg`.
+"""Time and memory of `rankseg_rma` beside max(1), argmax, a sort-based RankSEG-RMA and the PyPI package `rankseg`.
 
-    python scripts/benchmarks/benchmark_rules.py --output rules.json  # all shapes, about ten minutes
+    python scripts/benchmarks/benchmark_rules.py --output rules.json  # all shapes, about twenty minutes
     python scripts/benchmarks/benchmark_rules.py --shapes voc small --threads 2 --repeats 5
+    python scripts/benchmarks/benchmark_rules.py --data DATA  # real maps: logits of networks on VOC and CamVid
     python scripts/benchmarks/benchmark_rules.py --maps FOLDER  # maps of a network: .npy, .npz or .pt
 
-All rules run in one process, one after the other in every round; a table holds the medians over the rounds and their
-ratio to `prob.argmax(1)`. Peak memory is the growth of the resident set in a fresh process, output included.
-Generated maps are smooth regions with soft borders; the share of pruned classes is that of real maps (89 % for VOC,
-92 % for ADE20K, 43 % for Cityscapes), and the share of entries near their threshold is printed. Everything is
-measured on a CPU, and nothing here says how the rules compare on an accelerator.
+All rules run in one process, one after the other in every round; a table holds the medians over the rounds, on each
+number of threads, and their ratio to `prob.max(1).indices`, which gives the labels of argmax in a fraction of its time.
+"Under load" is the same while other processes, which the program starts and ends, keep all cores busy, as workers of a
+loader do. Peak memory is the growth of the resident set in a fresh process, output included. Generated maps are smooth
+regions with soft borders; the share of pruned classes is that of real maps (89 % for VOC, 92 % for ADE20K, 43 % for
+Cityscapes), and the share of entries near their threshold is printed. Everything is measured on a CPU, and nothing here
+says how the rules compare on an accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +99,36 @@ def read_maps(path: Path) -> list[tuple[str, Tensor]]:
     return [(name, prob.float().contiguous()) for name, prob in maps]
 
 
+def real_maps(data: Path, images: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """A folder with `voc/` and `camvid_logits/` -> names, and what makes the (1, C, H, W) map, of some images each."""
+    networks = [*sorted((data / "voc" / "logits").glob("*/")), *sorted((data / "camvid_logits").glob("*/"))]
+    if not networks:
+        raise ValueError(f"{data} must hold voc/logits/NETWORK/ or camvid_logits/NETWORK/ with .npz files, got neither")
+    for network in networks:
+        files = sorted(network.glob("*.npz"))
+        for file in files[:: max(1, len(files) // images)][:images]:
+            yield f"{network.parent.parent.name}/{network.name}/{file.stem}", partial(read_logits, data, file)
+
+
+def read_logits(data: Path, file: Path) -> Tensor:
+    """A .npz of 8-bit logits, with scale and offset -> (1, C, H, W) probabilities of the label's size."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.nn.functional import interpolate
+
+    with np.load(file, allow_pickle=False) as stored:
+        logits = torch.from_numpy(stored["logits"] * np.float32(stored["scale"]) + np.float32(stored["offset"]))[None]
+        inside = stored["inside"].tolist() if "inside" in stored else None
+    size = (360, 480)
+    if "voc" in file.parts:
+        with Image.open(data / "voc/VOCdevkit/VOC2012/SegmentationClass" / f"{file.stem}.png") as label:
+            size = label.size[::-1]
+    if inside is not None:  # the part of the network's square input that the image fills
+        logits = interpolate(logits, (513, 513), mode="bilinear", align_corners=True)[..., : inside[0], : inside[1]]
+    return interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
+
+
 def sort_rma(prob: Tensor, metric: str) -> Tensor:
     """(B, C, H, W) -> (B, H, W) labels: RankSEG-RMA as the paper describes it, by sorting every class."""
     import torch
@@ -121,19 +157,23 @@ def sort_rma(prob: Tensor, metric: str) -> Tensor:
 
 
 def build_rules(prob: Tensor, with_sort: bool) -> dict[str, Callable[[], object]]:
-    """A map -> what is timed on it, by name; the first is what ratios refer to."""
+    """A map -> what is timed on it, by name, a line each; the first is what ratios refer to."""
     from rankseg_rma import rankseg_rma
 
     half = prob.half()
     rules: dict[str, Callable[[], object]] = {
+        "max": lambda: prob.max(1).indices,
+        "max float16": lambda: half.max(1).indices,
         "argmax": lambda: prob.argmax(1),
         "amax (one read)": lambda: prob.amax(),
+        "ours dice": lambda: rankseg_rma(prob),
+        "ours iou": lambda: rankseg_rma(prob, "iou"),
+        "ours dice float16": lambda: rankseg_rma(half),
+        "ours iou float16": lambda: rankseg_rma(half, "iou"),
     }
     for metric in ("dice", "iou"):
-        rules[f"ours {metric}"] = lambda metric=metric: rankseg_rma(prob, metric)
-        rules[f"ours {metric} float16"] = lambda metric=metric: rankseg_rma(half, metric)
         if with_sort:
-            rules[f"sort-based {metric}"] = lambda metric=metric: sort_rma(prob, metric)
+            rules[f"sort-based {metric}"] = partial(sort_rma, prob, metric)
         rules |= build_package_rules(prob, metric)
     return rules
 
@@ -171,6 +211,19 @@ def time_rules(rules: dict[str, Callable[[], object]], repeats: int, budget: flo
             if turn or elapsed > budget:  # the first turn warms up
                 spent[name].append(elapsed)
     return {name: statistics.median(times) for name, times in spent.items()}
+
+
+@contextlib.contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """That many processes that compute without pause, ended at the end."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(1)  # until all of them run
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
 
 
 def resident(field: str) -> int:
@@ -231,32 +284,54 @@ def describe_map(prob: Tensor) -> dict[str, float]:
 def print_table(result: dict) -> None:
     """One measured map as a Markdown table."""
     facts = ", ".join(f"{key.replace('_', ' ')} {100 * value:.2f} %" for key, value in result["map"].items())
-    print(f"\n{result['name']} {tuple(result['shape'])}, {result['threads']} thread(s); {facts}")
-    print("| rule | median ms | x argmax | x ours | peak extra MB | of the input |\n|---|---:|---:|---:|---:|---:|")
-    argmax, memory = result["seconds"]["argmax"], result["memory"]
-    for name, seconds in result["seconds"].items():
-        ours = result["seconds"]["ours iou" if "iou" in name else "ours dice"]
-        size = result["input_bytes"][name]
-        peak = f"{memory[name] / 1e6:.1f} | {memory[name] / size:.2f}" if name in memory else " | "
-        print(f"| {name} | {1e3 * seconds:.3f} | {seconds / argmax:.3f} | {seconds / ours:.2f} | {peak} |", flush=True)
+    print(f"\n{result['name']} {tuple(result['shape'])}; {facts}")
+    threads = list(result["seconds"])
+    heads = [f"{n} thread(s), ms | x max | x ours" for n in threads] + [
+        f"{n} under load, ms | x idle 1" for n in threads
+    ]
+    print(f"| rule | {' | '.join(heads)} | peak extra MB | of the input |")
+    print("|---|" + "---:|" * (5 * len(threads) + 2))
+    idle = result["seconds"]
+    for name in idle[threads[0]]:
+        yardstick = "max float16" if "float16" in name else "max"
+        ours = "ours iou" if "iou" in name else "ours dice"
+        cells = []
+        for n in threads:
+            seconds = idle[n][name]
+            cells += [f"{1e3 * seconds:.3f}", f"{seconds / idle[n][yardstick]:.2f}", f"{seconds / idle[n][ours]:.2f}"]
+        for n in threads:
+            loaded = result["under_load"].get(n, {}).get(name)
+            cells += [f"{1e3 * loaded:.3f}", f"{loaded / idle[threads[0]][name]:.2f}"] if loaded else ["", ""]
+        memory = result["memory"].get(name)
+        cells += [f"{memory / 1e6:.1f}", f"{memory / result['input_bytes'][name]:.2f}"] if memory else ["", ""]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def measure(name: str, prob: Tensor, threads: int, args: argparse.Namespace, with_memory: bool) -> dict:
-    """One map -> the record that is printed and written."""
+def measure(name: str, prob: Tensor, args: argparse.Namespace) -> dict:
+    """One map -> the record that is printed and written; seconds by number of threads and by rule."""
     import torch
 
-    torch.set_num_threads(threads)
     rules = build_rules(prob, with_sort=not args.no_sort)
-    small = prob.numel() < 2**20
-    seconds = time_rules(rules, args.repeats * (10 if small else 1), args.budget)
+    repeats = args.repeats * (10 if prob.numel() < 2**20 else 1)
+    seconds, under_load = {}, {}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        seconds[str(threads)] = time_rules(rules, repeats, args.budget)
+    first = seconds[str(args.threads[0])]
+    short = {key: rule for key, rule in rules.items() if first[key] < args.budget / 8}
+    if args.busy:
+        with busy_cores(args.busy):
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                under_load[str(threads)] = time_rules(short, repeats, args.budget)
     size = prob.numel() * prob.element_size()
     return {
         "name": name,
         "shape": list(prob.shape),
-        "threads": threads,
         "map": describe_map(prob),
         "seconds": seconds,
-        "memory": measure_memory(prob, list(rules)) if with_memory else {},
+        "under_load": under_load,
+        "memory": {} if args.no_memory or prob.numel() < 2**20 else measure_memory(prob, list(rules)),
         "input_bytes": {rule: size // 2 if "float16" in rule else size for rule in rules},
     }
 
@@ -265,6 +340,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=None, help="generated maps (default: all)")
     parser.add_argument("--maps", type=Path, help="file or folder of maps of a network, instead of generated ones")
+    parser.add_argument("--data", type=Path, help="folder with voc/ and camvid_logits/, instead of generated maps")
+    parser.add_argument("--images", type=int, default=3, help="of each network in --data (default: 3)")
+    parser.add_argument(
+        "--busy", type=int, default=os.cpu_count(), help="busy processes of the load (default: one a core; 0: no load)"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, ten times as many for small maps")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds after which a slow rule sits out")
@@ -278,20 +358,21 @@ def main() -> None:
     args = parse_args()
     import torch
 
+    sources: list[tuple[str, Callable[[], Tensor]]] = []
     if args.maps is not None:
         sources = [(name, lambda prob=prob: prob) for name, prob in read_maps(args.maps)]
+    elif args.data is not None:
+        sources = list(real_maps(args.data, args.images))
     else:
-        sources = []
         for key in args.shapes if args.shapes is not None else SHAPES:
             for shape, pruned in [SHAPES[key]] if SHAPES[key] else [(shape, 0.5) for shape in SMALL_SHAPES]:
-                sources.append((key, lambda shape=shape, pruned=pruned: realistic_map(shape, pruned)))
+                sources.append((key, partial(realistic_map, shape, pruned)))
+    if not build_package_rules(torch.zeros(1, 2, 1, 1), "dice"):
+        print("Without the package `rankseg`, which is not installed: pip install rankseg==0.0.8")
     results = []
     for name, make in sources:
-        prob = make()
-        for threads in args.threads:
-            with_memory = not args.no_memory and threads == args.threads[-1] and prob.numel() >= 2**20
-            results.append(measure(name, prob, threads, args, with_memory))
-            print_table(results[-1])
+        results.append(measure(name, make(), args))
+        print_table(results[-1])
     print(f"\n{CPU_NOTE} torch {torch.__version__}, {platform.processor() or platform.machine()}.")
     if args.output is not None:
         record = {"note": CPU_NOTE, "torch": torch.__version__, "machine": platform.platform(), "results": results}

@@ -23,7 +23,7 @@ def test_maps_of_a_network_are_measured_by_every_rule(tmp_path: Path):
     prob = np.random.default_rng(0).random((3, 16, 20), np.float32)
     np.save(tmp_path / "street.npy", prob / prob.sum(0))
     output = tmp_path / "rules.json"
-    flags = ["--maps", tmp_path, "--threads", "1", "--repeats", "1", "--no-memory", "--output", output]
+    flags = ["--maps", tmp_path, "--threads", "1", "2", "--repeats", "1", "--no-memory", "--output", output]
     done = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| argmax |" in done.stdout
@@ -31,11 +31,29 @@ def test_maps_of_a_network_are_measured_by_every_rule(tmp_path: Path):
     (result,) = json.loads(output.read_text())["results"]
     assert result["name"] == "street"
     assert result["shape"] == [1, 3, 16, 20]
-    for rule in ("argmax", "amax (one read)"):
-        assert result["seconds"][rule] > 0
-    for metric in ("dice", "iou"):
-        for rule in ("ours {}", "ours {} float16", "sort-based {}", "rankseg default {}", "rankseg screening {}"):
-            assert result["seconds"][rule.format(metric)] > 0
+    assert ("rankseg screening dice" in done.stdout) != ("Without the package" in done.stdout)
+    names = ["max", "argmax", "amax (one read)", "ours dice", "ours iou float16", "sort-based dice", "sort-based iou"]
+    for threads in ("1", "2"):
+        for seconds in (result["seconds"][threads], result["under_load"][threads]):
+            assert all(seconds[name] > 0 for name in names)
+
+
+def test_busy_processes_end_with_the_load(benchmark):
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        popen = subprocess.Popen
+        patch.setattr(benchmark.subprocess, "Popen", lambda command: started.append(popen(command)) or started[-1])
+        with benchmark.busy_cores(2):
+            assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
+
+
+def test_real_maps_are_probabilities_of_the_labels_size(benchmark, real_data: Path):
+    maps = {name.rsplit("/", 1)[0]: make() for name, make in benchmark.real_maps(real_data, 1)}
+    assert maps
+    for name, prob in maps.items():
+        torch.testing.assert_close(prob.sum(1), torch.ones_like(prob[:, 0]))
+        assert prob.shape[1] == (21 if name.startswith("voc") else 11)
 
 
 @pytest.mark.parametrize("metric", ["dice", "iou"])

@@ -115,6 +115,8 @@ def check_every_day() -> None:
     prob = random_map(1, 5, 13, 73)
     for metric in ("dice", "iou"):
         compare_labels(prob, metric, random_valid(prob) if metric == "iou" else None)
+    peaks = prob.amax(-1).amax(-1)[0].sort().values
+    compare_labels(prob, "dice", None, peaks[2].item())  # three of five classes are pruned
     for layout in strided(prob)[:2]:
         compare(layout)
     compare(prob, allow_overlap=True, valid=random_valid(prob))

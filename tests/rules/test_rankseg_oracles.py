@@ -111,7 +111,7 @@ def reference_labels(prob, own, metric, method, contested, unassigned, pruning_p
         scores = {}
         for c in competing:
             n, s, mu, p = alone[c].sum(), prob[c][alone[c]].sum(), prob[c].sum(), prob[c, j]
-            if kept and c not in kept:
+            if kept and c not in kept and method == "rma_score":
                 scores[c] = 0.0
             elif method == "prob":
                 scores[c] = p
@@ -163,9 +163,9 @@ def paper_reference(prob: np.ndarray, metric: str, method: str = "rma_score") ->
         if own[:, j].sum() == 1:
             labels[j] = own[:, j].argmax()
         elif own[:, j].sum() > 1:
-            gains = np.zeros(classes)  # a pruned class competes with gain 0
+            gains = np.zeros(classes)  # a pruned class competes with growth 0, or with its own probability
             for c in range(classes):
-                if prob[c].max() > 0.1:
+                if prob[c].max() > 0.1 or method != "rma_score":
                     n, s, mu = alone[c].sum(), prob[c][alone[c]].sum(), prob[c].sum()
                     gains[c] = {
                         "rma_score": objective(metric, n + 1, s + prob[c, j], mu) - objective(metric, n, s, mu),
@@ -187,6 +187,21 @@ def test_the_papers_code_to_the_letter(metric, small, method, monkeypatch):
         options = {"to_nonoverlap_method": method, "unassigned": "first", "contested": "all", "pruning_prob": 0.1}
         labels = rankseg_rma(prob, metric, **options)[0]
         np.testing.assert_array_equal(labels, paper_reference(prob[0], metric, method))
+
+
+@pytest.mark.parametrize("method", ["prob", "weight_prob"])
+@pytest.mark.parametrize("small", [STREAMED, BATCHED])
+def test_a_pruned_class_competes_with_its_own_probability(small, method, monkeypatch):
+    """The authors' code gives the third class, whose largest probability is 0.06, the pixels of both others."""
+    monkeypatch.setattr(module, "SMALL", small)
+    prob = torch.zeros(1, 3, 20, 20)
+    prob[:, 0, :10], prob[:, 1, :10], prob[:, 0, 10:], prob[:, 1, 10:] = 0.9, 0.04, 0.04, 0.9
+    prob[:, 2], prob[:, 0, 9:11], prob[:, 1, 9:11] = 0.06, 0.48, 0.46
+    labels = rankseg_rma(prob, to_nonoverlap_method=method, unassigned="first", contested="all")
+    expected = [180, 180, 40] if method == "weight_prob" else [220, 180, 0]
+    assert labels.flatten().bincount(minlength=3).tolist() == expected
+    labels = rankseg_rma(prob, to_nonoverlap_method=method, contested="holders")
+    assert labels.flatten().bincount(minlength=3).tolist() == [220, 180, 0]
 
 
 @pytest.mark.parametrize("metric", METRICS)
