@@ -14,16 +14,25 @@ from torch import nn
 from exp.checkpoints.checkpoint import (
     BEST,
     Checkpoint,
+    check_name,
     check_resumable,
     load_checkpoint,
     load_weights,
+    unlike,
     weights_checksum,
 )
 from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig, dump_config
 from exp.config.families import DECODER_TABLE
 from exp.data.base import SegmentationDataset
-from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
+from exp.data.loader import (
+    Loader,
+    SkipDamaged,
+    build_train_loader,
+    count_iterations,
+    describe_images,
+    describe_position,
+)
 from exp.data.registry import build_dataset
 from exp.evaluation.evaluator import Evaluation, Evaluator, build_evaluator
 from exp.evaluation.masks import MaskWriter
@@ -71,6 +80,7 @@ def load_trained(
     """
     if path == Path(BEST):
         path = folder / CHECKPOINTS / f"{BEST}.pt"
+    newest = path is None
     path = path or dist.on_main(lambda: find_checkpoint(folder / CHECKPOINTS))
     if path is None:
         raise InputError(
@@ -78,6 +88,8 @@ def load_trained(
             "--test-only), or name one with --model_checkpoint"
         )
     checkpoint = load_checkpoint(path)
+    if newest:
+        check_name(checkpoint)
     crop = tuple(checkpoint.config["data"]["crop_size"])
     if config.given_test.crop_size is None and crop != config.data.crop_size and dist.is_main:
         print(
@@ -214,6 +226,7 @@ class TrainingSession:
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
         if checkpoint:
             restore(step, checkpoint, dist)
+            checkpoint = None  # a training's whole state: its memory is wanted
         if dist.is_main:
             remove_leftovers(self.folder / CHECKPOINTS)
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
@@ -283,7 +296,12 @@ class TrainingSession:
         if path is None:
             return None, history
         checkpoint = load_checkpoint(path)
+        check_name(checkpoint)
         check_resumable(checkpoint, config.to_dict(), describe_images(self.dataset))
+        schedule, at = config.schedule, checkpoint.iteration
+        place = describe_position(self.dataset, schedule.batch_size, at)
+        if checkpoint.training["sampler"] != place or not 0 < at <= count_iterations(schedule, len(self.dataset)):
+            raise unlike(checkpoint, f"iteration {at}, sampler {checkpoint.training['sampler']}")
         if self.dist.is_main:
             set_aside_damaged(folder, path)
             before, now = checkpoint.training["world_size"], self.dist.world_size

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver
+from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver, unlike
 from exp.config.experiment import ExperimentConfig, training_digest
 from exp.data.base import SegmentationDataset
 from exp.data.loader import describe_position, iterations_per_epoch
@@ -77,7 +77,14 @@ class Saving:
 
 
 def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:
-    """Resume from the checkpoint's state; the damaged images before it are counted on rank 0."""
+    """Resume from the checkpoint's state; the damaged images before it are counted on rank 0.
+
+    InputError, before anything of it is loaded, where it is not what this run would have saved.
+    """
+    if difference := step.find_difference(checkpoint.training, checkpoint.ema):
+        raise unlike(checkpoint, difference)
+    if (at := checkpoint.training["scheduler"]["last_epoch"]) != checkpoint.iteration:
+        raise unlike(checkpoint, f"a learning rate of iteration {at} after {checkpoint.iteration}")
     step.load_state_dict(checkpoint.training, checkpoint.ema)
     if not dist.is_main:
         step.faults.images = 0
