@@ -2,7 +2,7 @@
 evaluates trained weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,11 +64,15 @@ class Trained:
 
 
 @contextmanager
-def locked(folder: Path, doing: str, dist: Dist) -> Iterator[None]:
-    """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it."""
+def locked(folder: Path, doing: str, dist: Dist) -> Iterator[Callable[[], None]]:
+    """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it.
+
+    Gives a function for rank 0 to call before it writes there: InputError if the folder is another's by then.
+    """
     with ExitStack() as stack:
-        dist.on_main(lambda: stack.enter_context(own_folder(folder, doing)))
-        yield
+        claims = []
+        dist.on_main(lambda: claims.append(stack.enter_context(own_folder(folder, doing))))
+        yield claims[0].check if claims else lambda: None
 
 
 def load_trained(
@@ -123,7 +127,9 @@ def _trained(
     return Trained(config, evaluator, model, {"iteration": iteration, "weights": config.test.weights, **groups})
 
 
-def fit_temperature(trained: Trained, folder: Path, part: str, data_dir: str | None) -> None:
+def fit_temperature(
+    trained: Trained, folder: Path, part: str, data_dir: str | None, check_owner: Callable[[], None]
+) -> None:
     """Fit on the "train" images, or on "val-part", and write results/temperature.json; rank 0 prints a line."""
     config, evaluator, dist = trained.config, trained.evaluator, trained.evaluator.dist
     fit_on, check_on = evaluator.dataset, evaluator.dataset
@@ -143,6 +149,7 @@ def fit_temperature(trained: Trained, folder: Path, part: str, data_dir: str | N
         plain = config.to_dict()
         content |= {"part": part, "weights_checksum": weights_checksum(trained.model), "training": trained.training}
         content |= {"config": {"data": plain["data"], "test": plain["test"]}, **describe_code()}
+        check_owner()
         (folder / TEMPERATURE).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TEMPERATURE, json.dumps(content, indent=2) + "\n")
         before, after = (content["held_out"][when]["ECED"] for when in ("before", "after"))
@@ -182,16 +189,24 @@ def mask_writer(trained: Trained, folder: Path) -> MaskWriter:
 
 
 def train_run(
-    config: ExperimentConfig, folder: Path, data_dir: str | None, dist: Dist, save_masks: bool
+    config: ExperimentConfig,
+    folder: Path,
+    data_dir: str | None,
+    dist: Dist,
+    save_masks: bool,
+    check_owner: Callable[[], None],
 ) -> tuple[Trained, Evaluation]:
-    """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate what came out."""
+    """Train to the end of the schedule, from the newest checkpoint if there is one, and evaluate what came out.
+
+    check_owner: called on rank 0 before it writes to the folder; InputError where that is another program's by then.
+    """
     if config.test.temperature == "fitted":
         raise InputError("test.temperature: got fitted, expected a number in training: it is for --test-only")
     if config.test.weights == "ema" and config.optim.ema_decay is None:
         raise InputError("test.weights: got ema, expected raw where optim.ema_decay keeps no moving average")
     evaluator = build_evaluator(config, data_dir, dist)
     dataset = build_dataset(config.data, data_dir, "train", config.seed)
-    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks).run()
+    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, check_owner).run()
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,7 @@ class TrainingSession:
     dataset: SegmentationDataset
     dist: Dist
     save_masks: bool
+    check_owner: Callable[[], None]
 
     def run(self) -> tuple[Trained, Evaluation]:
         """What was trained, and its evaluation."""
@@ -230,7 +246,7 @@ class TrainingSession:
         if dist.is_main:
             remove_leftovers(self.folder / CHECKPOINTS)
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
-        with build_logger(self.folder, start, end, dist.is_main) as logger:
+        with build_logger(self.folder, start, end, dist.is_main, self.check_owner) as logger:
             logger.message(self._describe(raw_model, start, end))
             return self._run_loop(step, batches, history, start, end, logger)
 
@@ -239,7 +255,7 @@ class TrainingSession:
     ) -> tuple[Trained, Evaluation]:
         """Iterations start to end and their validations, then the evaluation of what came out."""
         config = self.config
-        saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
+        saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset, self.check_owner)
         validation = Validation(
             model=step.ema.module if config.test.weights == "ema" else step.raw_model,
             evaluator=self.evaluator,

@@ -1,5 +1,6 @@
 """When and what a training saves, and how it is resumed from that."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from exp.training.validation import ScoreHistory
 class Saving:
     """Saves a training in `folder`; to be called on every rank, rank 0 writes.
 
-    intervals: the numbers of iterations after whose multiples a checkpoint is due.
+    intervals: the numbers of iterations after whose multiples a checkpoint is due. check_owner: called before each
+    file; InputError where the folder is another program's by then.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class Saving:
         step: TrainStep,
         history: ScoreHistory,
         dataset: SegmentationDataset,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.step, self.history, self.dataset, self.dist = step, history, dataset, step.dist
+        self.check_owner = check_owner
         self.schedule, plain = config.schedule, config.to_dict()
         self.intervals = [self.schedule.save_iters]
         if self.schedule.save_epochs is not None:
@@ -50,16 +54,23 @@ class Saving:
         }
         training["faults"]["images"] = sum(images)
         epoch = training["sampler"]["epoch"]
-        dist.on_main(lambda: self.saver.save(iteration, epoch, training, self.schedule.keep_checkpoints))
+        self._write(lambda: self.saver.save(iteration, epoch, training, self.schedule.keep_checkpoints))
 
     def save_best(self, iteration: int) -> None:
         """Write best.pt and best.safetensors."""
         self._check_weights(iteration)
-        self.dist.on_main(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
+        self._write(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
 
     def export_last(self, iteration: int) -> None:
         """Write last.safetensors; after a save of the same weights."""
-        self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
+        self._write(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        def checked() -> None:
+            self.check_owner()
+            write()
+
+        self.dist.on_main(checked)
 
     def _position(self, iteration: int) -> dict[str, Any]:
         return describe_position(self.dataset, self.schedule.batch_size, iteration)
