@@ -23,6 +23,8 @@ from exp.evaluation.calibration import count_calibration
 from exp.evaluation.metrics import EvalResult, build_results, count_rules
 from exp.files.arrays import read_member
 from exp.files.nifti import MAX_VOXELS, open_volume, read_labels
+from exp.files.paths import require_utf8
+from exp.files.text import MAX_FILE, require_file
 from exp.rules.pooled import PooledRule, gather_thresholds
 from exp.rules.registry import Rule, bind_rules
 from exp.runtime.errors import InputError, decoding
@@ -149,6 +151,7 @@ def list_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(suffixes):
             continue
+        require_utf8(path)
         if (other := found.setdefault(stem(path), path)) != path:
             raise InputError(f"{path}: got two files of the name '{stem(path)}', expected one ({other.name} is there)")
     if not found:
@@ -166,7 +169,9 @@ def is_nifti(path: Path) -> bool:
 
 def read_array(path: Path, key: str | None) -> np.ndarray:
     """An .npy file (mapped into memory), or an array of an .npz file; InputError for anything that needs unpickling."""
-    with decoding(path, "what numpy's save or savez writes; nothing is unpickled here"):
+    expected = "what numpy's save or savez writes; nothing is unpickled here"
+    require_file(path, expected, MAX_FILE)
+    with decoding(path, expected):
         if not zipfile.is_zipfile(path):
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with zipfile.ZipFile(path) as archive:

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exp.files.text import require_file
+from exp.files.text import MAX_FILE, require_file
 from exp.runtime.errors import decoding
 
-MAX_BYTES = 2**42  # of a file
 MAX_PICKLE = 2**23  # bytes: what stands around the tensors; a thousand of them with the optimiser's state have 0.5 MB
 MAX_TUPLE = 2**12  # values in a tuple, those of tuples inside it counted each time: hashing one looks at all
 PICKLES_BEFORE_1_6 = 5  # in a file of torch before 1.6: two marks, the system's facts, the content, the storages' names
@@ -36,7 +35,7 @@ def load_tensor_file(path: Path, expected: str) -> Any:
     The checksums (CRC-32) that torch.save writes are compared first, which torch.load does not do. The content takes
     about as much memory as the file has bytes.
     """
-    require_file(path, expected, MAX_BYTES)
+    require_file(path, expected, MAX_FILE)
     with decoding(path, expected):
         if path.suffix == ".safetensors":
             return load_file(path)  # which takes no table of more than 100 MB

@@ -1,6 +1,7 @@
 """What a user can cause is told in one line; everything else keeps its traceback."""
 
 import errno
+import io
 import os
 import select
 import sys
@@ -63,6 +64,9 @@ def describe_numbers(numbers: Iterable[int], separator: str = " or ") -> str:
 def run_and_report(main: Callable[[], None]) -> int:
     """Run main() -> exit status: 0; 2 with one line on stderr for what the user can put right; 75 where it was asked to
     stop and can resume; 130 after Ctrl-C at once; 141 where nobody reads its output any more, as after `| head`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that cannot show a character gets an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except Interrupted as interruption:
