@@ -39,7 +39,7 @@ from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
 from exp.files.lock import own_folder
-from exp.models import Segmentor, build_model
+from exp.models import Segmentor, build_model, load_network_weights
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -110,11 +110,15 @@ def build_network(
     config: ExperimentConfig, dataset: SegmentationDataset, dist: Dist, checkpoint: Checkpoint | None, weights: str
 ) -> Segmentor:
     """The network on this process's device, with a checkpoint's weights ('raw' or 'ema'), or with random ones by the
-    seed, the same on every rank, under pretrained ones."""
+    seed, the same on every rank, under pretrained ones or those of model.init_from."""
     seed_everything(config.seed, 0, 0)
-    model = build_model(config.model, len(dataset.classes), dataset.channels, pretrained=checkpoint is None)
+    classes, origin = list(dataset.classes), config.model.init_from
+    fetches = checkpoint is None and origin is None
+    model = build_model(config.model, len(classes), dataset.channels, pretrained=fetches)
     if checkpoint is not None:
-        load_weights(model, checkpoint, config.to_dict()["model"], list(dataset.classes), weights)
+        load_weights(model, checkpoint, config.to_dict()["model"], classes, weights)
+    elif origin is not None:
+        load_network_weights(model, origin, classes)
     layout = torch.channels_last if config.schedule.channels_last else torch.contiguous_format
     return model.to(dist.device, memory_format=layout)
 

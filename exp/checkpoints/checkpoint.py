@@ -272,6 +272,9 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any], images: dict
     before, after = (c["schedule"].get("val_iters") for c in (checkpoint.config, config))
     if config["schedule"].get("early_stop") is not None and before != after:  # validations decide what comes
         differences.append(f"schedule.val_iters {before} -> {after}")
+    before, after = (c["model"].get("init_from") for c in (checkpoint.config, config))
+    if before != after:
+        differences.append(f"model.init_from {before} -> {after}")
     stored = {name: checkpoint.training["sampler"][name] for name in images}
     differences += [f"{name} {stored[name]} -> {images[name]}" for name in images if stored[name] != images[name]]
     if differences:
