@@ -26,6 +26,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,10 +128,10 @@ def rankseg_rma(
             "allow_overlap=True, which gives its mask"
         )
     binary = classes == 2 and binary_threshold and not allow_overlap
-    if _on_cpu(prob) and prob.numel() > SMALL:
-        out, tau = _solve_streamed(prob, valid, rule, allow_overlap, binary, return_tau)
-    elif _on_cpu(prob):
-        out, tau = _solve_small(prob, valid, rule, allow_overlap, binary, return_tau)
+    if _on_cpu(prob):
+        solve = _solve_streamed if prob.numel() > SMALL else _solve_small
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            out, tau = solve(prob, valid, rule, allow_overlap, binary, return_tau)
     elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
         out, tau = found
     else:

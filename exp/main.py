@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import check_paths, parse_args, requested_yamls
 from exp.config.experiment import check_files, dump_config, load_experiment
-from exp.runtime.errors import run_and_report
+from exp.runtime.errors import memory_named, run_and_report
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     with (
         distributed.session(args.device) as dist,
         worker_deaths_named(),
+        memory_named(),
         run.locked(folder, doing, dist) as check_owner,
     ):
         set_up_cuda(config.schedule.tf32, config.schedule.cudnn_benchmark, dist.device)

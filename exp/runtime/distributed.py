@@ -227,8 +227,9 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
     group of their own without such a limit; a process that dies is noticed by the closed connection. InputError where
     the environment names several processes and not how they meet, or where one of them does not come.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    world_size = _number("WORLD_SIZE", 1, lowest=1)
+    rank, local_rank = _number("RANK", 0, highest=world_size - 1), _number("LOCAL_RANK", 0)
+    device = pick_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if rank > 0:
@@ -255,6 +256,17 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
         _leave(dist)
 
 
+def _number(name: str, default: int, lowest: int = 0, highest: int = 2**31) -> int:
+    """A whole number of the environment; InputError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+        raise InputError(
+            f"{name}: got {text!r} in the environment, expected a whole number of {lowest}..{highest}, as torchrun "
+            "sets it, or none"
+        )
+    return int(text)
+
+
 def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, stop: StopRequest) -> Dist:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -262,7 +274,14 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
             f"WORLD_SIZE: got {world_size} in the environment without {', '.join(missing)}, expected all that torchrun "
             "sets: start with torchrun, or unset it"
         )
-    store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0, highest=2**16 - 1)
+    try:
+        store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"MASTER_ADDR, MASTER_PORT: got no meeting at {address}:{port} ({' '.join(str(error).split())[:200]}), "
+            "expected a free port of the machine of rank 0 (torchrun --master_port)"
+        ) from None
     store = meet(store, rank, world_size, timeout, stop)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # nccl's own watchdog ends the process without a word: `control` notices before it who does not come.

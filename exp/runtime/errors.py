@@ -11,6 +11,7 @@ from pathlib import Path
 
 from exp.runtime.interrupt import STATUS, Interrupted
 
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # in PyTorch's messages, of GPUs and CPUs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -59,6 +60,22 @@ def describe_numbers(numbers: Iterable[int], separator: str = " or ") -> str:
         else:
             runs.append([number, number])
     return separator.join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Inside, where a network runs: memory that does not suffice is an InputError that names what takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if not (isinstance(error, MemoryError) or any(words in reason for words in NO_MEMORY)):
+            raise
+        raise InputError(
+            f"got too little memory ({reason or 'MemoryError'}), expected more; less is taken by a smaller "
+            "schedule.batch_size or data.crop_size, by schedule.accumulation and schedule.amp=bf16, and in an "
+            "evaluation by test.window_batch=1 and a smaller test.crop_size"
+        ) from None
 
 
 def run_and_report(main: Callable[[], None]) -> int:

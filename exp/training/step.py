@@ -14,6 +14,7 @@ from exp.config.experiment import ExperimentConfig
 from exp.data.loader import Batch
 from exp.evaluation.inference import autocast
 from exp.models import Segmentor
+from exp.models.segmentor import sizes_named
 from exp.runtime.distributed import Dist
 from exp.training.losses import build_criterion
 from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler, whole_state
@@ -102,7 +103,7 @@ class TrainStep:
         return Outcome(loss, torch.stack([left_out, ~all_finite, ~finite]))
 
     def _backward(self, image: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        with autocast(self.amp, self.dist.device):
+        with sizes_named(image), autocast(self.amp, self.dist.device):
             outputs = self.model(self.normalize(image))
         loss = self.criterion(outputs, label, counted)
         self.scaler.scale(loss).backward()

@@ -384,3 +384,15 @@ def test_memory_stays_below_a_quarter_of_the_input(shape, half, monkeypatch):
     output = 8 * prob[:, 0].numel()
     extra = peak_bytes(lambda: rankseg_rma(prob)) - output
     assert 0 < extra < 0.25 * prob.numel() * prob.element_size()
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_the_default_device_decides_nothing(small, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", small)
+    prob = smooth_map(2, 5, 32, 40)
+    for options in ({}, {"allow_overlap": True}, {"return_tau": True}):
+        expected = rankseg_rma(prob, **options)
+        with torch.device("meta"):
+            found = rankseg_rma(prob, **options)
+        for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected))):
+            assert torch.equal(one, other)
