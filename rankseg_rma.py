@@ -17,7 +17,6 @@ without (other accelerators, small maps).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
@@ -27,6 +26,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
@@ -156,7 +156,7 @@ def rankseg_rma(
     if _on_cpu(prob):
         large = prob.numel() > (SMALL if prob[0, 0].numel() < LONG else SMALL // 64)
         solve = _solve_streamed if large else _solve_small
-        with _one_thread():
+        with _one_thread(), _default_device():
             out, tau = solve(prob, valid, rule, allow_overlap, binary, return_tau)
     elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
         out, tau = found
@@ -280,7 +280,7 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-@contextlib.contextmanager
+@contextmanager
 def _one_thread() -> Iterator[None]:
     """Keeps what the calling thread computes on a CPU to itself.
 
@@ -297,6 +297,11 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _default_device() -> AbstractContextManager[object]:
+    """Inside, a tensor that no device is named for is the CPU's, whatever the caller's default is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _wide(device: torch.device) -> torch.dtype:

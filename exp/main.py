@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import check_paths, parse_args, requested_yamls
 from exp.config.experiment import check_files, dump_config, load_experiment
-from exp.runtime.errors import run_and_report
+from exp.runtime.errors import memory_named, run_and_report
 
 
 def main() -> None:
@@ -29,19 +29,25 @@ def main() -> None:
     from exp.training.precision import set_up_cuda
 
     doing = "evaluating" if args.test_only else "training"
-    with distributed.session(args.device) as dist, worker_deaths_named(), run.locked(folder, doing, dist):
+    with (
+        distributed.session(args.device) as dist,
+        worker_deaths_named(),
+        memory_named(),
+        run.locked(folder, doing, dist) as check_owner,
+    ):
         set_up_cuda(config.schedule.tf32, config.schedule.cudnn_benchmark, dist.device)
         if args.test_only:
             trained = run.load_trained(config, folder, args.model_checkpoint, args.data_dir, dist)
             if args.fit_temperature:
-                run.fit_temperature(trained, folder, args.fit_temperature, args.data_dir)
+                run.fit_temperature(trained, folder, args.fit_temperature, args.data_dir, check_owner)
             trained = run.with_fitted_temperature(trained, folder)
             evaluation = run.evaluate(trained, folder, args.save_masks)
         else:
             trained, evaluation = run.train_run(
-                config, folder, args.data_dir, dist, args.save_masks, args.model_checkpoint
+                config, folder, args.data_dir, dist, args.save_masks, check_owner, args.model_checkpoint
             )
         if dist.is_main:
+            check_owner()
             if args.save_masks:
                 print(f"masks: {folder / 'masks'}")
             save_outputs(

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from exp.runtime.errors import InputError, decoding
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 CLASSES = "classes.json"
+UNFINISHED = "unfinished.json"  # while the program is at work, and where it was interrupted
 MONTAGE = 3  # rows and columns of slices in the overlay of a volume
 
 
@@ -149,6 +150,26 @@ def overlay_path(folder: Path, rule: str, source: Source) -> Path:
     return folder / "overlays" / rule / f"{source.name}.png"
 
 
+def describe_command(
+    predictor: Predictor, predict: Sequence[PredictConfig], checkpoint: Path, sources: Sequence[Source]
+) -> str:
+    """What decides which files are written, and what is in them -> JSON."""
+    facts = {
+        "checkpoint": str(checkpoint.resolve()),
+        "weights_checksum": weights_checksum(predictor.model),
+        "rules": [asdict(config) for config in predict],
+        "inference": repr(predictor.inference),
+        "sources": {source.name: str(source.path.resolve()) for source in sources},
+    }
+    return json.dumps(facts, indent=1) + "\n"
+
+
+def is_unfinished(folder: Path, command: str) -> bool:
+    """Whether the same command was begun there and not finished: what lies at the places of its files is its own."""
+    path = folder / UNFINISHED
+    return path.is_file() and path.read_bytes() == command.encode()
+
+
 def check_free(folder: Path, sources: Sequence[Source], predictor: Predictor) -> None:
     """InputError for the first file that would be overwritten, or a classes.json of other classes."""
     pairs = [(rule, source) for rule in predictor.rules for source in sources]
@@ -160,10 +181,14 @@ def check_free(folder: Path, sources: Sequence[Source], predictor: Predictor) ->
         raise InputError(f"{classes}: got other classes, expected those of the checkpoint, or --overwrite")
 
 
-def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path) -> None:
-    """Write masks and overlays of every source, and classes.json; all sources are looked at before the first."""
+def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path, command: str) -> None:
+    """Write masks and overlays of every source, and classes.json; all sources are looked at before the first.
+
+    command: of describe_command; it stands in UNFINISHED until all is written.
+    """
     for source in tqdm(sources, desc="reading", leave=False, disable=None):
         predictor.read(source)  # a damaged file should not wait for its turn
+    write_atomically(folder / UNFINISHED, command)
     write_atomically(folder / CLASSES, describe_classes(predictor))
     thresholds = gather_thresholds(predictor.rules, predictor.maps(sources))
     for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
@@ -175,6 +200,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path)
             predictor.format.save_png(predictor.format.values[label], mask_path(folder, rule, source))
             picture = blend_labels(predictor.show(pixels), label, predictor.palette)
             _save_picture(picture, overlay_path(folder, rule, source))
+    (folder / UNFINISHED).unlink()
 
 
 def _predict_volume(

@@ -3,7 +3,7 @@ evaluates trained weights."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,24 +15,33 @@ from torch import nn
 from exp.checkpoints.checkpoint import (
     BEST,
     Checkpoint,
+    check_name,
     check_orientation,
     check_resumable,
     load_checkpoint,
     load_weights,
+    unlike,
     weights_checksum,
 )
 from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig, dump_config
 from exp.config.families import DECODER_TABLE
 from exp.data.base import SegmentationDataset
-from exp.data.loader import Loader, SkipDamaged, build_train_loader, count_iterations, describe_images
+from exp.data.loader import (
+    Loader,
+    SkipDamaged,
+    build_train_loader,
+    count_iterations,
+    describe_images,
+    describe_position,
+)
 from exp.data.registry import build_dataset
 from exp.evaluation.evaluator import Evaluation, Evaluator, build_evaluator
 from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
 from exp.files.lock import own_folder
-from exp.models import Segmentor, build_model
+from exp.models import Segmentor, build_model, load_network_weights
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -57,11 +66,15 @@ class Trained:
 
 
 @contextmanager
-def locked(folder: Path, doing: str, dist: Dist) -> Iterator[None]:
-    """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it."""
+def locked(folder: Path, doing: str, dist: Dist) -> Iterator[Callable[[], None]]:
+    """Inside, the run's folder is this program's alone; InputError, on every rank, where another one has it.
+
+    Gives a function for rank 0 to call before it writes there: InputError if the folder is another's by then.
+    """
     with ExitStack() as stack:
-        dist.on_main(lambda: stack.enter_context(own_folder(folder, doing)))
-        yield
+        claims = []
+        dist.on_main(lambda: claims.append(stack.enter_context(own_folder(folder, doing))))
+        yield claims[0].check if claims else lambda: None
 
 
 def load_trained(
@@ -73,6 +86,7 @@ def load_trained(
     """
     if path == Path(BEST):
         path = folder / CHECKPOINTS / f"{BEST}.pt"
+    newest = path is None
     path = path or dist.on_main(lambda: find_checkpoint(folder / CHECKPOINTS))
     if path is None:
         raise InputError(
@@ -80,6 +94,8 @@ def load_trained(
             "--test-only), or name one with --model_checkpoint"
         )
     checkpoint = load_checkpoint(path)
+    if newest:
+        check_name(checkpoint)
     crop = tuple(checkpoint.config["data"]["crop_size"])
     if config.given_test.crop_size is None and crop != config.data.crop_size and dist.is_main:
         print(
@@ -111,11 +127,15 @@ def build_network(
     config: ExperimentConfig, dataset: SegmentationDataset, dist: Dist, checkpoint: Checkpoint | None, weights: str
 ) -> Segmentor:
     """The network on this process's device, with a checkpoint's weights ('raw' or 'ema'), or with random ones by the
-    seed, the same on every rank, under pretrained ones."""
+    seed, the same on every rank, under pretrained ones or those of model.init_from."""
     seed_everything(config.seed, 0, 0)
-    model = build_model(config.model, len(dataset.classes), dataset.channels, pretrained=checkpoint is None)
+    classes, origin = list(dataset.classes), config.model.init_from
+    fetches = checkpoint is None and origin is None
+    model = build_model(config.model, len(classes), dataset.channels, pretrained=fetches)
     if checkpoint is not None:
-        load_weights(model, checkpoint, config.to_dict()["model"], list(dataset.classes), weights)
+        load_weights(model, checkpoint, config.to_dict()["model"], classes, weights)
+    elif origin is not None:
+        load_network_weights(model, origin, classes)
     layout = torch.channels_last if config.schedule.channels_last else torch.contiguous_format
     return model.to(dist.device, memory_format=layout)
 
@@ -128,7 +148,9 @@ def _trained(
     return Trained(config, evaluator, model, {"iteration": iteration, "weights": config.test.weights, **groups})
 
 
-def fit_temperature(trained: Trained, folder: Path, part: str, data_dir: str | None) -> None:
+def fit_temperature(
+    trained: Trained, folder: Path, part: str, data_dir: str | None, check_owner: Callable[[], None]
+) -> None:
     """Fit on the "train" images, or on "val-part", and write results/temperature.json; rank 0 prints a line."""
     config, evaluator, dist = trained.config, trained.evaluator, trained.evaluator.dist
     fit_on, check_on = evaluator.dataset, evaluator.dataset
@@ -148,6 +170,7 @@ def fit_temperature(trained: Trained, folder: Path, part: str, data_dir: str | N
         plain = config.to_dict()
         content |= {"part": part, "weights_checksum": weights_checksum(trained.model), "training": trained.training}
         content |= {"config": {"data": plain["data"], "test": plain["test"]}, **describe_code()}
+        check_owner()
         (folder / TEMPERATURE).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TEMPERATURE, json.dumps(content, indent=2) + "\n")
         before, after = (content["held_out"][when]["ECED"] for when in ("before", "after"))
@@ -192,11 +215,13 @@ def train_run(
     data_dir: str | None,
     dist: Dist,
     save_masks: bool,
+    check_owner: Callable[[], None],
     given: Path | None = None,
 ) -> tuple[Trained, Evaluation]:
     """Train to the end of the schedule, and evaluate what came out.
 
     From the newest checkpoint, if there is one, or from the `given` one of the same training, if that is further.
+    check_owner: called on rank 0 before it writes to the folder; InputError where that is another program's by then.
     """
     if config.test.temperature == "fitted":
         raise InputError("test.temperature: got fitted, expected a number in training: it is for --test-only")
@@ -205,7 +230,7 @@ def train_run(
     evaluator = build_evaluator(config, data_dir, dist)
     tell_old_slices(evaluator.dataset, dist)
     dataset = build_dataset(config.data, data_dir, "train", config.seed)
-    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, given).run()
+    return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, check_owner, given).run()
 
 
 @dataclass(frozen=True)
@@ -218,6 +243,7 @@ class TrainingSession:
     dataset: SegmentationDataset
     dist: Dist
     save_masks: bool
+    check_owner: Callable[[], None]
     given: Path | None = None  # a checkpoint to resume from; never written to
 
     def run(self) -> tuple[Trained, Evaluation]:
@@ -241,10 +267,11 @@ class TrainingSession:
         step = build_step(config, raw_model, self.evaluator.normalize, end, dist)
         if checkpoint:
             restore(step, checkpoint, dist)
+            checkpoint = None  # a training's whole state: its memory is wanted
         if dist.is_main:
             remove_leftovers(self.folder / CHECKPOINTS)
             record_start(self.folder, config.to_dict(), dump_config(config), start, dist.world_size)
-        with build_logger(self.folder, start, end, dist.is_main) as logger:
+        with build_logger(self.folder, start, end, dist.is_main, self.check_owner) as logger:
             logger.message(self._describe(raw_model, start, end))
             return self._run_loop(step, batches, history, start, end, logger)
 
@@ -253,7 +280,7 @@ class TrainingSession:
     ) -> tuple[Trained, Evaluation]:
         """Iterations start to end and their validations, then the evaluation of what came out."""
         config = self.config
-        saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset)
+        saving = Saving(config, self.folder / CHECKPOINTS, step, history, self.dataset, self.check_owner)
         validation = Validation(
             model=step.ema.module if config.test.weights == "ema" else step.raw_model,
             evaluator=self.evaluator,
@@ -317,8 +344,13 @@ class TrainingSession:
                 )
             return None, history
         checkpoint = load_checkpoint(path)
+        check_name(checkpoint)
         check_orientation(checkpoint, self.dataset.orientations)
         check_resumable(checkpoint, config.to_dict(), describe_images(self.dataset))
+        schedule, at = config.schedule, checkpoint.iteration
+        place = describe_position(self.dataset, schedule.batch_size, at)
+        if checkpoint.training["sampler"] != place or not 0 < at <= count_iterations(schedule, len(self.dataset)):
+            raise unlike(checkpoint, f"iteration {at}, sampler {checkpoint.training['sampler']}")
         if self.dist.is_main:
             if path != self.given:
                 set_aside_damaged(folder, path)

@@ -14,7 +14,8 @@ that are given, where an evaluation has the slices of its data set alone. Below 
     overlays/<rule>/<name>.png     the labels' colours over the image; of a volume, nine slices
     classes.json                   value, name and colour of each class
 
-Files that are there already are not replaced without --overwrite.
+Files that are there already are not replaced without --overwrite, but for those of the same command that was
+interrupted: unfinished.json says so until all is written.
 """
 
 import argparse
@@ -60,14 +61,22 @@ def main() -> None:
     groups = {"predict": args.predict_yaml} | ({"test": [args.test_yaml]} if args.test_yaml else {})
     configs = load_groups(groups, args.overrides)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exp.predict_images import build_predictor, check_free, list_sources, predict_files
+    from exp.predict_images import (
+        build_predictor,
+        check_free,
+        describe_command,
+        is_unfinished,
+        list_sources,
+        predict_files,
+    )
     from exp.runtime.distributed import pick_device  # PyTorch and all that stands on it come in only now
 
     sources = list_sources(args.input, args.output_dir)
     predictor = build_predictor(args.checkpoint, configs["predict"], configs.get("test"), pick_device(args.device))
-    if not args.overwrite:
+    command = describe_command(predictor, configs["predict"], args.checkpoint, sources)
+    if not (args.overwrite or is_unfinished(args.output_dir, command)):
         check_free(args.output_dir, sources, predictor)
-    predict_files(predictor, sources, args.output_dir)
+    predict_files(predictor, sources, args.output_dir, command)
     print(f"{len(sources)} file(s): {args.output_dir}")
 
 

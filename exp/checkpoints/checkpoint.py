@@ -1,9 +1,10 @@
 """What a checkpoint holds; saving it, loading it without running code, and comparing it with the flags."""
 
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from exp.checkpoints.checkpoint_files import facts_path, find_damage, remove_older, write_checked
-from exp.config.experiment import FREE_KEYS, LATER_KEYS, TRAINING_GROUPS, with_number_keys
+from exp.checkpoints.checkpoint_files import PATTERN, facts_path, find_damage, remove_older, write_checked
+from exp.checkpoints.states import find_difference
+from exp.config.experiment import FREE_KEYS, GROUPS, LATER_KEYS, TRAINING_GROUPS, with_number_keys
+from exp.config.strict_yaml import build_dataclass, show
 from exp.files.nifti import is_orientation
 from exp.files.tensors import find_tensors, load_tensor_file
 from exp.runtime.errors import InputError
@@ -22,13 +25,21 @@ from exp.runtime.errors import InputError
 BEST, LAST = "best", "last"
 METADATA = "rankseg_rma"  # the key of a safetensors file's metadata that holds the JSON below
 EXPECTED = "a checkpoint of this program"
+MAX_METADATA = 2**20  # characters of that JSON; with the names of 255 classes it has some 20,000
 # What `training` of a checkpoint holds: what decides the steps to come, besides weights and averages.
 TRAINING_STATE = ("optimizer", "scheduler", "scaler", "faults", "validations", "sampler", "world_size")
+# Those of them that no network decides, as they are saved; the scores by iteration are looked at beside.
+PLAIN_STATE = {
+    "faults": {"in_row": 0, "steps": 0, "images": 0},
+    "validations": {"name": "", "scores": {}},
+    "sampler": {"epoch": 0, "position": 0, "images": 0, "names_sha256": ""},
+    "world_size": 1,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: tensors, the iteration it was taken after, the config that it belongs to, the classes.
+    """What a file holds: tensors, the iteration it was taken after, the config of its training, the classes.
 
     model: the state dict, None in a safetensors file of the averaged weights. ema: the averaged model's state dict, or
     None where none is kept. training: TRAINING_STATE, or None in files that are there to be evaluated.
@@ -132,10 +143,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = _load_safetensors(path) if path.suffix == ".safetensors" else load_tensor_file(path, EXPECTED)
     try:
         checkpoint = Checkpoint(path=path, **content)
-        _check_content(checkpoint)
-    except (TypeError, LookupError, AttributeError):
+        _check_kinds(checkpoint)
+    except TypeError:
         raise InputError(f"{path}: got other content, expected {EXPECTED}") from None
-    return checkpoint
+    return replace(checkpoint, config=_checked_config(checkpoint))
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -143,33 +154,62 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     tensors = load_tensor_file(path, EXPECTED)
     try:
         with safe_open(path, "pt") as file:
-            described = json.loads((file.metadata() or {})[METADATA])
+            text = (file.metadata() or {})[METADATA]
+        if len(text) > MAX_METADATA:
+            raise ValueError
+        described = json.loads(text)
         raw = described.pop("weights") == "raw"
         described["config"] = with_number_keys(described["config"])
         ema = None if raw else {f"module.{name}": value for name, value in tensors.items()}
         return {"model": tensors if raw else None, "ema": ema, "training": None, **described}
-    except (KeyError, ValueError, AttributeError, TypeError, SafetensorError):
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError, SafetensorError):
         raise InputError(f"{path}: got weights without the config of a run of this program beside them") from None
 
 
-def _check_content(checkpoint: Checkpoint) -> None:
-    """TypeError or LookupError for a file whose fields are not of their kinds."""
-    kinds = {"iteration": int, "config": dict, "classes": list}
-    if not all(isinstance(getattr(checkpoint, name), kind) for name, kind in kinds.items()):
-        raise TypeError
+def _check_kinds(checkpoint: Checkpoint) -> None:
+    """TypeError for a file whose fields are not of their kinds; what `training` holds is looked at by who resumes."""
     for state in (checkpoint.model, checkpoint.ema):
-        if state is not None and not all(isinstance(value, Tensor) for value in state.values()):
+        named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+        if state is not None and not (named and all(isinstance(value, Tensor) for value in state.values())):
             raise TypeError
-    if not all(isinstance(checkpoint.config[group], dict) for group in (*TRAINING_GROUPS, "test")):
+    fits = (
+        type(checkpoint.iteration) is int
+        and isinstance(checkpoint.training, dict | None)
+        and isinstance(checkpoint.config, dict)
+        and isinstance(checkpoint.classes, list)
+        and all(isinstance(name, str) for name in checkpoint.classes)
+        and (checkpoint.orientation is None or is_orientation(checkpoint.orientation))
+    )
+    if not fits:
         raise TypeError
-    if not all(isinstance(name, str) for name in checkpoint.classes):
-        raise TypeError
-    if not (checkpoint.orientation is None or is_orientation(checkpoint.orientation)):
-        raise TypeError
-    height, width = checkpoint.config["data"]["crop_size"]
-    if not (isinstance(height, int) and isinstance(width, int)):
-        raise TypeError
-    checkpoint.config["seed"], checkpoint.config["schedule"]["channels_last"]
+
+
+def _checked_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The groups of a checkpoint's config that decided its weights, and how they were evaluated, as plain values.
+
+    InputError for what no YAML could say. What else the file has in its config is left aside.
+    """
+    checked = {}
+    for group in (*TRAINING_GROUPS, "test"):
+        values = checkpoint.config.get(group)
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise InputError(f"{checkpoint.path}: got no {group} settings, expected {EXPECTED}")
+        build_dataclass(GROUPS[group], values, checkpoint.path, {})
+        checked[group] = values
+    seed = checkpoint.config.get("seed")
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise InputError(f"{checkpoint.path}: got the seed {show(seed)}, expected {EXPECTED}")
+    return {**checked, "seed": seed}
+
+
+def check_name(checkpoint: Checkpoint) -> None:
+    """InputError for a file iter_<number>.pt of another iteration: the number says which is the newest."""
+    match = PATTERN.match(checkpoint.path.name)
+    if match and int(match[1]) != checkpoint.iteration:
+        raise InputError(
+            f"{checkpoint.path}: got the weights of iteration {checkpoint.iteration}, expected those that the name "
+            "says: remove or rename it (a copy of another?)"
+        )
 
 
 def load_weights(
@@ -195,11 +235,20 @@ def load_weights(
             f"{checkpoint.path}: got a checkpoint of another model, expected that of the flags "
             f"(checkpoint -> flags: {'; '.join(differences)})"
         )
-    try:
-        model.load_state_dict(checkpoint.model if weights == "raw" else averaged_weights(checkpoint.ema))
-    except RuntimeError as error:  # the libraries' names of parameters changed between their versions
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{checkpoint.path}: got other parameters than the model's ({reason})") from None
+    state = checkpoint.model if weights == "raw" else averaged_weights(checkpoint.ema)
+    own = model.state_dict()
+    # Floating-point numbers of another width are taken, in files that somebody has made smaller.
+    state = {
+        name: value.to(own[name].dtype) if name in own and _are_floats(value, own[name]) else value
+        for name, value in state.items()
+    }
+    if difference := find_difference(state, dict(own), "weights"):
+        raise InputError(f"{checkpoint.path}: got other parameters than the model's ({difference})")
+    model.load_state_dict(state)
+
+
+def _are_floats(*tensors: Tensor) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def check_orientation(checkpoint: Checkpoint, orientations: Sequence[str]) -> None:
@@ -228,18 +277,23 @@ def averaged_weights(ema: dict[str, Any]) -> dict[str, Any]:
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any], images: dict[str, Any]) -> None:
     """InputError with what differs if a run under `config` is not the continuation of the checkpoint's.
 
-    images: how many training images there are now, and the checksum of their names (see Run).
+    images: how many training images there are now, and the checksum of their names (describe_images).
     """
     if checkpoint.training is None or not set(TRAINING_STATE) <= checkpoint.training.keys():
         raise InputError(
             f"{checkpoint.path}: got a checkpoint without the whole state of a training (of an earlier version?), "
             "expected one to resume from; --test-only evaluates it"
         )
+    if difference := _find_odd_state(checkpoint):
+        raise unlike(checkpoint, difference)
     names = (*TRAINING_GROUPS, "seed")
     differences = _differences({n: checkpoint.config[n] for n in names}, {n: config[n] for n in names})
     before, after = (c["schedule"].get("val_iters") for c in (checkpoint.config, config))
     if config["schedule"].get("early_stop") is not None and before != after:  # validations decide what comes
         differences.append(f"schedule.val_iters {before} -> {after}")
+    before, after = (c["model"].get("init_from") for c in (checkpoint.config, config))
+    if before != after:
+        differences.append(f"model.init_from {before} -> {after}")
     stored = {name: checkpoint.training["sampler"][name] for name in images}
     differences += [f"{name} {stored[name]} -> {images[name]}" for name in images if stored[name] != images[name]]
     if differences:
@@ -247,6 +301,26 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any], images: dict
             f"{checkpoint.path}: got a run trained with other settings (checkpoint -> flags: "
             f"{'; '.join(differences)}), expected the same ones, or another --output_dir"
         )
+
+
+def _find_odd_state(checkpoint: Checkpoint) -> str | None:
+    """Where what no network decides of a training's state is not as it is saved; None: nowhere."""
+    plain = {name: checkpoint.training[name] for name in PLAIN_STATE}
+    validations = plain["validations"]
+    scores = validations.get("scores") if isinstance(validations, dict) else None
+    if isinstance(scores, dict):
+        for at, score in scores.items():
+            number = type(at) is int and type(score) is float and 0 < at <= checkpoint.iteration
+            if not number or math.isnan(score) or score == math.inf:
+                return f"validations.scores: got {show(score)} for iteration {show(at)}"
+        plain["validations"] = {**validations, "scores": {}}
+    return find_difference(plain, PLAIN_STATE, "training")
+
+
+def unlike(checkpoint: Checkpoint, difference: str) -> InputError:
+    return InputError(
+        f"{checkpoint.path}: got another state than this run would save ({difference}), expected one to resume from"
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

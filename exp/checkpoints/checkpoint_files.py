@@ -57,6 +57,8 @@ def facts_path(path: Path) -> Path:
 
 def find_damage(path: Path) -> str | None:
     """A checkpoint -> what is wrong with it, or None; the whole file is read. One without a checksum is let pass."""
+    if not path.is_file():
+        return "it is no file"
     if not facts_path(path).exists():
         print(f"warning: {path}: no checksum beside it, taken unchecked", file=sys.stderr, flush=True)
         return None

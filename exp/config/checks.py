@@ -7,6 +7,7 @@ from exp.config.strict_yaml import closest, show
 from exp.runtime.errors import InputError
 
 MAX_CROP = 16384  # pixels along a side; the largest images that are read have 9459 x 9459 (exp/files/images.py)
+MAX_AREA = 9459**2  # of a crop or window in pixels: as many as the largest image has, for it is padded to that
 MAX_SCALE = 100
 MAX_WIDTH = 2**14  # channels; the widest layer of the encoders has some 4,000
 
@@ -22,6 +23,14 @@ def require_positive(config: object, *keys: str, most: int = 10**9) -> None:
         value = getattr(config, key)
         numbers = value if isinstance(value, tuple) else (value,)
         require(value is None or all(0 < v <= most for v in numbers), key, value, f"a value above 0, {most} at most")
+
+
+def require_area(config: object, *keys: str) -> None:
+    """InputError for crops and windows, (height, width) or None, that no image fills."""
+    for key in keys:
+        value = getattr(config, key)
+        fits = value is None or value[0] * value[1] <= MAX_AREA
+        require(fits, key, value, f"{MAX_AREA:,} pixels at most, the largest image that is read")
 
 
 def require_entry(config: object, family: str, table: Mapping[str, Entry]) -> None:

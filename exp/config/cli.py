@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from exp.files.paths import require_utf8
 from exp.runtime.errors import InputError
 
 DEFAULT_YAMLS = {
@@ -135,9 +136,21 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def check_folder(flag: str, path: str | Path | None) -> None:
-    """InputError for a file where a folder is to be, or is to be made."""
+    """InputError for a file where a folder is to be, or is to be made, and for a path that cannot be one."""
+    if path is not None:
+        _check_path(flag, Path(path))
     if path is not None and Path(path).exists() and not Path(path).is_dir():
         raise InputError(f"{flag}: {path}: got a file, expected a folder")
+
+
+def _check_path(flag: str, path: Path) -> None:
+    require_utf8(path, str(path))
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a link to itself, a part of more than 255 bytes, a zero byte, ...
+        raise InputError(f"{flag}: {path}: got a path that cannot be ({error}), expected a folder") from None
 
 
 def require_data_dir(path: str | Path | None) -> None:

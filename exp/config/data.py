@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_entry, require_positive
+from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_area, require_entry, require_positive
 from exp.config.families import DATASET_TABLE
 from exp.files.paths import leads_out
 
@@ -43,6 +43,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "train_samples", "val_samples", "std")
         require_positive(self, "crop_size", "test_crop", most=MAX_CROP)
+        require_area(self, "crop_size", "test_crop")
         require_positive(self, "scale_range", most=MAX_SCALE)
         for key in ("train_split", "val_split", "images", "labels"):
             value = getattr(self, key)

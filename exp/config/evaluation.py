@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_entry, require_positive
+from exp.config.checks import MAX_CROP, MAX_SCALE, require, require_area, require_entry, require_positive
 from exp.config.data import IGNORE_INDEX
 from exp.config.families import METRIC_TABLE, RULE_TABLE
 
@@ -34,6 +34,7 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "crop_size", "stride", most=MAX_CROP)
+        require_area(self, "crop_size")
         require_positive(self, "scales", most=MAX_SCALE)
         require_positive(self, "window_batch", "images_per_forward")
         require(len(set(self.scales)) == len(self.scales), "scales", self.scales, "each scale once")

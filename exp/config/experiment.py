@@ -25,7 +25,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
 FREE_KEYS = {
-    "model": ("pretrained",),
+    "model": ("pretrained", "init_from"),
     "schedule": (
         "num_workers",
         "log_iters",
@@ -99,6 +99,8 @@ class ExperimentConfig:
             for key, default in later.items():
                 if values[key] == default:
                     del values[key]
+        if plain["model"]["init_from"] is None:
+            del plain["model"]["init_from"]
         return plain
 
 
@@ -131,6 +133,8 @@ def training_digest(config: Mapping[str, Any]) -> str:
         left_out, later = ("name", *FREE_KEYS.get(group, ())), LATER_KEYS.get(group, {}).items()
         kept[group] = {k: v for k, v in config[group].items() if k not in left_out and (k, v) not in later}
     kept["model"]["pretrained"] = bool(config["model"]["pretrained"])
+    if config["model"].get("init_from"):
+        kept["model"] |= {"pretrained": False, "init_from": config["model"]["init_from"]}
     text = json.dumps({**kept, "seed": config["seed"]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -211,7 +215,9 @@ def _check_name(group: str, name: str, path: Path) -> None:
 def check_files(config: ExperimentConfig, *, from_scratch: bool) -> None:
     """InputError for a file that a YAML names and that is not there; from_scratch: no checkpoint has the weights."""
     files = [("predict.thresholds", rule.thresholds) for rule in config.predict]
-    if from_scratch and isinstance(config.model.pretrained, str):
+    if from_scratch and config.model.init_from is not None:
+        files.append(("model.init_from", config.model.init_from))
+    elif from_scratch and isinstance(config.model.pretrained, str):
         files.append(("model.pretrained", config.model.pretrained))
     for key, name in files:
         if name is not None and ("\0" in name or not Path(name).is_file()):

@@ -21,6 +21,7 @@ class ModelConfig:
     low_level_channels: int | None = None  # deeplabv3plus: the branch at stride 4
     variant: Literal["library", "paper"] = "library"  # whose decoder: segmentation_models_pytorch's, or the paper's
     pretrained: bool | str = True  # true: by name from the hub; false: random; text: a local file
+    init_from: str | None = None  # a local file of a whole network, which training starts from in place of pretrained
     dropout: float = 0.1  # before the classifier of either head
     aux_channels: int | None = (
         256  # of the auxiliary head, on the encoder's last feature map but one; null: no such head

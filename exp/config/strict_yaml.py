@@ -115,7 +115,7 @@ def convert(value: Any, hint: Any) -> Any:
     """A YAML value -> the same as the annotated type (lists become tuples, whole numbers floats), or TypeError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in args):
+        if any(type(value) is type(choice) and value == choice for choice in args):
             return value
     elif origin in (typing.Union, types.UnionType):
         for choice in args:

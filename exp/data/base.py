@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from exp.config.data import IGNORE_INDEX
 from exp.data.decode import read_image, read_label
-from exp.files.paths import Fence, files_and_links
+from exp.files.paths import NOT_UTF8, Fence, files_and_links, is_utf8, require_utf8
 from exp.runtime.errors import InputError, describe_numbers
 
 
@@ -93,6 +93,11 @@ class SegmentationDataset(Dataset):
             self.samples, self.unpaired = error.samples, error.unpaired
         if not self.samples and not lenient:
             raise InputError(f"{self.root}: got no samples of {type(self).__name__} in split '{split}', expected some")
+        for sample in self.samples:
+            if not lenient:
+                require_utf8(sample.image, sample.name)
+            elif not is_utf8(sample.name):
+                self.unpaired.append((sample.image, f"got a name that is {NOT_UTF8}"))
         counts = Counter(sample.name for sample in self.samples)
         twice = next((name for name, count in counts.items() if count > 1), None)
         if twice is not None and not lenient:

@@ -1,6 +1,9 @@
 """Data set -> batches: an order that depends on the seed alone, resumable at any iteration."""
 
 import hashlib
+import math
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,14 +12,16 @@ from typing import Any
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from exp.config.data import IGNORE_INDEX
 from exp.config.training import ScheduleConfig
 from exp.data.base import Item, SegmentationDataset
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.runtime.interrupt import obey_parent_alone
+from exp.runtime.interrupt import Stalled, obey_parent_alone
+
+GRACE = 5  # seconds for a killed process to be gone; one that a disk does not let go may take longer
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,31 @@ class Batch:
 
 def collate(items: list[Item]) -> Batch:
     return Batch(
-        image=torch.stack([i.image for i in items]),
-        label=torch.stack([i.label for i in items]),
+        image=_stack([i.image for i in items]),
+        label=_stack([i.label for i in items]),
         indices=tuple(i.index for i in items),
         damaged=tuple(i.damaged for i in items if i.damaged is not None),
     )
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape -> them along a new first axis; of a worker, in memory shared with the process that trains.
+
+    There they have to go in any case. Left to the queue, an error would be a thread's, and the batch would never come.
+    """
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    shape = (len(tensors), *tensors[0].shape)
+    size = math.prod(shape) * tensors[0].element_size()
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        raise InputError(
+            f"schedule.num_workers: got no room for a batch of {size:,} bytes in /dev/shm "
+            f"({' '.join(str(error).split())[:120]}), expected some: make it larger (docker run --shm-size=8g), or "
+            "have fewer workers (0 needs none), a smaller batch or crop"
+        ) from None
+    return torch.stack(tensors, out=torch.empty(0, dtype=tensors[0].dtype).set_(storage, 0, shape))
 
 
 class SkipDamaged(Dataset):
@@ -103,7 +128,11 @@ class TrainSampler(Sampler):
 
 
 class Loader(DataLoader):
-    """An iterable of batches; a worker's InputError arrives as its one line."""
+    """An iterable of batches; a worker's InputError arrives as its one line.
+
+    Where none comes though the process has been asked to stop, its workers are killed, and it is Stalled: one of them
+    may wait for a disk that is gone.
+    """
 
     def __init__(self, dataset: Dataset, num_workers: int, dist: Dist, batch_sampler: object) -> None:
         super().__init__(
@@ -114,10 +143,20 @@ class Loader(DataLoader):
             pin_memory=dist.device.type == "cuda",
             worker_init_fn=_settle_worker,
         )
+        self.stop = dist.stop
 
     def __iter__(self) -> Iterator[Batch]:
+        iterator = super().__iter__()
         try:
-            yield from super().__iter__()
+            while True:
+                with self.stop.waiting("images"):
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
+                yield batch
+        except Stalled:
+            _kill_children()
+            raise
         except InputError as error:  # PyTorch puts the worker's traceback before the message
             raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
@@ -175,6 +214,17 @@ def worker_deaths_named() -> Iterator[None]:
         raise InputError(
             f"schedule.num_workers: a process that loads images died ({reason}); out of memory? try fewer of them"
         ) from None
+
+
+def _kill_children() -> None:
+    """End the processes that this one has started, also those that stand still."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes the end of a worker for an error
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join(GRACE)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _settle_worker(worker: int) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config.evaluation import TestConfig
+from exp.models.segmentor import sizes_named
 from exp.runtime.errors import InputError
 
 CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small
@@ -110,7 +111,7 @@ class Inference:
         for first in range(0, len(places), self.window_batch):
             group = places[first : first + self.window_batch]
             crops = torch.cat([images[i][..., top : top + crop_h, left : left + crop_w] for i, top, left in group])
-            with autocast(self.amp, crops.device):
+            with sizes_named(crops), autocast(self.amp, crops.device):
                 logits = model(crops)
             for (i, top, left), window in zip(group, logits):
                 if i not in totals:

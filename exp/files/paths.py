@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from exp.files.text import read_text
 from exp.runtime.errors import InputError
 
+NOT_UTF8 = "no UTF-8 text, expected one that is: rename it"
+
 
 def leads_out(name: str) -> bool:
     """Whether a name is empty, absolute, climbs by ".." in the style of any system, or holds control characters."""
@@ -63,6 +65,21 @@ def match_names(files: Mapping[str, Path], names: Collection[str]) -> dict[str, 
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
+
+
+def require_utf8(path: Path, name: str | None = None) -> None:
+    """InputError for a path whose name (or `name`, some of the path) is no UTF-8: no CSV or JSON could hold it."""
+    if not is_utf8(path.name if name is None else name):
+        raise InputError(f"{path}: got a name that is {NOT_UTF8}")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name, as the system gives it, stands for text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def files_and_links(folder: Path) -> dict[str, bool]:

@@ -1,19 +1,32 @@
 """Files of tensors -> their content, without running any code that a file may hold."""
 
-import mmap
-import pickle
+import io
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from exp.files.text import MAX_FILE, require_file
 from exp.runtime.errors import decoding
+
+MAX_PICKLE = 2**23  # bytes: what stands around the tensors; a thousand of them with the optimiser's state have 0.5 MB
+MAX_TUPLE = 2**12  # values in a tuple, those of tuples inside it counted each time: hashing one looks at all
+PICKLES_BEFORE_1_6 = 5  # in a file of torch before 1.6: two marks, the system's facts, the content, the storages' names
+# The names that torch.save writes for tensors and plain values. torch.load lets by more, and with some of those a file
+# of a few kB takes gigabytes (bytearray, _codecs.encode, tensors by size).
+NAMES = re.compile(
+    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|torch [a-z]\w*|torch Size"
+    r"|torch(\.cuda|\.storage)? \w*Storage|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter\w*)"
+    r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+)
+UNHASHABLE = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
 
 
 def load_tensor_file(path: Path, expected: str) -> Any:
@@ -22,23 +35,64 @@ def load_tensor_file(path: Path, expected: str) -> Any:
     The checksums (CRC-32) that torch.save writes are compared first, which torch.load does not do. The content takes
     about as much memory as the file has bytes.
     """
+    require_file(path, expected, MAX_FILE)
     with decoding(path, expected):
         if path.suffix == ".safetensors":
             return load_file(path)  # which takes no table of more than 100 MB
-        if zipfile.is_zipfile(path):  # torch's format since 1.6; older files have no checksums
-            _check_archive(path)
-        _refuse_bytearrays(path)
+        _check_pickles(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of torch, on how the file came to be
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-                    raise ValueError(f"it asks for {named[1]}; tensors and plain values alone are taken") from None
-                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
         for tensor in find_tensors(content):
             _check_tensor(tensor)
         return content
+
+
+def _check_pickles(path: Path) -> None:
+    """ValueError for a file of torch.save that is damaged, or whose pickles would take more than their size."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # by which torch.load tells; files from before torch 1.6 have no checksums
+            file.seek(0)
+            for _ in range(PICKLES_BEFORE_1_6):
+                _check_pickle(file)
+            return
+        _check_archive(path)
+        file.seek(0)
+        reader = torch._C.PyTorchFileReader(file)  # torch.load's own: two readers may see two files in one
+        _check_pickle(io.BytesIO(reader.get_record("data.pkl")))
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Read to the end of a pickle without making anything of it; ValueError for one that no weights need.
+
+    Kept is, for each value, how many others it stands for where it is hashed: of lists and dicts, which cannot be,
+    none. A tuple of ten of a tuple of ten ... is some bytes for each step, and billions of values.
+    """
+    stack, memo, start = [], {}, file.tell()
+    for code, argument, place in pickletools.genops(file):
+        if place - start > MAX_PICKLE:
+            raise ValueError(f"more than {MAX_PICKLE} bytes besides the tensors")
+        if code.name == "GLOBAL" and not NAMES.fullmatch(argument):
+            raise ValueError(f"it asks for {argument.replace(' ', '.')}; tensors and plain values alone are taken")
+        if "PUT" in code.name:
+            memo[argument] = stack[-1]
+            continue
+        taken = _pop(stack, len(code.stack_before), to_mark=pickletools.markobject in code.stack_before)
+        size = memo[argument] if "GET" in code.name else 1 + sum(taken)
+        if size > MAX_TUPLE and "TUPLE" in code.name:
+            raise ValueError(f"a tuple of more than {MAX_TUPLE} values")
+        made = None if code.name == "MARK" else 1 if code.name in UNHASHABLE else size
+        stack += [made] * len(code.stack_after)
+
+
+def _pop(stack: list[int | None], number: int, *, to_mark: bool) -> list[int]:
+    """What an operation takes from the stack: `number` values, or all above the last mark, and what stands below it."""
+    taken = []
+    if to_mark:
+        while (value := stack.pop()) is not None:
+            taken.append(value)
+        number -= 2  # the mark, and what stood above it
+    return taken + [stack.pop() for _ in range(number)]
 
 
 def _check_archive(path: Path) -> None:
@@ -57,13 +111,6 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"the checksum of its part {damaged} is wrong")
-
-
-def _refuse_bytearrays(path: Path) -> None:
-    """ValueError for a file with the one name that torch.load lets by and that makes gigabytes out of a number."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"bytearray") >= 0:
-            raise ValueError("a bytearray")
 
 
 def find_tensors(content: Any) -> Iterator[Tensor]:

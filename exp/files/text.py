@@ -9,6 +9,8 @@ from exp.runtime.errors import InputError, decoding, unreadable
 
 MAX_TEXT = 64 * 2**20  # bytes; the largest that the program reads, a manifest of 400,000 files, has 50 MB
 
+MAX_FILE = 2**42  # bytes of a file whose content is bounded by other means, or not taken into memory at once
+
 
 def require_file(path: Path, expected: str, max_bytes: int) -> None:
     """InputError unless `path` is a regular file (a pipe or device would be read for ever) of at most `max_bytes`."""

@@ -1,6 +1,7 @@
-"""A file of encoder weights -> the encoder, by name or, where the names differ, by order and shape."""
+"""Files of weights -> an encoder, by name or, where the names differ, by order and shape; or a whole network."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm.models import adapt_input_conv
@@ -10,30 +11,101 @@ from exp.files.tensors import load_tensor_file
 from exp.runtime.errors import InputError
 
 COUNTER = "num_batches_tracked"
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which files have a state dict among other things
+HEADS = ("head.", "aux_head.")
+CLASSIFIERS = ("head.", "aux_head.4.")  # of a Segmentor: the layers with an output for each class
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Fill an encoder from a local state dict (.pt, .pth, .safetensors).
+    """Fill an encoder from a local state dict (.pt, .pth, .safetensors), of the encoder alone or of a whole network.
 
-    Every tensor of the encoder must be found: under its own name, or else (a file of another library's naming) at
-    its place in the file with the same shape. Tensors after the encoder's last, of a classifier, are left aside.
+    Every tensor of the encoder must be found: under its own name, with one prefix before all of them ("encoder.",
+    say), or else (a file of another library's naming) at its place in the file with the same shape. Tensors after the
+    encoder's last, of a classifier, are left aside.
     """
-    weights = load_tensor_file(Path(path), "a state dict")
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise InputError(f"{path}: got {type(weights).__name__}, expected a state dict of tensors by name")
+    weights, _ = _read_weights(Path(path))
     model = getattr(encoder, "model", encoder)  # timm's network inside smp's wrapper
-    # Old files lack the batch counters, which the network does not need.
-    own = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
-    given = {name: value for name, value in weights.items() if not name.endswith(COUNTER)}
-    matched = given if own.keys() <= given.keys() else _match_by_order(own, given, path)
+    own, given = _counted(model.state_dict()), _counted(weights)
+    matched = _match_by_name(own, given)
+    if matched is None:
+        if Path(path).suffix == ".safetensors":  # which sorts its names
+            name = next(iter(own))
+            raise InputError(f"{path}: got no tensor '{name}' of the encoder, expected all of its names")
+        matched = _match_by_order(own, given, path)
     stem = next((name for name in own if own[name].dim() == 4), None)
     if stem and matched[stem].shape[1:2] == (3,) != own[stem].shape[1:2]:  # for RGB: summed (repeated) as timm does it
         matched = matched | {stem: adapt_input_conv(own[stem].shape[1], matched[stem])}
     for name, value in own.items():
-        if matched[name].shape != value.shape:
-            got, expected = tuple(matched[name].shape), tuple(value.shape)
-            raise InputError(f"{path}: got shape {got} for the encoder's '{name}', expected {expected}")
+        _check_shape(path, f"the encoder's '{name}'", matched[name], value)
     model.load_state_dict({name: matched[name] for name in own}, strict=False)
+
+
+def load_network_weights(model: nn.Module, path: str | Path, classes: Sequence[str]) -> None:
+    """Fill a Segmentor from a file of a network of the same encoder and decoder, such as a checkpoint of this program.
+
+    A classifier of other classes (by number, and by name where the file has names) stays as it is. What is not taken,
+    from the file or by the network, is told line by line. InputError for any other tensor that is not there.
+    """
+    weights, known = _read_weights(Path(path))
+    own, given = _counted(model.state_dict()), _counted(weights)
+    body = {name: value for name, value in own.items() if not name.startswith(HEADS)}
+    prefix = _find_prefix(body, given)
+    if prefix is None:
+        missing = next(name for name in body if name not in given)
+        raise InputError(f"{path}: got no tensor '{missing}', expected a network of the same encoder and decoder")
+    given = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    say, taken, others = logging.getLogger("exp").warning, {}, known is not None and list(known) != list(classes)
+    for name, value in own.items():
+        if name.startswith(HEADS) and name not in given:
+            say("%s: got no %s: drawn at random", path, name)
+            continue
+        if name.startswith(CLASSIFIERS) and (others or given[name].shape != value.shape):
+            say("%s: got %s of other classes: drawn at random", path, name)
+            continue
+        _check_shape(path, f"'{name}'", given[name], value)
+        taken[name] = given[name]
+    for name in sorted(given.keys() - own.keys()):
+        say("%s: got %s, which the network does not have: left aside", path, name)
+    model.load_state_dict(taken, strict=False)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """A file -> the state dict in it, and the names of its classes where it is a checkpoint of this program."""
+    content, classes = load_tensor_file(path, "a state dict"), None
+    for _ in range(2):  # {"model": {"state_dict": ...}}
+        inner = next(
+            (key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None
+        )
+        if inner is None:
+            break
+        classes = content.get("classes", classes)
+        content = content[inner]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path}: got {type(content).__name__}, expected a state dict of tensors by name")
+    return content, classes if isinstance(classes, list) else None
+
+
+def _counted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the batch counters, which old files lack, and which a network does not need."""
+    return {name: value for name, value in weights.items() if not name.endswith(COUNTER)}
+
+
+def _find_prefix(own: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
+    """What stands before all of a network's names in a file, the shortest; None if it does not have all of them."""
+    first = next(iter(own))
+    prefixes = sorted((name.removesuffix(first) for name in given if name.endswith(first)), key=len)
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in given for name in own)), None)
+
+
+def _match_by_name(own: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    prefix = _find_prefix(own, given)
+    return None if prefix is None else {name: given[f"{prefix}{name}"] for name in own}
+
+
+def _check_shape(path: str | Path, name: str, found: Tensor, own: Tensor) -> None:
+    if found.shape != own.shape:
+        got, expected = tuple(found.shape), tuple(own.shape)
+        raise InputError(f"{path}: got shape {got} for {name}, expected {expected}")
 
 
 def _match_by_order(own: dict[str, Tensor], given: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:

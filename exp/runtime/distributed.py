@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from exp.runtime.errors import InputError
-from exp.runtime.interrupt import Interrupted, StopRequest, catch_signals
+from exp.runtime.interrupt import Interrupted, Stalled, StopRequest, catch_signals
 
 T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=30)
@@ -27,6 +27,14 @@ GRACE = 2.0  # seconds for others to say that they, too, miss somebody
 # In messages of gloo, nccl and the store.
 LOST_CONNECTION = ("onnection", "imed out", "imeout", "Broken pipe", "ocket", "NCCL")
 MEETING_PAUSE = 0.02  # seconds between two looks
+
+
+class LostProcess(InputError):
+    """Another process does not come to where all of them meet."""
+
+
+def _names_connection(reason: str) -> bool:
+    return any(word in reason for word in LOST_CONNECTION)
 
 
 @dataclass(frozen=True)
@@ -122,13 +130,13 @@ class Dist:
             self.store.set(f"done/{self.rank}", str(iteration))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            if not any(word in reason for word in LOST_CONNECTION):  # this process's own trouble, such as its memory
+            if not _names_connection(reason):  # this process's own trouble, such as its memory
                 raise
             self.store.set(f"failed/{self.rank}", "")
             late = self._absent(iteration)
             if not late:
                 raise
-            raise InputError(f"{', '.join(late)} did not come through iteration {iteration} ({reason})") from error
+            raise LostProcess(f"{', '.join(late)} did not come through iteration {iteration} ({reason})") from error
 
     def _absent(self, iteration: int) -> list[str]:
         """The processes that have neither done the iteration nor found, as this one, that others are missing."""
@@ -224,8 +232,9 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
     group of their own without such a limit; a process that dies is noticed by the closed connection. InputError where
     the environment names several processes and not how they meet, or where one of them does not come.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    world_size = _number("WORLD_SIZE", 1, lowest=1)
+    rank, local_rank = _number("RANK", 0, highest=world_size - 1), _number("LOCAL_RANK", 0)
+    device = pick_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if rank > 0:
@@ -237,12 +246,30 @@ def session(device_name: str, timeout: timedelta = STEP_TIMEOUT) -> Iterator[Dis
         dist = _join(rank, world_size, device, timeout, stop)
         try:
             yield dist
-        except InputError as error:
-            raise InputError(f"{error} [rank {rank}]") from None  # no goodbye: the others may wait in a collective
+        except (InputError, RuntimeError) as error:  # no goodbye: the others may wait in a collective
+            told = isinstance(error, InputError)
+            if stop and (isinstance(error, LostProcess) if told else _names_connection(str(error))):
+                raise Stalled(f"{stop.signal_name}: another process left, or does not come [rank {rank}]") from None
+            if told:
+                raise InputError(f"{error} [rank {rank}]") from None
+            raise
+        except Stalled as stall:
+            raise Stalled(f"{stall} [rank {rank}]") from None
         except Interrupted as interruption:
             _leave(dist)
             raise interruption if rank == 0 else Interrupted("") from None  # rank 0 says it for all
         _leave(dist)
+
+
+def _number(name: str, default: int, lowest: int = 0, highest: int = 2**31) -> int:
+    """A whole number of the environment; InputError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+        raise InputError(
+            f"{name}: got {text!r} in the environment, expected a whole number of {lowest}..{highest}, as torchrun "
+            "sets it, or none"
+        )
+    return int(text)
 
 
 def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, stop: StopRequest) -> Dist:
@@ -252,8 +279,15 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
             f"WORLD_SIZE: got {world_size} in the environment without {', '.join(missing)}, expected all that torchrun "
             "sets: start with torchrun, or unset it"
         )
-    store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
-    store = meet(store, rank, world_size, timeout)
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0, highest=2**16 - 1)
+    try:
+        store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"MASTER_ADDR, MASTER_PORT: got no meeting at {address}:{port} ({' '.join(str(error).split())[:200]}), "
+            "expected a free port of the machine of rank 0 (torchrun --master_port)"
+        ) from None
+    store = meet(store, rank, world_size, timeout, stop)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # nccl's own watchdog ends the process without a word: `control` notices before it who does not come.
     patience = timeout + NCCL_MARGIN if device.type == "cuda" else timeout
@@ -263,7 +297,9 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
     return Dist(rank, world_size, device, patient, control, torch_dist.PrefixStore("exp", store), stop)
 
 
-def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta) -> torch_dist.Store:
+def meet(
+    store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta, stop: StopRequest | None = None
+) -> torch_dist.Store:
     """A store that torchrun keeps -> the part of it that these processes alone have, once all of them are here.
 
     After a restart the store still holds what the processes before wrote, the addresses of dead ones among it. So
@@ -276,6 +312,8 @@ def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta
         return store.get(key).decode() if store.check([key]) else None
 
     def wait_for(absent: str) -> None:
+        if stop:
+            raise Stalled(f"{stop.signal_name}: left before {absent} came")
         if time.monotonic() > until:
             raise InputError(f"{absent} did not arrive at the start within {timeout}")
         time.sleep(MEETING_PAUSE)

@@ -1,6 +1,7 @@
 """What a user can cause is told in one line; everything else keeps its traceback."""
 
 import errno
+import io
 import os
 import select
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from exp.runtime.interrupt import STATUS, Interrupted
 
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # in PyTorch's messages, of GPUs and CPUs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -69,9 +71,28 @@ def describe_numbers(numbers: Iterable[int], separator: str = " or ") -> str:
     return separator.join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
 
 
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Inside, where a network runs: memory that does not suffice is an InputError that names what takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if not (isinstance(error, MemoryError) or any(words in reason for words in NO_MEMORY)):
+            raise
+        raise InputError(
+            f"got too little memory ({reason or 'MemoryError'}), expected more; less is taken by a smaller "
+            "schedule.batch_size or data.crop_size, by schedule.accumulation and schedule.amp=bf16, and in an "
+            "evaluation by test.window_batch=1 and a smaller test.crop_size"
+        ) from None
+
+
 def run_and_report(main: Callable[[], None]) -> int:
     """Run main() -> exit status: 0; 2 with one line on stderr for what the user can put right; 75 where it was asked to
     stop and can resume; 130 after Ctrl-C at once; 141 where nobody reads its output any more, as after `| head`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that cannot show a character gets an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except Interrupted as interruption:

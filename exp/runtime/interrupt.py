@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PATIENCE = 5.0  # seconds from a request to stop to the end of a wait
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -15,14 +16,35 @@ class Interrupted(Exception):
     """The program was asked to stop, has done so in good order, and resumes when started again."""
 
 
+class Stalled(Interrupted):
+    """This process was asked to stop while it waited for what does not come: it leaves alone, the others may wait."""
+
+
 @dataclass
 class StopRequest:
-    """signal_name: the signal that asked, or None."""
+    """signal_name: the signal that asked, or None. wait: what the process waits for, where it says so."""
 
     signal_name: str | None = None
+    wait: str | None = None
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside catch_signals, where the program waits for `what`: Stalled some seconds after a request to stop."""
+        self.wait = what
+        if self:
+            self._limit_wait()
+        try:
+            yield
+        finally:
+            self.wait = None
+            if self:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _limit_wait(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
 
 @contextmanager
@@ -34,15 +56,23 @@ def catch_signals() -> Iterator[StopRequest]:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
+        if request.wait is not None:
+            request._limit_wait()
+
+    def end_wait(number: int, frame: object) -> None:
+        if request.wait is not None:
+            raise Stalled(f"{request.signal_name}: left while it waited for {request.wait}")
 
     handlers = {number: signal.signal(number, ask) for number in SIGNALS}
+    alarm = signal.signal(signal.SIGALRM, end_wait)
     try:
         yield request
     except Interrupted:  # the process is leaving: further signals, such as torchrun's, are not to change its status
         handlers = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         raise
     finally:
-        for number, handler in handlers.items():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in {**handlers, signal.SIGALRM: alarm}.items():
             signal.signal(number, handler)
 
 

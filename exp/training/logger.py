@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
@@ -96,7 +96,8 @@ class RunLogger(Logger):
     A progress bar where stderr is a terminal; elsewhere, such as in a file, a line every logging step.
     """
 
-    def __init__(self, run_dir: Path, start: int, total: int) -> None:
+    def __init__(self, run_dir: Path, start: int, total: int, check_owner: Callable[[], None]) -> None:
+        self._check_owner = check_owner
         self._unwritten: set[str] = set()
         self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0, disable=None)
         self._total = total
@@ -115,6 +116,7 @@ class RunLogger(Logger):
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
+        self._check_owner()
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with self._survived("log.jsonl"):
             append_line(self._log, json.dumps({"iteration": iteration, "time": round(time.time(), 3), **row}))
@@ -162,5 +164,8 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def build_logger(run_dir: Path, start: int, total: int, is_main: bool) -> Logger:
-    return RunLogger(run_dir, start, total) if is_main else Logger()
+def build_logger(
+    run_dir: Path, start: int, total: int, is_main: bool, check_owner: Callable[[], None] = lambda: None
+) -> Logger:
+    """check_owner: called before figures are written; InputError where the folder is another program's by then."""
+    return RunLogger(run_dir, start, total, check_owner) if is_main else Logger()

@@ -1,14 +1,15 @@
 """One training loop, explicit arguments."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from exp.config.training import ScheduleConfig
 from exp.data.loader import Batch
+from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
-from exp.runtime.interrupt import Interrupted
+from exp.runtime.interrupt import Interrupted, Stalled
 from exp.training.logger import Logger, Meter, say
 from exp.training.step import SCALER_TRIES, Outcome, TrainStep, seed_everything
 
@@ -37,7 +38,13 @@ def train(
     dist = step.dist
     step.model.train()
     meter, watch = Meter(schedule.batch_size, dist.device), Watch(step, names, schedule.nonfinite_limit)
-    for iteration, batch in enumerate(meter.timed(batches), start):
+
+    def keep(done: int) -> None:
+        watch.look()
+        save(done)
+
+    timed = _kept_where_stalled(meter.timed(batches), start, keep, dist)
+    for iteration, batch in enumerate(timed, start):
         seed_everything(seed, iteration, dist.rank)
         done = iteration + 1
         logs = done % schedule.log_iters == 0 or done == end
@@ -63,14 +70,30 @@ def train(
             try:
                 with meter.paused():
                     stop = validate(done)
-            except Interrupted:
-                if not saves:
+            except Interrupted as interruption:
+                if not saves and (dist.world_size == 1 or not isinstance(interruption, Stalled)):
                     save(done)
                 raise
             step.model.train()
             if stop:
                 return done
     return end
+
+
+def _kept_where_stalled(
+    batches: Iterable[Batch], start: int, keep: Callable[[int], None], dist: Dist
+) -> Iterator[Batch]:
+    """The same batches, one for each iteration from `start`; a process alone saves what was done before it leaves for
+    one that does not come. Where there are several, the others wait in the step, and cannot."""
+    done = start
+    try:
+        for batch in batches:
+            yield batch
+            done += 1
+    except Stalled:
+        if dist.world_size == 1 and done > start:
+            keep(done)
+        raise
 
 
 class Watch:

@@ -39,6 +39,19 @@ def build_optimizer(config: OptimConfig, model: Segmentor) -> Optimizer:
     return sgd
 
 
+def whole_state(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """An optimiser of build_optimizer -> what it keeps of each parameter, by number, once that has had a gradient.
+
+    Tensors of the right shapes and dtypes; what stands in them means nothing.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, torch.optim.AdamW):
+        step = torch.zeros(())
+        return {i: {"step": step, "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+    kept = optimizer.defaults["momentum"]
+    return {i: {"momentum_buffer": p} for i, p in enumerate(parameters)} if kept else {}
+
+
 @dataclass(frozen=True)
 class WarmupPoly:
     """Iteration (from 0) -> factor of the base rate: linear over the warm-up, then (1 - progress) ** power.

@@ -1,9 +1,10 @@
 """When and what a training saves, and how it is resumed from that."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver
+from exp.checkpoints.checkpoint import LAST, Checkpoint, Saver, unlike
 from exp.config.experiment import ExperimentConfig, training_digest
 from exp.data.base import SegmentationDataset
 from exp.data.loader import describe_position, iterations_per_epoch
@@ -17,7 +18,8 @@ from exp.training.validation import ScoreHistory
 class Saving:
     """Saves a training in `folder`; to be called on every rank, rank 0 writes.
 
-    intervals: the numbers of iterations after whose multiples a checkpoint is due.
+    intervals: the numbers of iterations after whose multiples a checkpoint is due. check_owner: called before each
+    file; InputError where the folder is another program's by then.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class Saving:
         step: TrainStep,
         history: ScoreHistory,
         dataset: SegmentationDataset,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.step, self.history, self.dataset, self.dist = step, history, dataset, step.dist
+        self.check_owner = check_owner
         self.schedule, plain = config.schedule, config.to_dict()
         self.intervals = [self.schedule.save_iters]
         if self.schedule.save_epochs is not None:
@@ -51,16 +55,23 @@ class Saving:
         }
         training["faults"]["images"] = sum(images)
         epoch = training["sampler"]["epoch"]
-        dist.on_main(lambda: self.saver.save(iteration, epoch, training, self.schedule.keep_checkpoints))
+        self._write(lambda: self.saver.save(iteration, epoch, training, self.schedule.keep_checkpoints))
 
     def save_best(self, iteration: int) -> None:
         """Write best.pt and best.safetensors."""
         self._check_weights(iteration)
-        self.dist.on_main(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
+        self._write(lambda: self.saver.save_best(iteration, self._position(iteration)["epoch"]))
 
     def export_last(self, iteration: int) -> None:
         """Write last.safetensors; after a save of the same weights."""
-        self.dist.on_main(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
+        self._write(lambda: self.saver.export(LAST, iteration, self._position(iteration)["epoch"]))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        def checked() -> None:
+            self.check_owner()
+            write()
+
+        self.dist.on_main(checked)
 
     def _position(self, iteration: int) -> dict[str, Any]:
         return describe_position(self.dataset, self.schedule.batch_size, iteration)
@@ -78,7 +89,14 @@ class Saving:
 
 
 def restore(step: TrainStep, checkpoint: Checkpoint, dist: Dist) -> None:
-    """Resume from the checkpoint's state; the damaged images before it are counted on rank 0."""
+    """Resume from the checkpoint's state; the damaged images before it are counted on rank 0.
+
+    InputError, before anything of it is loaded, where it is not what this run would have saved.
+    """
+    if difference := step.find_difference(checkpoint.training, checkpoint.ema):
+        raise unlike(checkpoint, difference)
+    if (at := checkpoint.training["scheduler"]["last_epoch"]) != checkpoint.iteration:
+        raise unlike(checkpoint, f"a learning rate of iteration {at} after {checkpoint.iteration}")
     step.load_state_dict(checkpoint.training, checkpoint.ema)
     if not dist.is_main:
         step.faults.images = 0

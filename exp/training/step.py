@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from exp.checkpoints.states import find_difference
 from exp.config.experiment import ExperimentConfig
 from exp.data.loader import Batch
 from exp.evaluation.inference import autocast
 from exp.models import Segmentor
+from exp.models.segmentor import sizes_named
 from exp.runtime.distributed import Dist
 from exp.training.losses import build_criterion
-from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler
+from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler, whole_state
 
 SCALER_TRIES = 25  # fp16's scaler halves its factor, 2^16 at first, at every overflow: after so many it is 2^-9
 
@@ -101,7 +103,7 @@ class TrainStep:
         return Outcome(loss, torch.stack([left_out, ~all_finite, ~finite]))
 
     def _backward(self, image: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        with autocast(self.amp, self.dist.device):
+        with sizes_named(image), autocast(self.amp, self.dist.device):
             outputs = self.model(self.normalize(image))
         loss = self.criterion(outputs, label, counted)
         self.scaler.scale(loss).backward()
@@ -128,13 +130,52 @@ class TrainStep:
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
         return {**parts, "faults": asdict(self.faults)}
 
+    def find_difference(self, state: dict[str, Any], ema: dict[str, Any] | None) -> str | None:
+        """Where a state is of another kind than what state_dict returns, or its average than the one kept here."""
+        own = self.state_dict()
+        own["optimizer"]["state"] = whole_state(self.optimizer)
+        averages = [None if average is None else dict(average) for average in (ema, self.ema and self.ema.state_dict())]
+        try:
+            found, expected = _that_moves(state), _that_moves(own)
+            # A parameter that never had a gradient has no state.
+            numbers = found["optimizer"]["state"].keys() & expected["optimizer"]["state"].keys()
+            expected["optimizer"]["state"] = {i: expected["optimizer"]["state"][i] for i in numbers}
+        except (AttributeError, LookupError, TypeError):
+            return "training: other content"
+        return find_difference(found, expected, "training") or find_difference(*averages, "ema")
+
     def load_state_dict(self, state: dict[str, Any], ema: dict[str, Any] | None) -> None:
-        """Go on from what state_dict returned and, where an average is kept, from its state dict."""
-        for name in ("optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        """Resume from what state_dict returned and, where an average is kept, from its state dict.
+
+        What the config decides, such as the optimiser's options, stays as it is here, and so does the place of the
+        optimiser's tensors in memory, by which its kernels go.
+        """
+        own, places = self.state_dict(), whole_state(self.optimizer)
+        groups = zip(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"])
+        kept = {
+            number: {name: torch.empty_like(places[number][name], device="cpu").copy_(values[name]) for name in values}
+            for number, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": kept, "param_groups": [o | {"lr": g["lr"]} for o, g in groups]})
+        self.scheduler.load_state_dict(own["scheduler"] | _that_moves(state)["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.faults = Faults(**state["faults"])
         if self.ema is not None:
             self.ema.load_state_dict(ema)
+
+
+def _that_moves(state: dict[str, Any]) -> dict[str, Any]:
+    """What TrainStep.state_dict returns -> what changes during training: neither the config nor PyTorch decides it."""
+    optimizer, scheduler = state["optimizer"], state["scheduler"]
+    return {
+        "optimizer": {
+            "state": dict(optimizer["state"]),
+            "lr": [group["lr"] for group in optimizer["param_groups"]],
+        },
+        "scheduler": {name: scheduler[name] for name in ("last_epoch", "_step_count", "_last_lr")},
+        "scaler": state["scaler"],
+        "faults": state["faults"],
+    }
 
 
 def build_step(

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,20 +11,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from exp.checkpoints.checkpoint import TRAINING_STATE, Saver, check_resumable, load_checkpoint, load_weights
-from exp.checkpoints.checkpoint_files import find_checkpoint, list_checkpoints
+from exp.checkpoints.checkpoint import (
+    PLAIN_STATE,
+    TRAINING_STATE,
+    Saver,
+    check_name,
+    check_resumable,
+    load_checkpoint,
+    load_weights,
+)
+from exp.checkpoints.checkpoint_files import find_checkpoint, find_damage, list_checkpoints
+from exp.config.cli import DEFAULT_YAMLS
+from exp.config.experiment import load_experiment
 from exp.files.tensors import load_tensor_file
 from exp.runtime.errors import InputError
 
-CONFIG = {
-    "model": {"name": "m", "decoder": "unet", "pretrained": True},
-    "data": {"name": "d", "crop_size": [4, 4]},
-    "loss": {"name": "l"},
-    "schedule": {"name": "s", "batch_size": 4, "num_workers": 2, "channels_last": True},
-    "optim": {"name": "o", "lr": 0.1},
-    "test": {"name": "t"},
-    "seed": 0,
-}
+YAMLS = {group: [name] if isinstance(name, str) else name for group, name in DEFAULT_YAMLS.items()}
+CONFIG = load_experiment(YAMLS, [], 0).to_dict()
+del CONFIG["predict"]  # which is not of the weights, and is left aside
 
 
 def linear(value: float) -> nn.Linear:
@@ -43,8 +49,9 @@ def save(folder: Path, iteration: int, keep: int = 2, value: float = 1.0, averag
     writer = saver(folder, value, averaged)
     training = {
         **dict.fromkeys(TRAINING_STATE),
+        **PLAIN_STATE,
         "optimizer": torch.optim.AdamW(writer.model.parameters()).state_dict(),
-        "validations": {10: 0.5, 20: -math.inf},
+        "validations": {"name": "m", "scores": {1: -math.inf}},
         "sampler": {"epoch": 3, "position": 4, **IMAGES},
     }
     return writer.save(iteration, 3, training, keep)
@@ -57,7 +64,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path):
     assert loaded.classes == ["a", "b"]
     assert (loaded.model["weight"] == 1).all()
     assert loaded.ema is None
-    assert loaded.training["validations"] == {10: 0.5, 20: -math.inf}
+    assert loaded.training["validations"] == {"name": "m", "scores": {1: -math.inf}}
     assert loaded.training["optimizer"]["param_groups"][0]["params"] == [0, 1]
 
 
@@ -116,16 +123,17 @@ def test_resuming_under_other_settings_says_what_differs(tmp_path: Path):
         "model": {**CONFIG["model"], "pretrained": False},
     }
     check_resumable(loaded, free, IMAGES)
-    later = {**CONFIG["schedule"], "tf32": "conv", "cudnn_benchmark": False}  # keys that the checkpoint does not have
-    check_resumable(loaded, {**CONFIG, "schedule": later}, IMAGES)
+    for later in ("tf32", "cudnn_benchmark"):  # keys that an earlier version did not have
+        del loaded.config["schedule"][later]
+    check_resumable(loaded, CONFIG, IMAGES)
     with pytest.raises(InputError, match=r"schedule\.tf32 conv -> all"):
-        check_resumable(loaded, {**CONFIG, "schedule": {**later, "tf32": "all"}}, IMAGES)
-    variants = [{**CONFIG, "model": {**CONFIG["model"], "variant": variant}} for variant in ("library", "paper")]
-    check_resumable(loaded, variants[0], IMAGES)
+        check_resumable(loaded, {**CONFIG, "schedule": {**CONFIG["schedule"], "tf32": "all"}}, IMAGES)
+    for model in (CONFIG["model"], {k: v for k, v in CONFIG["model"].items() if k != "variant"}):
+        check_resumable(loaded, {**CONFIG, "model": model}, IMAGES)
     with pytest.raises(InputError, match=r"model\.variant library -> paper"):
-        check_resumable(loaded, variants[1], IMAGES)
-    other = {**CONFIG, "optim": {"name": "o", "lr": 0.2}, "seed": 5}
-    with pytest.raises(InputError, match=r"optim\.lr 0\.1 -> 0\.2; seed 0 -> 5"):
+        check_resumable(loaded, {**CONFIG, "model": {**CONFIG["model"], "variant": "paper"}}, IMAGES)
+    other = {**CONFIG, "optim": {**CONFIG["optim"], "lr": 0.2}, "seed": 5}
+    with pytest.raises(InputError, match=r"optim\.lr 0\.0006 -> 0\.2; seed 0 -> 5"):
         check_resumable(loaded, other, IMAGES)
 
 
@@ -207,10 +215,136 @@ def test_safetensors_of_other_programs_are_no_checkpoint(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"iteration": "7"}, {"model": {"w": "text"}}, {"config": {}}, {"classes": [1]}, {"config": CONFIG | {"data": {}}}],
+    [
+        {"iteration": "7"},
+        {"iteration": True},
+        {"model": {"w": "text"}},
+        {"model": {3: torch.ones(1)}},
+        {"ema": [1]},
+        {"training": 5},
+        {"config": [1]},
+        {"classes": [1]},
+        {"more": 1},
+    ],
 )
 def test_fields_of_another_kind_are_refused(tmp_path: Path, change: dict):
     content = {"iteration": 7, "model": {}, "ema": None, "training": None, "config": CONFIG, "classes": ["a"]}
     torch.save({**content, **change}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=r"odd\.pt: got other content, expected a checkpoint"):
         load_checkpoint(tmp_path / "odd.pt")
+
+
+def shared_leaves() -> list:
+    """Some bytes that stand for 2^40 values."""
+    value: list = [0]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def nested() -> list:
+    value: list = []
+    for _ in range(150):
+        value = [value]
+    return value
+
+
+ODD_CONFIGS = {  # group, key: a value that no YAML could have
+    ("data", "dataset"): "../../etc",
+    ("data", "crop_size"): [True, True],
+    ("data", "train_split"): "../out",
+    ("data", "mean"): [math.nan, 0.0, 0.0],
+    ("data", "label_map"): {(1, (2, 3)): 0},
+    ("data", "classes"): shared_leaves(),
+    ("data", "palette"): nested(),
+    ("test", "crop_size"): [16384, 16384],
+    ("test", "scales"): [math.inf],
+    ("test", "window_batch"): 10**12,
+    ("test", "temperature"): torch.ones(2),
+    ("test", "metrics"): shared_leaves(),
+    ("model", "output_stride"): torch.ones(2),
+    ("model", "encoder"): "resnet18/../x",
+    ("model", "decoder_channels"): [10**6] * 5,
+    ("loss", "smooth"): math.nan,
+    ("optim", "lr"): -1.0,
+    ("optim", "weight_decay"): "0",
+    ("schedule", "batch_size"): 10**30,
+    ("schedule", "num_workers"): -1,
+    ("schedule", (1, 2)): [3],
+    ("schedule", "unheard_of"): shared_leaves(),
+}
+
+
+IN_JSON = [key for key, value in ODD_CONFIGS.items() if isinstance(value, (str, int, float)) or key[1] == "crop_size"]
+
+
+@pytest.mark.parametrize(
+    ("place", "suffix"), [*((key, ".pt") for key in ODD_CONFIGS), *((key, ".safetensors") for key in IN_JSON)], ids=str
+)
+def test_a_config_that_no_yaml_could_have_is_refused(tmp_path: Path, place: tuple[str, str], suffix: str):
+    group, key = place
+    content = {"iteration": 7, "model": {}, "ema": None, "training": None, "classes": ["a"]}
+    content["config"] = {**CONFIG, group: {**CONFIG[group], key: ODD_CONFIGS[place]}}
+    path = tmp_path / f"odd{suffix}"
+    if suffix == ".pt":
+        torch.save(content, path)
+    else:
+        described = {"iteration": 7, "weights": "raw", "config": content["config"], "classes": ["a"]}
+        save_file({"w": torch.ones(1)}, path, {"rankseg_rma": json.dumps(described)})
+    with pytest.raises(InputError, match=rf"odd{re.escape(suffix)}: ") as refused:
+        load_checkpoint(path)
+    assert len(str(refused.value)) < 1000
+    assert str(key) in str(refused.value) or isinstance(key, tuple)
+
+
+@pytest.mark.parametrize("change", [{"seed": None}, {"seed": 2**40}, {"data": []}, {"test": {}}, {"model": None}])
+def test_a_config_without_its_groups_is_refused(tmp_path: Path, change: dict):
+    content = {"iteration": 7, "model": {}, "ema": None, "training": None, "classes": ["a"]}
+    torch.save({**content, "config": CONFIG | change}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"odd\.pt: .*expected"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, " " * 2**21 + "{}", '{"weights": "raw"}', "[]", '{"config": {}}', "NaN"]
+)
+def test_metadata_that_are_no_config_are_refused(tmp_path: Path, text: str):
+    path = tmp_path / "odd.safetensors"
+    save_file({"w": torch.ones(1)}, path, {"rankseg_rma": text})
+    with pytest.raises(InputError, match=r"odd\.safetensors: got weights without the config of a run"):
+        load_checkpoint(path)
+
+
+def test_a_label_map_comes_back_from_json_with_numbers(tmp_path: Path):
+    folder = {"images": "i", "labels": "l", "classes": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]]}
+    data = {**CONFIG["data"], **folder, "dataset": "folder", "label_map": {0: 0, 7: 1}}
+    Saver(tmp_path, linear(1.0), None, {**CONFIG, "data": data}, ["a", "b"], {}).export("last", 7, 2)
+    assert load_checkpoint(tmp_path / "last.safetensors").config["data"]["label_map"] == {0: 0, 7: 1}
+
+
+def test_files_that_never_end_are_no_checkpoints(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo.pt")
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    for name in ("zero.pt", "zero.safetensors"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    for path in sorted(tmp_path.iterdir()):
+        assert find_damage(path) == "it is no file"
+        with pytest.raises(InputError, match=rf"{path.name}: got something that is no file, expected a checkpoint"):
+            load_checkpoint(path)
+    save(tmp_path, 1)
+    for number, name in enumerate(("fifo.pt", "zero.pt"), start=2):
+        (tmp_path / name).rename(tmp_path / f"iter_{number:07d}.pt")
+        (tmp_path / f"iter_{number:07d}.pt.json").write_bytes((tmp_path / "iter_0000001.pt.json").read_bytes())
+    assert find_checkpoint(tmp_path).name == "iter_0000001.pt"
+
+
+def test_a_file_of_another_iteration_than_its_name_says_is_refused(tmp_path: Path):
+    whole = save(tmp_path, 7)
+    check_name(load_checkpoint(whole))
+    copied = tmp_path / "iter_9999999.pt"
+    copied.write_bytes(whole.read_bytes())
+    assert find_checkpoint(tmp_path) == copied
+    with pytest.raises(InputError, match=r"iter_9999999\.pt: got the weights of iteration 7"):
+        check_name(load_checkpoint(copied))
+    copied.rename(tmp_path / "mine.pt")
+    check_name(load_checkpoint(tmp_path / "mine.pt"))

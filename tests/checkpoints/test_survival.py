@@ -1,13 +1,16 @@
 """Whole runs that are interrupted, damaged, or short of something: they go on to the bit, or say why not."""
 
+import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +19,10 @@ import torch
 
 from exp.checkpoints.checkpoint import load_checkpoint
 from exp.checkpoints.checkpoint_files import find_checkpoint, list_checkpoints
+from exp.data.sets.shapes import Shapes
 from exp.evaluation.evaluator import Evaluator
 from exp.files import lock as locks
+from exp.runtime import interrupt
 from exp.runtime.interrupt import STATUS
 from exp.training import logger as loggers
 from exp.training import loop as training
@@ -281,6 +286,77 @@ def test_a_disk_that_fills_up_during_the_run(program, small_disk: Path):
     status, printed, err = program(*flags, "--output_dir", small_disk, "--predict_yaml", "argmax")
     assert status == 0, err
     assert f"iterations {last} to 40" in printed
+
+
+@pytest.mark.parametrize("more", [[], ["--test-only"]])
+def test_a_disk_without_a_free_byte_at_the_start(program, small_disk: Path, more: list[str]):
+    flags = [*TINY, "--predict_yaml", "argmax", "--output_dir", small_disk]
+    if more:
+        assert program(*flags)[0] == 0
+    with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    status, _, err = program(*flags, *more)
+    assert status == 2
+    assert "No space left on device" in err
+    assert not list(small_disk.rglob(".lock"))
+    (small_disk / "filler").unlink()
+    status, _, err = program(*flags, *more)
+    assert status == 0, err
+
+
+def test_a_run_whose_folder_is_taken_over_writes_no_more(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, seed = tmp_path / TINY_RUN, training.seed_everything
+
+    def taken_over(value: int, iteration: int, rank: int) -> None:
+        seed(value, iteration, rank)
+        if iteration == 1:  # before the second step, which a line in the log and a checkpoint follow
+            (run / ".lock").unlink()
+            (run / ".lock").write_text("process 1 on another (training)")
+
+    monkeypatch.setattr(training, "seed_everything", taken_over)
+    status, _, err = program(*TINY, "--output_dir", tmp_path)
+    assert status == 2
+    assert f"{run / '.lock'}: got a lock that is no longer this process's" in err
+    assert not (run / "checkpoints").exists()
+    assert len((run / "log.jsonl").read_text().splitlines()) == 1
+    assert (run / ".lock").read_text() == "process 1 on another (training)"
+
+
+def test_a_run_whose_worker_stands_still_saves_and_leaves(program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interrupt, "PATIENCE", 1)
+    flags = [
+        *TINY,
+        "schedule.num_workers=1",
+        "schedule.train_iters=8",
+        "schedule.save_iters=99",
+        "--output_dir",
+        tmp_path,
+    ]
+    assert program(*flags[:-1], tmp_path / "whole", "--predict_yaml", "argmax")[0] == 0
+    read, step = Shapes.read, TrainStep.__call__
+
+    def stand(self: Shapes, index: int) -> tuple:
+        if self.split == "train" and next(reads) == 18:  # of the fifth batch of four
+            time.sleep(600)
+        return read(self, index)
+
+    def ask(self: TrainStep, batch: object) -> object:
+        outcome = step(self, batch)
+        if next(steps) == 4:
+            threading.Timer(1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
+        return outcome
+
+    reads, steps = itertools.count(1), itertools.count(1)
+    monkeypatch.setattr(Shapes, "read", stand)
+    monkeypatch.setattr(TrainStep, "__call__", ask)
+    status, _, err = program(*flags, "--predict_yaml", "argmax")
+    assert status == STATUS
+    assert "interrupted by SIGTERM: left while it waited for images; the same command resumes" in err
+    assert checkpoint_of(tmp_path / TINY_RUN).iteration == 4
+    monkeypatch.setattr(Shapes, "read", read)
+    assert program(*flags, "--predict_yaml", "argmax")[0] == 0
+    assert_same(checkpoint_of(tmp_path / TINY_RUN).model, checkpoint_of(tmp_path / "whole" / TINY_RUN).model)
 
 
 def test_a_damaged_training_image_stops_the_run_or_is_skipped(program, tmp_path: Path, camvid_dir: Path):

@@ -1,16 +1,26 @@
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from exp.config.training import ScheduleConfig
+from exp.data import loader as loaders
+from exp.data.base import Item
 from exp.data.loader import TrainSampler, build_test_loader, build_train_loader, count_iterations
 from exp.data.sets.camvid import CamVid
 from exp.data.transforms import RandomCrop
+from exp.runtime import interrupt
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
+from exp.runtime.interrupt import Stalled
 
 CPU = torch.device("cpu")
 
@@ -114,3 +124,57 @@ def test_test_images_are_on_exactly_one_process(camvid_dir: Path, world_size: in
         for batch in build_test_loader(dataset, 0, Dist(rank, world_size, CPU))
     ]
     assert sorted(seen) == [0, 1, 2]
+
+
+class Standing(Dataset):
+    """Items 0 to 3; the worker that is to read the last one waits, as for a disk that is gone, or is stopped."""
+
+    def __init__(self, stopped: bool = False) -> None:
+        self.stopped = stopped
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Item:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGSTOP if self.stopped else 0)
+            time.sleep(600)
+        return Item(torch.full((3, 8, 8), index, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8), index)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_stands_still_does_not_outlast_a_request_to_stop(monkeypatch: pytest.MonkeyPatch, stopped: bool):
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.5)
+    threading.Timer(1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
+    stalled = pytest.raises(Stalled, match="SIGTERM: left while it waited for images")
+    with stalled, interrupt.catch_signals() as stop:
+        list(loaders.Loader(Standing(stopped), 2, Dist(0, 1, CPU, stop=stop), [[i] for i in range(4)]))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_batch_that_comes_after_a_request_to_stop_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interrupt, "PATIENCE", 30)
+    monkeypatch.setattr(Standing, "__getitem__", lambda self, i: time.sleep(1) or Item(torch.ones(1), torch.ones(1), i))
+    with interrupt.catch_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        batches = list(loaders.Loader(Standing(), 1, Dist(0, 1, CPU, stop=stop), [[0], [1]]))
+    assert [batch.indices for batch in batches] == [(0,), (1,)]
+
+
+def test_a_batch_that_shared_memory_has_no_room_for_is_an_error_of_the_loader(monkeypatch: pytest.MonkeyPatch):
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    match = r"^schedule\.num_workers: got no room for a batch of 192 bytes in /dev/shm .*No space left.*--shm-size"
+    with pytest.raises(InputError, match=match):
+        next(iter(loaders.Loader(Standing(), 1, Dist(0, 1, CPU), [[0], [1]])))
+    assert len(list(loaders.Loader(Standing(), 0, Dist(0, 1, CPU), [[0], [1]]))) == 2  # which needs none
+
+
+def test_batches_come_in_the_memory_that_the_worker_put_them_into():
+    for batch in loaders.Loader(Standing(), 1, Dist(0, 1, CPU), [[0, 1], [2]]):
+        assert batch.image.is_shared()
+        assert batch.label.is_shared()
+        assert batch.image.is_contiguous()
+        assert (batch.image[:, 0, 0, 0] == torch.tensor(batch.indices)).all()

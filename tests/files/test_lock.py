@@ -55,8 +55,15 @@ def test_the_lock_of_a_killed_process_is_free_though_its_child_lives(tmp_path: P
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_lock_of_an_earlier_version_is_taken_over(tmp_path: Path):
-    (tmp_path / ".lock").write_text('{"host": "other", "pid": 1}\n')
+def test_a_process_that_stands_still_keeps_its_folder(tmp_path: Path, holder: subprocess.Popen):
+    holder.send_signal(signal.SIGSTOP)
+    with pytest.raises(InputError, match="is at work there"), own_folder(tmp_path / "run", "training"):
+        pass
+
+
+@pytest.mark.parametrize("text", ['{"host": "other", "pid": 1}\n', "", "proc", "process 12 on", "\0" * 30])
+def test_a_lock_of_an_earlier_version_or_a_torn_one_is_taken_over(tmp_path: Path, text: str):
+    (tmp_path / ".lock").write_text(text)
     with own_folder(tmp_path, "training"):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -105,3 +112,36 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     refused = pytest.raises(InputError, match=r"a file system that keeps no locks .*No locks available")
     with refused, own_folder(tmp_path / "run", "training"):
         pass
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("exp.files.lock.socket.gethostname", full)
+    with pytest.raises(OSError, match="No space left"), own_folder(tmp_path / "run", "training"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_whose_lock_was_removed_notices_and_leaves_the_next_ones(tmp_path: Path):
+    with own_folder(tmp_path, "training") as claim:
+        claim.check()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(InputError, match=r"\.lock: got a lock that is no longer this process's"):
+            claim.check()
+        (tmp_path / ".lock").write_text("process of another")
+        with pytest.raises(InputError, match="nothing more is written there"):
+            claim.check()
+    assert (tmp_path / ".lock").read_text() == "process of another"
+
+
+def test_an_owner_whose_lock_a_file_server_forgot_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with own_folder(tmp_path, "training") as claim:
+
+        def lost(*args: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("exp.files.lock.fcntl.lockf", lost)
+        with pytest.raises(InputError, match="lost while it stood still"):
+            claim.check()

@@ -1,5 +1,6 @@
 """scripts/predict.py: from a checkpoint alone to masks and overlays of images and volumes."""
 
+import errno
 import importlib
 import json
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 import exp.main
+from exp import predict_images
 from exp.config.evaluation import TestConfig
 from exp.data.prepare.facts import VolumeFacts
 from exp.data.sets.shapes import Shapes
@@ -200,7 +202,7 @@ def test_volumes_get_labels_on_their_own_grid(tmp_path: Path, axis: int, slice_s
     affine[:3, 3] = 7, 8, 9
     nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scan.nii.gz")
     sources = list_sources(tmp_path / "scan.nii.gz", tmp_path / "out")
-    predict_files(volume_predictor(slice_size=slice_size), sources, tmp_path / "out")
+    predict_files(volume_predictor(slice_size=slice_size), sources, tmp_path / "out", "{}")
     mask = nibabel.load(tmp_path / "out" / "masks" / "argmax" / "scan.nii.gz")
     got = np.asarray(mask.dataobj)
     assert (mask.affine == affine).all()
@@ -317,7 +319,7 @@ def test_a_volume_is_a_case(tmp_path: Path):
     sources = list_sources(tmp_path / "scan.nii", tmp_path / "out")
     pooled = {scope: PooledRule(scope, "dice", 0.1) for scope in ("case", "dataset")}
     predictor = replace(volume_predictor(), rules={**pooled, "rankseg_rma": rankseg_rma})
-    predict_files(predictor, sources, tmp_path / "out")
+    predict_files(predictor, sources, tmp_path / "out", "{}")
     masks = {
         rule: np.asarray(nibabel.load(tmp_path / "out" / "masks" / rule / "scan.nii.gz").dataobj)
         for rule in predictor.rules
@@ -326,3 +328,30 @@ def test_a_volume_is_a_case(tmp_path: Path):
     prob = torch.cat([predictor.probabilities(v[..., None]) for v in np.moveaxis(values, 2, 0)], dim=2)
     expected = solve(pool_of(prob), "dice", 0.1).decide(prob)[0].reshape(4, 8, 9).permute(1, 2, 0)
     assert (masks["case"] == 2 * expected.numpy()).all()
+
+
+def test_what_a_full_disk_left_half_made_is_finished_by_the_same_command(script, trained, tmp_path, monkeypatch):
+    save, calls = predict_images._save_picture, []
+
+    def full(picture: np.ndarray, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(picture, path)
+
+    monkeypatch.setattr(predict_images, "_save_picture", full)
+    flags = [trained / "images", "--predict_yaml", "argmax", "--output_dir", tmp_path / "out"]
+    status, _, err = script("predict", checkpoint(trained), *flags)
+    assert status == 2
+    assert "make room and start the same command again" in err
+    other = [trained / "images", "--predict_yaml", "argmax", "rankseg_rma", "--output_dir", tmp_path / "out"]
+    status, _, err = script("predict", checkpoint(trained), *other)
+    assert status == 2
+    assert "got a file there already" in err
+    status, _, err = script("predict", checkpoint(trained), *flags)
+    assert status == 0, err
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 6
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+    status, _, err = script("predict", checkpoint(trained), *flags)  # which is whole now
+    assert status == 2
+    assert "got a file there already" in err

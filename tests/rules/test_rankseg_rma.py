@@ -430,3 +430,15 @@ def test_blocks_without_a_class_are_left_out(options, monkeypatch):
         monkeypatch.setattr(module, "SMALL", small)
         results.append(outputs(prob, **options))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_the_default_device_decides_nothing(small, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", small)
+    prob = smooth_map(2, 5, 32, 40)
+    for options in ({}, {"allow_overlap": True}, {"return_tau": True}):
+        expected = rankseg_rma(prob, **options)
+        with torch.device("meta"):
+            found = rankseg_rma(prob, **options)
+        for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected))):
+            assert torch.equal(one, other)

@@ -33,6 +33,20 @@ class ManyBytes:
         return bytearray, (3_000_000_000,)
 
 
+def text(value: str) -> bytes:
+    """The opcode that puts a text on the stack."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+PICKLES = {  # what torch.load(weights_only=True) lets by, some bytes each
+    "encode": b"c_codecs\nencode\n" * 28 + text("a" * 64) + text("utf-16") + b"\x86R" + (text("hex") + b"\x86R") * 27,
+    "by_size": b"ctorch\nTensor\n(J\x00\xca\x9a\x3btR",
+    "hashed": b"}q\x01K\x01q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"h\x01h\x00K\x01s",
+    "hashed_wide": b"}q\x01K\x01q\x00" + (b"(" + b"h\x00" * 100 + b"tq\x00") * 6 + b"h\x01h\x00K\x01s",
+    "empty_lists": b"]" * (2**23 + 2**10),
+}
+
+
 def write_checkpoints(folder: Path, marker: Path) -> dict[str, Path]:
     """Hostile checkpoints by what they are."""
     folder.mkdir(parents=True)
@@ -50,6 +64,9 @@ def write_checkpoints(folder: Path, marker: Path) -> dict[str, Path]:
             packed.writestr(name, data)
         with packed.open(f"{root}/data/1", "w", force_zip64=True) as bomb:
             bomb.write(bytes(2**26))
+    for name, data in PICKLES.items():
+        paths[name] = folder / f"{name}.pt"
+        write_zip(paths[name], {**parts, f"{root}/data.pkl": b"\x80\x02" + data + b"."})
     torch.save({"a": torch.zeros(1).expand(10**12)}, paths["expanded"])
     paths["table"] = folder / "table.safetensors"
     paths["table"].write_bytes(struct.pack("<Q", 2**40) + b"{}")

@@ -98,6 +98,7 @@ def test_a_checkpoint_alone_cannot_ask_for_a_network_of_any_size(program, script
         status, _, err = script("predict", *flags)
         assert status == 2
         assert f"wide.pt: {part}" in err
+    content["config"]["model"] |= {"decoder_channels": [8] * 5}
     for group in ("data", "test", "model"):
         torch.save({**content, "config": {**content["config"], group: [1]}}, tmp_path / "other.pt")
         flags = (tmp_path / "other.pt", tmp_path / "photo.png", "--output_dir", tmp_path / "out")

@@ -1,7 +1,10 @@
 """Names of files that lead out of the data folder, and what a name may do to a message or an output folder."""
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,10 @@ from PIL import Image
 from exp.config.experiment import load_groups
 from exp.data.prepare.voc import find_sources, trainaug_names
 from exp.data.registry import build_dataset
+from exp.evaluation.probability_maps import list_by_stem, read_array
 from exp.files.paths import Fence, leads_out
 from exp.runtime.errors import InputError
-from tests.conftest import TINY, TINY_RUN
+from tests.conftest import ROOT, TINY, TINY_RUN
 from tests.data.trees import write_ade20k, write_camvid, write_cityscapes, write_folder, write_voc
 
 LEADS_OUT = [
@@ -151,3 +155,63 @@ def test_strange_names_stay_in_the_output_folder_and_on_one_line(program, script
     assert status == 2
     assert err.count("\n") == 1
     assert "\x1b" not in err
+
+
+def rename(path: Path, name: bytes) -> None:
+    os.rename(path, os.path.join(os.fsencode(path.parent), name))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_names_that_are_no_text_are_told_before_the_first_step(program, script, camvid_dir: Path, split: str):
+    folder = camvid_dir / "camvid"
+    for part in (split, f"{split}annot"):
+        rename(folder / part / f"{split}_2.png", b"\xdf.png")
+    sizes = ["data.train_samples=6", "schedule.batch_size=2"]
+    flags = ["--data_yaml", "camvid", "--data_dir", camvid_dir, "--output_dir", camvid_dir / "runs"]
+    status, _, err = program(*TINY, *sizes, *flags)
+    assert status == 2
+    assert r"\udcdf.png: got a name that is no UTF-8 text, expected one that is: rename it" in err
+    assert not (camvid_dir / "runs").exists()
+    status, out, _ = script("verify_data", "--no_manifest", "--data_yaml", "camvid", "--data_dir", camvid_dir)
+    assert status == 1
+    assert "got a name that is no UTF-8 text" in out
+
+
+def test_maps_of_names_that_are_no_text_are_told_before_they_are_evaluated(tmp_path: Path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "a.npy").write_bytes(b"")
+    rename(tmp_path / "maps" / "a.npy", b"\xdf.npy")
+    with pytest.raises(InputError, match="got a name that is no UTF-8 text"):
+        list_by_stem(tmp_path / "maps", (".npy",))
+
+
+def test_maps_that_never_end_are_refused(tmp_path: Path):
+    for name in ("a.npy", "a.npz"):
+        os.mkfifo(tmp_path / name)
+        (tmp_path / f"zero{name}").symlink_to("/dev/zero")
+        for path in (tmp_path / name, tmp_path / f"zero{name}"):
+            with pytest.raises(InputError, match=f"{path.name}: got something that is no file, expected what numpy"):
+                read_array(path, None)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "loop", "long"])
+def test_output_folders_that_cannot_be_are_told_at_once(program, script, tmp_path: Path, kind: str):
+    (tmp_path / "loop").symlink_to("loop")
+    names = {"bytes": os.fsdecode(b"\xdf"), "loop": "loop/x", "long": "a" * 300}
+    path = tmp_path / names[kind]
+    expected = "got a name that is no UTF-8" if kind == "bytes" else "--output_dir: .*: got a path that cannot be"
+    for status, _, err in (
+        program("--output_dir", path),
+        script("predict", "c.pt", tmp_path, "--output_dir", path),
+    ):
+        assert status == 2
+        assert re.search(expected, err)
+        assert err.count("\n") == 1
+
+
+def test_a_terminal_that_shows_ascii_alone_gets_escapes(tmp_path: Path):
+    code = "from exp.runtime.errors import run_and_report as r; r(lambda: print('caf\\xe9 \\udcdf'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9 \\udcdf\n"), done.stderr

@@ -1,16 +1,22 @@
 """Steps without numbers, and being asked to stop, in the training loop."""
 
 import math
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from exp.config.model import ModelConfig
 from exp.data.loader import Batch
+from exp.models import build_model
+from exp.runtime import distributed
 from exp.runtime.distributed import Dist
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, memory_named
 from exp.runtime.interrupt import Interrupted, StopRequest
 from exp.training.step import SCALER_TRIES, Faults, TrainStep
+from tests.conftest import TINY
 from tests.training.test_train import CPU, batch, build, run_loop, run_loop_of
 
 
@@ -139,3 +145,63 @@ def test_a_validation_that_is_interrupted_leaves_its_iteration_saved():
     with pytest.raises(Interrupted, match="unfinished"):
         run_loop_of(step, [batch(i) for i in range(4)], 4, saved, validate=validate, val_iters=2)
     assert saved == [2]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: got '' in the environment"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: got 'abc' in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0'"),
+        ({"RANK": "5"}, r"RANK: got '5' in the environment, expected a whole number of 0\.\.0"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: got '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT: got 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT: got '70000'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "taken"}, "got no meeting at 127.0.0.1"),
+    ],
+)
+def test_a_place_among_the_processes_that_cannot_be_is_one_line(monkeypatch, values: dict[str, str], expected: str):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {"MASTER_ADDR": "127.0.0.1", **values}.items():
+            monkeypatch.setenv(name, str(taken.getsockname()[1]) if value == "taken" else value)
+        with pytest.raises(InputError, match=expected), distributed.session("cpu"):
+            pass
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you", None])
+def test_too_little_memory_names_what_takes_it(text: str | None):
+    def take() -> None:
+        raise RuntimeError(text) if text else MemoryError
+
+    match = "too little memory .*batch_size .*crop_size.*accumulation.*amp.*window_batch"
+    with pytest.raises(InputError, match=match), memory_named():
+        take()
+
+
+def test_one_value_for_a_norm_layer_is_refused(program, tmp_path: Path):
+    flags = (*TINY, "schedule.batch_size=1", "--predict_yaml", "argmax", "--output_dir", tmp_path)
+    status, _, err = program(*flags)
+    assert status == 2
+    assert "schedule.batch_size: got 1 image per process (and micro-batch) of 32x32 (data.crop_size)" in err
+
+
+def test_sizes_that_an_encoder_of_windows_cannot_take_are_refused(program, tmp_path: Path):
+    (tmp_path / "m.yaml").write_text(
+        "decoder: upernet\nencoder: maxvit_rmlp_pico_rw_256\npretrained: false\ndecoder_channels: 8\naux_channels: 8\n"
+    )
+    flags = [flag for flag in TINY if not flag.startswith("model.")]
+    flags[flags.index("--model_yaml") + 1] = str(tmp_path / "m.yaml")
+    status, _, err = program(*flags, "data.crop_size=[64,64]", "--predict_yaml", "argmax", "--output_dir", tmp_path)
+    assert status == 2
+    assert "model.encoder: got images of 64x64 (data.crop_size, test.crop_size), which this network cannot take" in err
+
+
+def test_every_parameter_of_an_efficientnet_that_trains_gets_a_gradient():
+    """DDP waits for the others."""
+    config = ModelConfig("m", "unet", "efficientnet-b0", (8, 8, 8, 8, 8), pretrained=False, aux_channels=8)
+    model = build_model(config, 3, pretrained=False)
+    sum(logits.sum() for logits in model(torch.rand(2, 3, 64, 64))).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []

@@ -10,7 +10,8 @@ import numpy as np
 from exp.data import decode
 from exp.files.arrays import read_member
 from exp.files.nifti import MAX_VOXELS, WHOLE_TOLERANCE, open_volume, read_labels
-from exp.files.paths import match_names, visible_files
+from exp.files.paths import match_names, require_utf8, visible_files
+from exp.files.text import MAX_FILE, require_file
 from exp.runtime.errors import InputError, decoding
 
 MAP_SUFFIXES = (".npy", ".npz")
@@ -49,6 +50,7 @@ def list_by_stem(folder: Path, suffixes: tuple[str, ...], further: tuple[str, ..
     for path in sorted(paths, key=lambda path: not path.name.endswith(suffixes)):
         if not path.name.lower().endswith((*suffixes, *further)):
             continue
+        require_utf8(path)
         if (other := found.setdefault(stem(path), path)) != path and path.name.endswith(suffixes):
             raise InputError(f"{path}: got two files of the name '{stem(path)}', expected one ({other.name} is there)")
     if not found:
@@ -69,6 +71,7 @@ def read_array(path: Path, key: str | None, known: Sequence[str] = KNOWN_KEYS) -
 
     key: the array's name; None: the first of `known` that is there, or the only one.
     """
+    require_file(path, EXPECTED, MAX_FILE)
     with decoding(path, EXPECTED):
         if not zipfile.is_zipfile(path):
             return np.load(path, mmap_mode="r", allow_pickle=False)
