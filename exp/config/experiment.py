@@ -39,6 +39,7 @@ FREE_KEYS = {
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
 LATER_KEYS = {"schedule": {"tf32": "conv"}}
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1}
+LATER_PREDICT_KEYS = {"theta": None, "assignment": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 RESERVED_NAMES = ("comparison", "calibration", "timing", "temperature", "older")  # in a run's folders, no rule's
 GROUPS = {
@@ -86,6 +87,10 @@ class ExperimentConfig:
         for key, default in LATER_TEST_KEYS.items():  # results that never asked for it stay comparable with older ones
             if plain["test"][key] == default:
                 del plain["test"][key]
+        for rule in plain["predict"]:
+            for key, default in LATER_PREDICT_KEYS.items():
+                if rule[key] == default:
+                    del rule[key]
         return plain
 
 
