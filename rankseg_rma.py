@@ -856,7 +856,7 @@ LEVEL_FLOOR = 2.0**-LEVEL_OCTAVES  # is added to every probability, so that 0 ha
 LEVEL_FIRST = (127 - LEVEL_OCTAVES) << LEVEL_BITS
 LEVELS = (LEVEL_OCTAVES << LEVEL_BITS) + 1  # the last one is that of 1
 LEVEL_SAMPLES = 2**15  # pixels that the levels of a larger image are counted on, a regular grid of them
-LEVEL_PIECE, LEVEL_PIECE_CUDA = 2**15 - 1, 2**22  # elements worked on at a time; on a CPU too few for PyTorch to share
+LEVEL_PIECE, LEVEL_PIECE_CUDA = 2**17, 2**22  # elements worked on at a time
 
 
 @torch.no_grad()
@@ -893,18 +893,21 @@ def rankseg_levelset(
     as_numpy, maps, within = _check_inputs(prob, valid, in_batch, allow_overlap)
     shape = maps.shape if allow_overlap else (len(maps), *maps.shape[2:])
     out = torch.empty(shape, dtype=torch.bool if allow_overlap else torch.int64, device=maps.device)
-    for i, image in enumerate(maps):
-        rows = image.reshape(len(image), -1)
-        inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
-        high = _highest(rows, inside)
-        _check_range(rows.amin().item(), rows.amax().item() if within is not None else high.amax().item(), maps.dtype)
-        high = high.to(_working(maps.dtype))
-        if allow_overlap:
-            out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
-        elif len(image) == 2:
-            out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
-        else:
-            out[i] = _level_labels(rows, inside, high, opt_metric, pruning_prob).view(out[i].shape)
+    with _one_thread() if _on_cpu(maps) else nullcontext(), _default_device():
+        for i, image in enumerate(maps):
+            rows = image.reshape(len(image), -1)
+            inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
+            high = _highest(rows, inside)
+            _check_range(
+                rows.amin().item(), rows.amax().item() if within is not None else high.amax().item(), maps.dtype
+            )
+            high = high.to(_working(maps.dtype))
+            if allow_overlap:
+                out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
+            elif len(image) == 2:
+                out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
+            else:
+                out[i] = _level_labels(rows, inside, high, opt_metric, pruning_prob).view(out[i].shape)
     if within is not None and allow_overlap:
         out &= within.unsqueeze(1)
     out = out if in_batch else out[0]

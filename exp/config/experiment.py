@@ -47,7 +47,7 @@ LATER_KEYS = {
     "schedule": {"tf32": "conv"},
 }
 LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
-LATER_PREDICT_KEYS = {"sees_padding": None}
+LATER_PREDICT_KEYS = {"sees_padding": None, "theta": None, "assignment": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 VARIANT = re.compile(r"(?P<name>[^=:/]+)=(?P<yaml>[^:]+):(?P<settings>.+)")  # of a rule: NAME=YAML:KEY=VALUE,...
 RESERVED_NAMES = ("comparison", "calibration", "images", "timing", "temperature", "older")  # in a run's folders

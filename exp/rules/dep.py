@@ -88,7 +88,8 @@ def rankseg_dep(
         every pixel gets the unpruned class of the largest p_j / (n + mu_j) - lambda, n and lambda of the class's whole
         set; `unassigned` and `contested` then say nothing. For IoU both take the growth to first order, of the file's
         first lines.
-    The others, the types and the errors are those of `rankseg_rma`; `contested` is "all" here, as in the authors' code.
+    contested: as in `rankseg_rma`; here "all" stands for the unpruned classes, and is the default, as published.
+    The others, the types and the errors are those of `rankseg_rma`.
     On a CPU one thread does it all.
     """
     _check_options(opt_metric, "rma_score", unassigned, contested, pruning_prob)
@@ -488,7 +489,6 @@ class _Image:
             for tile in self.grid.tiles:
                 holders[tile] += self._set(c).own[tile]
         gains = {c: self._alone(c, holders) for c in self.kept} or self._of_empty_sets()
-        pruned = [c for c in range(len(self.prob)) if c not in self.kept][:1]
         for tile in self.grid.tiles:
             number, holder, anyone = holders[tile], _Running(), _Running()
             for c, gain in gains.items():
@@ -499,8 +499,6 @@ class _Image:
             contested = holder.label
             if self.options.contested == "all" and self.kept:
                 contested = torch.where(number > 1, anyone.label, contested)
-                for c in pruned:  # its score is 0, and it stands for all of them
-                    contested = contested.masked_fill((number > 1) & (anyone.score < 0), c)
             unassigned = self.options.unassigned
             out[tile] = torch.where(number > 0, contested, anyone.label if unassigned == "max_score" else unassigned)
 

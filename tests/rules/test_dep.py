@@ -258,7 +258,7 @@ def literal_labels(
             best = np.where(kept, growth[:, j], -np.inf).argmax()
             labels[j] = best if unassigned == "max_score" else 0 if unassigned == "first" else unassigned
         elif holders.sum() > 1 and contested == "all":
-            labels[j] = np.where(kept, growth[:, j], 0).argmax()
+            labels[j] = np.where(kept, growth[:, j], -np.inf).argmax()
         else:
             labels[j] = np.where(holders, growth[:, j], -np.inf).argmax()
     return labels
@@ -329,12 +329,18 @@ def test_layout_and_threads_change_nothing(monkeypatch):
     assert torch.equal(rankseg_dep(torch.cat([prob, prob.flip(3)]))[:1], labels)
     reversed_view = prob.numpy()[..., ::-1].copy()[..., ::-1]
     assert (rankseg_dep(reversed_view) == labels.numpy()).all()
+    seen, check = set(), module._check_range
+    monkeypatch.setattr(module, "_check_range", lambda *a: (seen.add(torch.get_num_threads()), check(*a)))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
+    torch.set_num_threads(2)
     try:
         assert torch.equal(rankseg_dep(prob), labels)
+        with pytest.raises(ValueError, match="finite"):
+            rankseg_dep(prob * torch.nan)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+    assert seen == {1}
     part = prob[..., :128, :130]
     labels = rankseg_dep(part)
     monkeypatch.setattr(module, "CPU_TILE", 100)  # less than a row
@@ -445,3 +451,11 @@ def test_the_yaml_reaches_the_rule():
 def test_what_a_yaml_cannot_ask_for(override: str, words: str):
     with pytest.raises(InputError, match=words):
         rule_of(override)
+
+
+def test_its_keys_stand_in_its_own_results_alone():
+    """Those of the other rules read as before there were any."""
+    config = compose(predict=["rankseg_rma", "rankseg_dep"])
+    other, own = config.to_dict()["predict"]
+    assert {"theta", "assignment"} <= own.keys()
+    assert not {"theta", "assignment"} & other.keys()
