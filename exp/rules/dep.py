@@ -31,14 +31,13 @@ cell would be a pixel, they are exact.
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankseg_rma import _check_options, _check_prob, _check_range, _check_valid, _is_numpy, _wide, _working
+from rankseg_rma import _check_inputs, _check_options, _check_range, _one_thread, _wide, _working
 
 CELLS = 32  # cells of the grid per theta
 EXACT = 2**14  # pixels of a map whose sums are exact for every theta
@@ -101,16 +100,8 @@ def rankseg_dep(
         raise ValueError(f"assignment must be one of {ASSIGNMENTS}, got {assignment!r}")
     label = 0 if unassigned == "first" else unassigned
     options = _Options(opt_metric, theta, pruning_prob, label, contested, assignment)
-    as_numpy = _is_numpy(prob)
-    prob, valid = _check_prob(prob, in_batch), _check_valid(valid, in_batch)
-    if not in_batch:
-        prob = prob.unsqueeze(0)
-        valid = None if valid is None else valid.unsqueeze(0)
+    as_numpy, prob, valid = _check_inputs(prob, valid, in_batch, allow_overlap)
     batch, classes, *spatial = prob.shape
-    if valid is not None and valid.shape != (batch, *spatial):
-        raise ValueError(f"valid must have the shape of prob without its classes, got {tuple(valid.shape)}")
-    if classes == 1 and not allow_overlap:
-        raise ValueError("one class leaves no labels to choose from: expected two channels or allow_overlap=True")
     binary = classes == 2 and binary_threshold and not allow_overlap
     shape, dtype = ((batch, classes, *spatial), torch.bool) if allow_overlap else ((batch, *spatial), torch.int64)
     out = torch.empty(shape, dtype=dtype, device=prob.device)
@@ -132,20 +123,6 @@ def rankseg_dep(
     if as_numpy:
         out, tau = out.numpy(), tau.numpy()
     return (out, tau) if return_tau else out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps what is computed on a CPU to the calling thread.
-
-    On a busy machine a thread that waits for others at the end of every short step takes many times as long as alone.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def expected_sizes(prob: Tensor, theta: float, step: int | None = None) -> Tensor:

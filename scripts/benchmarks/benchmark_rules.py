@@ -158,7 +158,8 @@ def sort_rma(prob: Tensor, metric: str) -> Tensor:
 
 def build_rules(prob: Tensor, with_sort: bool) -> dict[str, Callable[[], object]]:
     """A map -> what is timed on it, by name, a line each; the first is what ratios refer to."""
-    from rankseg_rma import rankseg_rma
+    from exp.rules.dep import rankseg_dep
+    from rankseg_rma import rankseg_levelset, rankseg_rma
 
     half = prob.half()
     rules: dict[str, Callable[[], object]] = {
@@ -170,6 +171,10 @@ def build_rules(prob: Tensor, with_sort: bool) -> dict[str, Callable[[], object]
         "ours iou": lambda: rankseg_rma(prob, "iou"),
         "ours dice float16": lambda: rankseg_rma(half),
         "ours iou float16": lambda: rankseg_rma(half, "iou"),
+        "level sets": lambda: rankseg_levelset(prob),
+        "level sets float16": lambda: rankseg_levelset(half),
+        "rankseg_dep dice": lambda: rankseg_dep(prob),
+        "rankseg_dep iou": lambda: rankseg_dep(prob, "iou"),
     }
     for metric in ("dice", "iou"):
         if with_sort:
