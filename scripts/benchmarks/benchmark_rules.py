@@ -323,7 +323,7 @@ def measure(name: str, prob: Tensor, args: argparse.Namespace) -> dict:
         torch.set_num_threads(threads)
         seconds[str(threads)] = time_rules(rules, repeats, args.budget)
     first = seconds[str(args.threads[0])]
-    short = {key: rule for key, rule in rules.items() if first[key] < args.budget / 8}
+    short = {key: rule for key, rule in rules.items() if first[key] < args.budget / 2}
     if args.busy:
         with busy_cores(args.busy):
             for threads in args.threads:
