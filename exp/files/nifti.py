@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.openers import ImageOpener
 
+from exp.files.text import MAX_FILE, require_file
 from exp.runtime.errors import InputError, decoding
 
 EXPECTED = "a NIfTI volume"
@@ -55,6 +56,7 @@ class Volume:
 
 def open_volume(path: Path) -> Volume:
     """A .nii or .nii.gz file -> its grid, from the header alone; InputError for what cannot be a volume."""
+    require_file(path, EXPECTED, MAX_FILE)
     with decoding(path, EXPECTED):
         if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
             raise ValueError(f"{offset} bytes of header")
