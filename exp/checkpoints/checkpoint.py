@@ -310,7 +310,7 @@ def _find_odd_state(checkpoint: Checkpoint) -> str | None:
     scores = validations.get("scores") if isinstance(validations, dict) else None
     if isinstance(scores, dict):
         for at, score in scores.items():
-            number = type(at) is int and type(score) is float and 0 < at <= checkpoint.iteration
+            number = type(at) is int and type(score) in (int, float) and 0 < at <= checkpoint.iteration
             if not number or math.isnan(score) or score == math.inf:
                 return f"validations.scores: got {show(score)} for iteration {show(at)}"
         plain["validations"] = {**validations, "scores": {}}

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.openers import ImageOpener
 
+from exp.files.text import MAX_FILE, require_file
 from exp.runtime.errors import InputError, decoding
 
 EXPECTED = "a NIfTI volume"
@@ -101,6 +102,7 @@ def open_volume(path: Path, orientation: str | None = None) -> Volume:
     orientation: "RAS", say: slices are handed out as if the array's axes led to the right, to the front and up,
     whatever they do; None: as the file stores them.
     """
+    require_file(path, EXPECTED, MAX_FILE)
     with decoding(path, EXPECTED):
         if (offset := _declared_offset(path)) > MAX_HEADER:  # nibabel reads extensions up to there
             raise ValueError(f"{offset} bytes of header")

@@ -15,6 +15,7 @@ from exp.config.experiment import load_groups
 from exp.data.prepare.voc import find_sources, trainaug_names
 from exp.data.registry import build_dataset
 from exp.evaluation.probability_maps import list_by_stem, read_array
+from exp.files.nifti import open_volume
 from exp.files.paths import Fence, leads_out
 from exp.runtime.errors import InputError
 from tests.conftest import ROOT, TINY, TINY_RUN
@@ -185,13 +186,17 @@ def test_maps_of_names_that_are_no_text_are_told_before_they_are_evaluated(tmp_p
         list_by_stem(tmp_path / "maps", (".npy",))
 
 
-def test_maps_that_never_end_are_refused(tmp_path: Path):
+def test_maps_and_volumes_that_never_end_are_refused(tmp_path: Path):
     for name in ("a.npy", "a.npz"):
         os.mkfifo(tmp_path / name)
         (tmp_path / f"zero{name}").symlink_to("/dev/zero")
         for path in (tmp_path / name, tmp_path / f"zero{name}"):
             with pytest.raises(InputError, match=f"{path.name}: got something that is no file, expected what numpy"):
                 read_array(path, None)
+    for name in ("v.nii", "v.nii.gz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: got something that is no file, expected a NIfTI"):
+            open_volume(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "loop", "long"])
