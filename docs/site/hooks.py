@@ -19,6 +19,7 @@ NOTEBOOK = "examples/rule_on_your_network.ipynb"
 PAGES = {"README.md": "index.md", "DATA.md": "data.md", NOTEBOOK: "notebook.md"}
 FOLDERS = {page: posixpath.dirname(source) for source, page in PAGES.items()}  # of the sources; of others: docs
 LINK = re.compile(r'(?<=\]\()[^)\s]+(?=\))|(?<=(?:src|ref)=")[^"]+(?=")')
+CODE = re.compile(r"`[^`\n]+`")
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 
 
@@ -50,6 +51,11 @@ def read_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts) + "\n", pictures
 
 
+def unescape(code: re.Match[str]) -> str:
+    r"""`a\|b`, which a table needs elsewhere, without the backslash, which would be shown here."""
+    return code[0].replace(r"\|", "|")
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     folder = FOLDERS.get(page.file.src_uri, "docs")
 
@@ -64,5 +70,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return inside + mark + anchor
 
     pieces = FENCE.split(markdown)  # code stays as it is
-    pieces[::2] = [LINK.sub(relink, piece) for piece in pieces[::2]]
+    pieces[::2] = [CODE.sub(unescape, LINK.sub(relink, piece)) for piece in pieces[::2]]
     return "".join(pieces)
