@@ -779,11 +779,11 @@ def _rows(prob: Tensor, spare: int) -> Iterator[tuple[int, Tensor]]:
 def _high(row: Tensor) -> float:
     """Largest value of a contiguous class map; ValueError if it holds what is no probability."""
     # The bits of positive numbers are ordered as they are; as whole numbers, those of negative ones are negative.
-    low, high = torch.aminmax(row.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[row.element_size()]))
-    top = high.view(row.dtype).item()
-    if low.item() < 0 or not top <= 1.0:
-        low, top = row.amin().item(), row.amax().item()
-        _check_range(low, top, row.dtype)
+    lowest, highest = torch.aminmax(row.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[row.element_size()]))
+    top = highest.view(row.dtype).item()
+    if lowest.item() < 0 or not top <= 1.0:
+        top = row.amax().item()
+        _check_range(row.amin().item(), top, row.dtype)
     return top
 
 

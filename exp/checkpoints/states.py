@@ -22,16 +22,16 @@ def find_difference(found: Any, expected: Any, where: str) -> str | None:
             surplus, missing = sorted(map(str, found.keys() - expected.keys())), expected.keys() - found.keys()
             names = surplus or sorted(map(str, missing))
             return f"{where}: {'unknown' if surplus else 'no'} {names[0][:120]}"
-        pairs = [(key, found[key], expected[key]) for key in expected]
+        parts = [(key, found[key], expected[key]) for key in expected]
     elif isinstance(expected, (list, tuple)):
         if len(found) != len(expected):
             return f"{where}: got {len(found)} entries, not {len(expected)}"
-        pairs = [(place, *pair) for place, pair in enumerate(zip(found, expected))]
+        parts = list(zip(range(len(found)), found, expected))
     elif isinstance(expected, float) and not math.isfinite(found):
         return f"{where}: got {found}, not a finite number"
     else:
         return None
-    return next((text for key, *pair in pairs if (text := find_difference(*pair, f"{where}.{key}"))), None)
+    return next((text for key, a, b in parts if (text := find_difference(a, b, f"{where}.{key}"))), None)
 
 
 def _describe_tensor(tensor: Tensor) -> str:

@@ -39,15 +39,15 @@ FREE_KEYS = {
     "data": ("val_split", "val_samples", "damaged"),
 }
 # Keys that came after the first checkpoints, with what those were trained under: absent, they mean that.
-LATER_KEYS = {
+LATER_KEYS: dict[str, dict[str, Any]] = {
     "data": {"augmentation": "corner"},
     "loss": {"both_classes": None},
     "model": {"variant": "library"},
     "optim": {"warmup": "from_start"},
     "schedule": {"tf32": "conv"},
 }
-LATER_TEST_KEYS = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
-LATER_PREDICT_KEYS = {"sees_padding": None, "theta": None, "assignment": None}
+LATER_TEST_KEYS: dict[str, Any] = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
+LATER_PREDICT_KEYS: dict[str, Any] = {"sees_padding": None, "theta": None, "assignment": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 VARIANT = re.compile(r"(?P<name>[^=:/]+)=(?P<yaml>[^:]+):(?P<settings>.+)")  # of a rule: NAME=YAML:KEY=VALUE,...
 RESERVED_NAMES = ("comparison", "calibration", "images", "timing", "temperature", "older")  # in a run's folders

@@ -103,7 +103,7 @@ class Inference:
         flipped: they are mirrored.
         """
         crop_h, crop_w = self.crop_size
-        boxes = [self.place(*image.shape[-2:], flipped) for image in images]
+        boxes = [self.place(image.shape[-2], image.shape[-1], flipped) for image in images]
         images = [self._pad(image, box) for image, box in zip(images, boxes)]
         places = [(i, *place) for i, image in enumerate(images) for place in self.windows(*image.shape[-2:])]
         totals: dict[int, Tensor] = {}

@@ -65,13 +65,13 @@ def _paper_parts(config: ModelConfig, encoder: dict[str, Any], num_classes: int)
     if config.decoder == "unet":
         return DECODERS["unet"](config, encoder)._replace(init_classifier=nn.init.xavier_uniform_)
     keys = {key.removeprefix("encoder_"): value for key, value in encoder.items()}
-    encoder = smp.encoders.get_encoder(**keys, output_stride=config.output_stride)
+    net = smp.encoders.get_encoder(**keys, output_stride=config.output_stride)
     if config.decoder == "cpt":
-        decoder = CPT(encoder.out_channels, config.decoder_channels, num_classes)
-        parts = Parts(encoder, decoder, decoder.width, init_classifier=kaiming_uniform)
+        decoder = CPT(net.out_channels, config.decoder_channels, num_classes)
+        parts = Parts(net, decoder, decoder.width, init_classifier=kaiming_uniform)
     else:
-        decoder = PAPER_DECODERS[config.decoder](config, encoder.out_channels)
-        parts = Parts(encoder, decoder, config.decoder_channels, init_classifier=nn.init.xavier_uniform_)
+        decoder = PAPER_DECODERS[config.decoder](config, net.out_channels)
+        parts = Parts(net, decoder, config.decoder_channels, init_classifier=nn.init.xavier_uniform_)
     initialise(decoder)
     return parts
 

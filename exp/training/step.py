@@ -134,7 +134,7 @@ class TrainStep:
         """Where a state is of another kind than what state_dict returns, or its average than the one kept here."""
         own = self.state_dict()
         own["optimizer"]["state"] = whole_state(self.optimizer)
-        averages = [None if average is None else dict(average) for average in (ema, self.ema and self.ema.state_dict())]
+        average, kept = (None if x is None else dict(x) for x in (ema, self.ema and self.ema.state_dict()))
         try:
             found, expected = _that_moves(state), _that_moves(own)
             # A parameter that never had a gradient has no state.
@@ -142,7 +142,7 @@ class TrainStep:
             expected["optimizer"]["state"] = {i: expected["optimizer"]["state"][i] for i in numbers}
         except (AttributeError, LookupError, TypeError):
             return "training: other content"
-        return find_difference(found, expected, "training") or find_difference(*averages, "ema")
+        return find_difference(found, expected, "training") or find_difference(average, kept, "ema")
 
     def load_state_dict(self, state: dict[str, Any], ema: dict[str, Any] | None) -> None:
         """Resume from what state_dict returned and, where an average is kept, from its state dict.

@@ -403,9 +403,3 @@ def test_empty_and_damaged_folders(script, tmp_path: Path):
     assert status == 0
     assert err.startswith(f"warning: left out: {damaged}: got ")
     assert "| argmax |" in (tmp_path / "report" / "tables.md").read_text().partition("## Published")[0]
-
-
-def test_the_reason_for_what_is_not_available_is_in_all_of_them(output: Path):
-    reason = "none of the libraries that this framework stands on has CPT"
-    for name in ("tables.md", "tables.tex", "index.html"):
-        assert reason in (output / "report" / name).read_text(), name
