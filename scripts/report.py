@@ -2,7 +2,7 @@
 """Published figures beside what was measured, from whatever results there are:
 
     python scripts/report.py OUTPUT_DIR
-    python scripts/report.py OUTPUT_DIR --readme README.md
+    python scripts/report.py OUTPUT_DIR --readme docs/results.md
     python scripts/report.py --folds OUTPUT/*fold* --output folds.json
 
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex

@@ -15,7 +15,7 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "–": "--",  # noqa: RUF001
          "±": r"$\pm$"}  # fmt: skip
 LATEX_BEGIN = "% Needs \\usepackage{booktabs,longtable,pdflscape}.\n\\begin{landscape}\\scriptsize\\sloppy"
-BEGIN = "<!-- results: written by `python scripts/report.py OUTPUT --readme README.md`; do not edit -->"
+BEGIN = "<!-- results: written by `python scripts/report.py OUTPUT --readme FILE`; do not edit -->"
 END = "<!-- end of results -->"
 README_WIDTH = 120  # of lines of text
 
