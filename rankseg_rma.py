@@ -360,7 +360,7 @@ def _ratio(n: Tensor, s: Tensor, mu: Tensor, offset: float) -> Tensor:
 
 
 def _stride(size: int) -> int:
-    """Which pixels the sample has that starts the iteration: every so-manieth; odd, or it would fall on few columns."""
+    """From one pixel to the next of the sample that starts the iteration; odd, or it would fall on few columns."""
     return size // SAMPLE | 1
 
 
@@ -875,8 +875,8 @@ def rankseg_levelset(
     This rule supposes that the pixels of a class rise and fall together: they are {p > u}, u uniform on [0, 1]. Every
     pixel then has its own probability still, and the class is absent where u exceeds its largest one. The expected Dice
     or IoU of a class is an integral over u; a pixel gets the class whose expected score grows most by it, over the
-    expected number of classes. Presence is judged by the largest probability: every class is weighted by its own, and
-    the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
+    expected number of classes. Presence is estimated by the largest probability: every class is weighted by its own,
+    and the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
     opt_metric: "iou" or "dice", the expectation to maximise; "iou" did better for both metrics (docs/rule.md).
@@ -951,7 +951,8 @@ def _level_masks(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str,
 
 def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float) -> Tensor:
     """(C, d) -> (d,) int64."""
-    names = (high > min(pruning_prob, high.max().item() / 2)).nonzero()[:, 0]
+    largest = high.max().item()
+    names = (high > (pruning_prob if largest > pruning_prob else largest / 2)).nonzero()[:, 0]
     classes = len(names)
     if classes < 2:
         return (names if classes else names.new_zeros(1)).expand(rows.shape[1])

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_decoding(args: argparse.Namespace) -> None:
-    given = [name for name in DECODING if getattr(args, name) not in (None, False)]
+    given = [name for name in DECODING if getattr(args, name) is not None and getattr(args, name) is not False]
     if given and not args.logits:
         raise InputError(f"--{given[0]}: expected together with --logits")
     if args.regions and not args.multilabel:
@@ -86,6 +86,8 @@ def check_decoding(args: argparse.Namespace) -> None:
         raise InputError("--true_of: expected without --logits, --multilabel and --names")
     if args.temperature is not None and not 0 < args.temperature < math.inf:
         raise InputError(f"--temperature: got {args.temperature}, expected a number above 0")
+    if args.scale is not None and not (math.isfinite(args.scale) and args.scale):
+        raise InputError(f"--scale: got {args.scale}, expected a number other than 0")
     for name in ("input_size", "inside"):
         if min(getattr(args, name) or [1]) < 1:
             raise InputError(f"--{name}: got {getattr(args, name)}, expected a height and a width of 1 or more")

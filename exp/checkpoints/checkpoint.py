@@ -19,13 +19,11 @@ from exp.checkpoints.states import find_difference
 from exp.config.experiment import FREE_KEYS, GROUPS, LATER_KEYS, TRAINING_GROUPS, with_number_keys
 from exp.config.strict_yaml import build_dataclass, show
 from exp.files.nifti import is_orientation
-from exp.files.tensors import find_tensors, load_tensor_file
+from exp.files.tensors import MAX_METADATA, METADATA, find_tensors, load_tensor_file
 from exp.runtime.errors import InputError
 
 BEST, LAST = "best", "last"
-METADATA = "rankseg_rma"  # the key of a safetensors file's metadata that holds the JSON below
 EXPECTED = "a checkpoint of this program"
-MAX_METADATA = 2**20  # characters of that JSON; with the names of 255 classes it has some 20,000
 # What `training` of a checkpoint holds: what decides the steps to come, besides weights and averages.
 TRAINING_STATE = ("optimizer", "scheduler", "scaler", "faults", "validations", "sampler", "world_size")
 # Those of them that no network decides, as they are saved; the scores by iteration are looked at beside.

@@ -24,6 +24,7 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 TRAINING_GROUPS = ("model", "data", "loss", "schedule", "optim")  # with the seed: what decides the weights
 # What may differ between a run and its resumption without changing what is learnt or read from a checkpoint.
+# init_from: that of a file from before, which loading does not ask for; resuming compares it.
 FREE_KEYS = {
     "model": ("pretrained", "init_from"),
     "schedule": (

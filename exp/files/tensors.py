@@ -1,6 +1,7 @@
 """Files of tensors -> their content, without running any code that a file may hold."""
 
 import io
+import json
 import pickletools
 import re
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +29,8 @@ NAMES = re.compile(
     r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
 )
 UNHASHABLE = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
+METADATA = "rankseg_rma"  # the key of a safetensors file's metadata that holds JSON of a run of this program
+MAX_METADATA = 2**20  # characters of that JSON; with the names of 255 classes it has some 20,000
 
 
 def load_tensor_file(path: Path, expected: str) -> Any:
@@ -132,3 +136,13 @@ def _check_tensor(tensor: Tensor) -> None:
     needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if needed > held:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} over {held} bytes")
+
+
+def read_classes(path: Path) -> list[str] | None:
+    """The names of the classes in a safetensors file that a run of this program wrote; None in any other."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {})[METADATA]
+        return json.loads(text)["classes"] if len(text) <= MAX_METADATA else None
+    except (KeyError, ValueError, TypeError, RecursionError, SafetensorError):
+        return None

@@ -7,13 +7,14 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from exp.files.tensors import load_tensor_file
+from exp.files.tensors import load_tensor_file, read_classes
 from exp.runtime.errors import InputError
 
 COUNTER = "num_batches_tracked"
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which files have a state dict among other things
 HEADS = ("head.", "aux_head.")
-CLASSIFIERS = ("head.", "aux_head.4.")  # of a Segmentor: the layers with an output for each class
+# Of a Segmentor: the layers with an output for each class; CPT has such tensors in its decoder, too.
+CLASSIFIERS = ("head.", "aux_head.4.", "decoder.memory", "decoder.scores.1.")
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
@@ -71,7 +72,8 @@ def load_network_weights(model: nn.Module, path: str | Path, classes: Sequence[s
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """A file -> the state dict in it, and the names of its classes where it is a checkpoint of this program."""
-    content, classes = load_tensor_file(path, "a state dict"), None
+    content = load_tensor_file(path, "a state dict")
+    classes = read_classes(path) if path.suffix == ".safetensors" else None
     for _ in range(2):  # {"model": {"state_dict": ...}}
         inner = next(
             (key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None

@@ -20,7 +20,7 @@ CAMVID = Job(
         f"schedule.train_iters={ITERS}",
         "schedule.log_iters=5",
         "schedule.num_workers=1",
-        "model.variant=library",  # with which the README's figures were measured
+        "model.variant=library",  # with which the figures of docs/results.md were measured
         "test.crop_size=[360,480]",  # whole images: windows of the training crop take 1.8 times the pixels
         "model.output_stride=16",
     ),

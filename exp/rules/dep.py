@@ -31,13 +31,24 @@ cell would be a pixel, they are exact.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankseg_rma import _check_inputs, _check_options, _check_range, _one_thread, _wide, _working
+# The rule that this one mirrors: how inputs are read and checked is one thing.
+from rankseg_rma import (
+    _check_inputs,
+    _check_options,
+    _check_range,
+    _default_device,
+    _on_cpu,
+    _one_thread,
+    _wide,
+    _working,
+)
 
 CELLS = 32  # cells of the grid per theta
 EXACT = 2**14  # pixels of a map whose sums are exact for every theta
@@ -106,7 +117,7 @@ def rankseg_dep(
     shape, dtype = ((batch, classes, *spatial), torch.bool) if allow_overlap else ((batch, *spatial), torch.int64)
     out = torch.empty(shape, dtype=dtype, device=prob.device)
     tau = torch.zeros(batch, classes, dtype=torch.int64, device=prob.device)
-    with _one_thread():
+    with _one_thread() if _on_cpu(prob) else nullcontext(), _default_device():
         for b in range(batch):
             image = _Image(prob[b], None if valid is None else valid[b], options)
             target = out[b].view(*out[b].shape[: -len(spatial)], spatial[0], -1)

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from exp.evaluation.metrics import EvalResult
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ["argmax", "rankseg_rma", *(f"rankseg_rma_{p}=rankseg_rma:pruning_prob={p}" for p in (0.3, 0.5))]
+PRUNINGS = [f"rankseg_rma_{p}=rankseg_rma:pruning_prob={p}" for p in (0.3, 0.5)]
+RULES = ["argmax", "rankseg_rma", *PRUNINGS, "rankseg_dep", "rankseg_dep_iou", "rankseg_levelset"]
 SCORES = ("mIoUI", "mDiceI", "mIoUD", "mDiceD", "Acc")
 PER_UNIT = ("mIoUI", "mDiceI")
 NORMAL = 1.96

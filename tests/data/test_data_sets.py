@@ -95,10 +95,17 @@ def test_ade20k_shifts_its_classes_and_ignores_zero(tmp_path: Path):
     assert len(ADE20K.classes) == 150
 
 
+def add_hidden(folder: Path) -> None:
+    """A ._name beside every image and label, as macOS leaves them on disks that are not its own."""
+    for path in [*folder.rglob("*.jpg"), *folder.rglob("*.png")]:
+        path.with_name(f"._{path.name}").write_bytes(b"no image")
+
+
 def test_coco_stuff_gives_the_same_label_from_owners_ids_and_train_ids(tmp_path: Path):
     """Ids without images are ignored; 171 classes are left of 182."""
     write_coco_stuff(tmp_path / "ids", {"val2017": 2})
     write_coco_stuff(tmp_path / "both", {"val2017": 2}, train_ids=True)
+    add_hidden(tmp_path)
     from_ids, from_train_ids = COCOStuff(tmp_path / "ids", "val2017"), COCOStuff(tmp_path / "both", "val2017")
     assert [s.label.name for s in from_ids.samples] == ["000000000000.png", "000000000001.png"]
     assert all(s.label.name.endswith("_labelTrainIds.png") for s in from_train_ids.samples)
@@ -119,6 +126,7 @@ def test_pascal_context_mapillary_and_night_scenes_ignore_what_their_owners_do(t
     write_mapillary(tmp_path, {"validation": 2})
     write_night(tmp_path, "dark_zurich", 2)
     write_night(tmp_path, "nighttime_driving", 1)
+    add_hidden(tmp_path)
     expected = {
         "pascal_context": (1, [255, 0, 58]),
         "mapillary_vistas": (2, [0, 64, 255]),
@@ -135,6 +143,7 @@ def test_pascal_context_mapillary_and_night_scenes_ignore_what_their_owners_do(t
 def test_deepglobe_is_in_five_folds_in_the_order_of_whole_file_names(script, tmp_path: Path):
     """A fifth of each city is validated on, rounded down; what is left over is always trained on."""
     write_deepglobe(tmp_path, "deepglobe_building", 7)
+    add_hidden(tmp_path)
     assert script("prepare_data", "deepglobe_building", "--data_dir", tmp_path, "--workers", 1)[0] == 0
     names = sorted(p.name for p in (tmp_path / "building" / "train").glob("Vegas_*_sat.jpg"))
     assert names[:3] == ["Vegas_1000_sat.jpg", "Vegas_100_sat.jpg", "Vegas_10_sat.jpg"]

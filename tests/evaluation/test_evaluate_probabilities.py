@@ -593,6 +593,11 @@ def test_palette_pngs_and_listed_names(script, tmp_path: Path):
     status, _, err = evaluate(script, tmp_path, "--logits", "--names", tmp_path / "val.txt")
     assert status == 2
     assert f"{tmp_path / 'maps'}: got no file of the listed name 'a', expected one" in err
+    (tmp_path / "val.txt").write_text("")
+    assert (
+        "--names: got a list without a name"
+        in evaluate(script, tmp_path, "--logits", "--names", tmp_path / "val.txt")[2]
+    )
 
 
 @pytest.mark.slow

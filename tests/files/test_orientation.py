@@ -98,7 +98,7 @@ def test_predictions_are_the_same_on_each_files_own_grid(tmp_path: Path):
     for letters in ALL:
         nib.save(stored_in(ras, letters), tmp_path / "scans" / f"{letters}.nii")
     predictor = replace(volume_predictor(slice_size=(10, 12)), model=Leaning())
-    predict_files(predictor, list_sources(tmp_path / "scans", tmp_path / "out"), tmp_path / "out")
+    predict_files(predictor, list_sources(tmp_path / "scans", tmp_path / "out"), tmp_path / "out", "")
     for letters in ALL:
         mask = nib.load(tmp_path / "out" / "masks" / "argmax" / f"{letters}.nii.gz")
         np.testing.assert_allclose(mask.affine, stored_in(ras, letters).affine)

@@ -9,7 +9,8 @@ import pytest
 
 from exp.data.registry import build_dataset
 from exp.data.slice_files import list_cases, list_slices
-from exp.evaluation.probability_maps import MapReader, pair_files, read_label_values
+from exp.evaluation.probability_maps import MapReader, pair_files
+from exp.evaluation.probability_maps.files import read_label_values
 from exp.files.nifti import find_slices, open_volume, read_labels, value_range
 from exp.predict_images import list_sources
 from exp.runtime.errors import InputError

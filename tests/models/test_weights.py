@@ -1,5 +1,6 @@
 """Training that starts from weights of one's own: a whole network, or an encoder out of one."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -57,17 +58,25 @@ def test_a_whole_network_comes_out_of_every_wrapping(tmp_path: Path, weights: di
     assert caplog.records == []
 
 
-def test_classifiers_of_other_classes_are_left_out_line_by_line(tmp_path: Path, weights: dict[str, Tensor], caplog):
-    torch.save({"model": {**weights, "more": torch.ones(1)}, "classes": ["a", "b", "other"]}, tmp_path / "w.pt")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_classifiers_of_other_classes_are_left_out_line_by_line(
+    tmp_path: Path, weights: dict[str, Tensor], suffix: str, caplog
+):
+    path, others = tmp_path / f"w{suffix}", ["a", "b", "other"]
+    content = {**weights, "more": torch.ones(1)}
+    if suffix == ".pt":
+        torch.save({"model": content, "classes": others}, path)
+    else:
+        save_file(content, path, metadata={"rankseg_rma": json.dumps({"classes": others})})
     for target, classes in ((network(2, 5), list("abcde")), (network(2), CLASSES)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "exp"):
             before = {name: value.clone() for name, value in target.state_dict().items()}
-            load_network_weights(target, tmp_path / "w.pt", classes)
+            load_network_weights(target, path, classes)
         left = ["head.1.weight", "head.1.bias", "aux_head.4.weight", "aux_head.4.bias"]
         lines = [record.getMessage() for record in caplog.records]
-        assert lines[:-1] == [f"{tmp_path / 'w.pt'}: got {name} of other classes: drawn at random" for name in left]
-        assert lines[-1] == f"{tmp_path / 'w.pt'}: got more, which the network does not have: left aside"
+        assert lines[:-1] == [f"{path}: got {name} of other classes: drawn at random" for name in left]
+        assert lines[-1] == f"{path}: got more, which the network does not have: left aside"
         found = target.state_dict()
         assert all(torch.equal(found[name], before[name]) for name in left)
         assert torch.equal(found["aux_head.0.weight"], weights["aux_head.0.weight"])

@@ -1,4 +1,4 @@
-"""Beyond the paper's tables: losses, seeds, lengths and noise, true probabilities, and the README's results."""
+"""Beyond the paper: losses, seeds, lengths and noise, true probabilities, and the results in a page of the docs."""
 
 import json
 import re

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 
 import rankseg_rma as module
-from rankseg_rma import rankseg_rma
+from rankseg_rma import rankseg_levelset, rankseg_rma
 
 STREAMED, BATCHED = 0, 2**40  # values of SMALL that force one strategy or the other
 
@@ -440,5 +440,6 @@ def test_the_default_device_decides_nothing(small, monkeypatch):
         expected = rankseg_rma(prob, **options)
         with torch.device("meta"):
             found = rankseg_rma(prob, **options)
+            assert rankseg_levelset(prob).device.type == "cpu"
         for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected))):
             assert torch.equal(one, other)

@@ -74,9 +74,9 @@ Format = tuple[Callable[[Path], object], tuple[Callable[[Path], object], ...]]
 PICTURES = (read_image, read_label)
 FORMATS: dict[str, Format] = {  # name: what writes a sound file, what reads it
     "a.png": (lambda p: Image.fromarray(COLOURS).save(p), PICTURES),
-    "a.jpg": (lambda p: Image.fromarray(COLOURS).save(p), PICTURES),
+    "a.jpg": (lambda p: Image.fromarray(COLOURS).save(p), (read_image,)),
     "a.bmp": (lambda p: Image.fromarray(COLOURS).save(p), PICTURES),
-    "a.webp": (lambda p: Image.fromarray(COLOURS).save(p), PICTURES),
+    "a.webp": (lambda p: Image.fromarray(COLOURS).save(p, lossless=True), PICTURES),
     "a.tif": (lambda p: Image.fromarray(COLOURS).save(p, compression="tiff_lzw"), PICTURES),
     "palette.png": (lambda p: Image.fromarray(SLICE["label"]).convert("P").save(p), (read_label,)),
     "slice.npz": (lambda p: np.savez(p, **SLICE), (read_slice, lambda p: read_array(p, "image"))),

@@ -14,7 +14,7 @@ from PIL import Image
 from exp.config.experiment import load_groups
 from exp.data.prepare.voc import find_sources, trainaug_names
 from exp.data.registry import build_dataset
-from exp.evaluation.probability_maps import list_by_stem, read_array
+from exp.evaluation.probability_maps.files import list_by_stem, read_array
 from exp.files.nifti import open_volume
 from exp.files.paths import Fence, leads_out
 from exp.runtime.errors import InputError

@@ -11,6 +11,7 @@ from exp.config.data import IGNORE_INDEX
 from exp.data.prepare.jobs import report_faults, run_jobs, worker_pool
 from exp.files.atomic import remove_stale, replacing, require_room
 from exp.files.images import open_image
+from exp.files.paths import visible_files
 from exp.runtime.errors import InputError
 
 MASK, LABEL = "_mask.png", "_label.png"
@@ -26,7 +27,7 @@ def prepare_masks(folder: Path, palette: Sequence[Colour], workers: int) -> None
     palette: the colour of each class; black, where it is no class's, becomes 255. A label that is there already must
     say the same and is kept; InputError if it does not.
     """
-    masks = sorted(folder.glob(f"*{MASK}"))
+    masks = visible_files(folder, f"*{MASK}")
     waiting = sum(not label_of(mask).exists() for mask in masks)
     print(f"{folder}: {len(masks)} masks, {len(masks) - waiting} with a label before (compared, not changed)")
     require_room(folder, waiting * BYTES_PER_LABEL)

@@ -59,7 +59,7 @@ class NightScenes(SegmentationDataset):
         names = {
             path.relative_to(folder).as_posix().removesuffix(suffix)
             for folder, suffix in zip((images, labels), self.suffixes)
-            for path in folder.rglob(f"*{suffix}")
+            for path in visible_files(folder, f"**/*{suffix}")
         }
         image, label = self.suffixes
         return pair_samples(sorted(names), lambda n: images / f"{n}{image}", lambda n: labels / f"{n}{label}")

@@ -9,6 +9,7 @@ from exp.data.base import (
     pair_samples,
     require_folder,
 )
+from exp.files.paths import visible_files
 
 TRAIN_IDS = "_labelTrainIds"
 NUM_IDS = 182  # of things and stuff together; in the files they begin at 0
@@ -55,7 +56,10 @@ class COCOStuff(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "coco_stuff164k" / "images" / self.split)
         labels = require_folder(self.root / "coco_stuff164k" / "annotations" / self.split)
-        names, found = {p.stem for p in images.glob("*.jpg")}, {p.stem for p in labels.glob("*.png")}
+        names, found = (
+            {p.stem for p in visible_files(images, "*.jpg")},
+            {p.stem for p in visible_files(labels, "*.png")},
+        )
         in_train_ids = {stem.removesuffix(TRAIN_IDS) for stem in found if stem.endswith(TRAIN_IDS)}
         labelled, suffix = {stem for stem in found if not stem.endswith(TRAIN_IDS)}, ""
         if names and names <= in_train_ids:

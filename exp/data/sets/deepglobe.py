@@ -2,6 +2,7 @@
 
 from exp.config.data import IGNORE_INDEX, NUM_FOLDS
 from exp.data.base import Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
+from exp.files.paths import visible_files
 from exp.runtime.errors import InputError
 
 IMAGE, LABEL = "_sat.jpg", "_label.png"
@@ -22,7 +23,7 @@ class DeepGlobe(SegmentationDataset):
         if self.split not in ("train", "val"):
             raise InputError(f"data.*_split: got '{self.split}', expected train or val: these images come in folds")
         folder = require_folder(self.root / self.task / "train")
-        files = sorted(path.name for path in folder.glob(f"*{IMAGE}"))
+        files = [path.name for path in visible_files(folder, f"*{IMAGE}")]
         names = [file.removesuffix(IMAGE) for file in files]
         chosen = [name for group in self.groups for name in self._part([n for n in names if n.startswith(group)])]
         return pair_samples(chosen, lambda n: folder / f"{n}{IMAGE}", lambda n: folder / f"{n}{LABEL}")

@@ -1,6 +1,7 @@
 """Mapillary Vistas 1.2, as its owners hand it out."""
 
 from exp.data.base import IGNORE_INDEX, Sample, SegmentationDataset, class_names, colours, pair_samples, require_folder
+from exp.files.paths import visible_files
 
 COPY = "_labelTrainIds"  # how the paper's code calls its copies of the labels, of the same values
 
@@ -40,6 +41,6 @@ class MapillaryVistas(SegmentationDataset):
     def list_samples(self) -> list[Sample]:
         images = require_folder(self.root / "mapillary" / self.split / "images")
         labels = require_folder(self.root / "mapillary" / self.split / "v1.2" / "labels")
-        labelled = {path.stem for path in labels.glob("*.png") if not path.stem.endswith(COPY)}
-        names = sorted({path.stem for path in images.glob("*.jpg")} | labelled)
+        labelled = {path.stem for path in visible_files(labels, "*.png") if not path.stem.endswith(COPY)}
+        names = sorted({path.stem for path in visible_files(images, "*.jpg")} | labelled)
         return pair_samples(names, lambda n: images / f"{n}.jpg", lambda n: labels / f"{n}.png")

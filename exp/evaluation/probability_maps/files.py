@@ -29,6 +29,8 @@ def pair_files(prob_dir: Path, label_dir: Path, names: Sequence[str] | None = No
     maps = list_by_stem(prob_dir, MAP_SUFFIXES)
     labels = match_names(list_by_stem(label_dir, LABEL_SUFFIXES, FURTHER_SUFFIXES), maps)
     if names is not None:
+        if not names:
+            raise InputError("--names: got a list without a name, expected one or more")
         for found, folder in ((maps, prob_dir), (labels, label_dir)):
             if missing := sorted(set(names) - found.keys()):
                 raise InputError(f"{folder}: got no file of the listed name '{missing[0]}', expected one")

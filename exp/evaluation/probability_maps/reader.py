@@ -137,12 +137,11 @@ class MapReader:
     def _read_values(self, path: Path, lead: tuple[int, ...], spatial: tuple[int, ...], resized: bool) -> np.ndarray:
         """A file -> its (*lead, *spatial) values in the map's order of axes. lead: (C,) of masks, else nothing."""
         values = read_label_values(path, 3 + len(lead))
-        own = (
-            () if lead == (1,) and values.ndim <= len(spatial) else lead
-        )  # the mask of a single class may lack its axis
+        # The mask of a single class may lack its axis.
+        own = () if lead == (1,) and values.ndim <= len(spatial) else lead
         first = len(own)
         if resized and values.ndim == first + 2:
-            spatial = values.shape[first:]
+            spatial = values.shape[first:][::-1] if self.label_axes == "reversed" else values.shape[first:]
         elif values.ndim == first + 2 and len(spatial) == 3 and spatial[0] == 1:
             spatial = spatial[1:]
         if self._are_reversed(path, values.shape[first:], spatial):

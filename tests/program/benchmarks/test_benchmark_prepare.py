@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 2])
 def test_ours_is_four_times_as_fast_at_a_third_of_the_memory(tmp_path: Path, axis: int):
-    """On 80 slices; the figures of 200 are the README's."""
+    """On 80 slices; the figures of 200 are those of the docs."""
     output = tmp_path / "times.json"
     flags = ["--axis", axis, "--slices", 80, "--repeats", 1, "--output", output]
     command = [sys.executable, ROOT / "scripts" / "benchmarks" / "benchmark_prepare.py", *map(str, flags)]
