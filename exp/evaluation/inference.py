@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exp.config.evaluation import TestConfig
-from exp.models.segmentor import sizes_named
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, sizes_named
 
 CHUNK = 2**20  # elements of a piece of the map that is worked on at a time: temporaries stay small
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,8 +1,7 @@
 """Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import segmentation_models_pytorch as smp
 import timm
@@ -14,8 +13,6 @@ from exp.models.decoders import Parts, build_parts, initialise
 from exp.models.weights import load_encoder_weights
 from exp.runtime.errors import InputError
 
-# What PyTorch says of tensors that do not fit together.
-SIZE_TROUBLE = ("must match the size", "is invalid for input of size", "Sizes of tensors must match")
 # What smp's EfficientNets keep of their classifier and never call: DDP would wait for its gradients.
 UNUSED = ("_conv_head", "_bn1")
 
@@ -71,27 +68,6 @@ class Segmentor(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.head[-1].out_channels
-
-
-@contextmanager
-def sizes_named(image: Tensor) -> Iterator[None]:
-    """Inside, a network sees an image: what layers say of sizes that they cannot take is an InputError."""
-    try:
-        yield
-    except (AssertionError, ValueError, RuntimeError) as error:
-        text, (batch, _, height, width) = " ".join(str(error).split()), image.shape
-        if "more than 1 value per channel" in text:
-            raise InputError(
-                f"schedule.batch_size: got {batch} image per process (and micro-batch) of {height}x{width} "
-                "(data.crop_size), expected more or larger ones: a layer normalises over a single value"
-            ) from None
-        if isinstance(error, AssertionError) or any(words in text for words in SIZE_TROUBLE):
-            raise InputError(
-                f"model.encoder: got images of {height}x{width} (data.crop_size, test.crop_size), which this network "
-                f"cannot take ({text[:120] or 'an assertion of it'}), expected those of another size, such as that of "
-                "its pretraining"
-            ) from error
-        raise
 
 
 def encoder_name(name: str) -> str:

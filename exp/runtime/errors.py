@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from exp.runtime.interrupt import STATUS, Interrupted
 
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # in PyTorch's messages, of GPUs and CPUs
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What PyTorch says of tensors that do not fit together.
+SIZE_TROUBLE = ("must match the size", "is invalid for input of size", "Sizes of tensors must match")
 
 
 class InputError(ValueError):
@@ -123,3 +126,24 @@ def _is_output_gone() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+@contextmanager
+def sizes_named(image: Any) -> Iterator[None]:
+    """Inside, a network sees an image: what layers say of sizes that they cannot take is an InputError."""
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError) as error:
+        text, (batch, _, height, width) = " ".join(str(error).split()), image.shape
+        if "more than 1 value per channel" in text:
+            raise InputError(
+                f"schedule.batch_size: got {batch} image per process (and micro-batch) of {height}x{width} "
+                "(data.crop_size), expected more or larger ones: a layer normalises over a single value"
+            ) from None
+        if isinstance(error, AssertionError) or any(words in text for words in SIZE_TROUBLE):
+            raise InputError(
+                f"model.encoder: got images of {height}x{width} (data.crop_size, test.crop_size), which this network "
+                f"cannot take ({text[:120] or 'an assertion of it'}), expected those of another size, such as that of "
+                "its pretraining"
+            ) from error
+        raise

@@ -14,8 +14,8 @@ from exp.config.experiment import ExperimentConfig
 from exp.data.loader import Batch
 from exp.evaluation.inference import autocast
 from exp.models import Segmentor
-from exp.models.segmentor import sizes_named
 from exp.runtime.distributed import Dist
+from exp.runtime.errors import sizes_named
 from exp.training.losses import build_criterion
 from exp.training.optim import MovingAverage, build_ema, build_optimizer, build_scheduler, whole_state
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exp.evaluation.metrics import EvalResult, compute_scores
-from exp.evaluation.results import format_losing, save_results
+from exp.evaluation.results import save_results
 from exp.reproduction.existing import DONE, UNTRAINED, WAITING, Existing
 from exp.reproduction.job import Reevaluation, join_jobs
 from exp.reproduction.measured import Measured, Training, compare_seeds, group_seeds, mean_score
@@ -157,9 +157,9 @@ def test_the_report_has_them(output: Path):
     gain = compare_seeds(seeds, "rankseg_rma")
     each = " ".join(f"{compare_seeds([seed], 'rankseg_rma').difference:+.2f}" for seed in seeds)
     interval = f"[{gain.interval[0]:+.2f}, {gain.interval[1]:+.2f}]"
-    units = f"12 / 0 | {format_losing(gain)}"
+    units = f"12 / 0 | {', '.join(' / '.join(f'{v:.1f}' for v in shares.values()) for shares in gain.losing.values())}"
     assert f"| {gain.difference:+.2f} {interval} | {units} | {each} |" in section
-    assert "| images that lose > 1 / > 5 points |" in section
+    assert "| images up / down | % lose > 1 / 5: IoU, Dice |" in section
     assert list(gain.losing) == ["mIoUI", "mDiceI"]
     assert "| unet_mobilenetv3_small_100, shapes, ce, 3 iterations, 2 seeds | argmax |" in section
     noise = text.partition("### Rules beside argmax, by mDiceI over images")[2].partition("###")[0]

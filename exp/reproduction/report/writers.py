@@ -51,7 +51,7 @@ def _markdown_marks(cell: Cell) -> str:
 
 def latex(sections: Sequence[Section]) -> str:
     """A table per section, which may break over pages, and its texts around it."""
-    parts = [LATEX_BEGIN, "\\setlength{\\tabcolsep}{3pt}", ""]
+    parts = [LATEX_BEGIN, "\\setlength{\\tabcolsep}{1.5pt}", ""]
     for section in sections:
         paragraphs = [section.lead] if section.lead else []
         if not section.rows:
