@@ -616,9 +616,8 @@ class _Stream:
     def __init__(self, prob: Tensor, valid: Tensor | None) -> None:
         """A (B, C, *spatial) map, and (d,) bool: the pixels of an image that count."""
         self.dtype, size = _working(prob.dtype), prob[0, 0].numel()
-        share = (
-            12 if valid is None and prob.dtype == self.dtype else 24
-        )  # of the input for a buffer, or for each of two
+        # Of the input for a buffer, or for each of two.
+        share = 12 if valid is None and prob.dtype == self.dtype else 24
         budget = prob.numel() * prob.element_size() // (torch.finfo(self.dtype).bits // 8 * share)
         self.rest = size % BLOCK
         self.whole, self.count = size // BLOCK, -(-size // BLOCK)  # whole blocks, and all

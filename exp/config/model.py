@@ -23,9 +23,8 @@ class ModelConfig:
     pretrained: bool | str = True  # true: by name from the hub; false: random; text: a local file
     init_from: str | None = None  # a local file of a whole network, which training starts from in place of pretrained
     dropout: float = 0.1  # before the classifier of either head
-    aux_channels: int | None = (
-        256  # of the auxiliary head, on the encoder's last feature map but one; null: no such head
-    )
+    # Of the auxiliary head, on the encoder's last feature map but one; null: no such head.
+    aux_channels: int | None = 256
 
     def __post_init__(self) -> None:
         widths = ("decoder_channels", "atrous_rates", "low_level_channels", "aux_channels")
