@@ -334,17 +334,18 @@ class TrainingSession:
         images = f"{len(self.evaluator.dataset)} images of {config.data.val_split}"
         history = ScoreHistory(f"{metric} of {rule}, {weights} weights, {images}", config.schedule.early_stop)
         path = self.dist.on_main(lambda: find_checkpoint(folder))
+        checkpoint = None if path is None else load_checkpoint(path)
+        if checkpoint is not None:
+            check_name(checkpoint)
         if self.given is not None:
-            path = self._further(path)
-        if path is None:
+            checkpoint = self._further(checkpoint)
+        if checkpoint is None:
             if len(self.dataset.orientations) > 1:
                 raise InputError(
                     f"{self.dataset.root}: got slices that an earlier version cut as they are stored, in "
                     f"{', '.join(self.dataset.orientations)}, expected one orientation: prepare them again (DATA.md)"
                 )
             return None, history
-        checkpoint = load_checkpoint(path)
-        check_name(checkpoint)
         check_orientation(checkpoint, self.dataset.orientations)
         check_resumable(checkpoint, config.to_dict(), describe_images(self.dataset))
         schedule, at = config.schedule, checkpoint.iteration
@@ -352,28 +353,29 @@ class TrainingSession:
         if checkpoint.training["sampler"] != place or not 0 < at <= count_iterations(schedule, len(self.dataset)):
             raise unlike(checkpoint, f"iteration {at}, sampler {checkpoint.training['sampler']}")
         if self.dist.is_main:
-            if path != self.given:
-                set_aside_damaged(folder, path)
+            if checkpoint.path != self.given:
+                set_aside_damaged(folder, checkpoint.path)
             before, now = checkpoint.training["world_size"], self.dist.world_size
             if before != now:
                 print(
-                    f"{path}: resumed by {now} process(es) after {before}: the same images in the same order; sums "
-                    "are rounded otherwise"
+                    f"{checkpoint.path}: resumed by {now} process(es) after {before}: the same images in the "
+                    "same order; sums are rounded otherwise"
                 )
         history.load_state_dict(checkpoint.training["validations"])
         return checkpoint, history
 
-    def _further(self, own: Path | None) -> Path:
+    def _further(self, own: Checkpoint | None) -> Checkpoint:
         """The run's newest checkpoint or the given one: which is further, and of two as far the run's."""
         if self.given.resolve().parent == (self.folder / CHECKPOINTS).resolve():
             raise InputError(
                 f"--model_checkpoint: {self.given}: got a checkpoint of the run itself, which removes the older ones; "
                 "expected a copy elsewhere, or no such flag: the run resumes from its newest"
             )
-        if own is None or load_checkpoint(self.given).iteration > load_checkpoint(own).iteration:
-            return self.given
+        given = load_checkpoint(self.given)
+        if own is None or given.iteration > own.iteration:
+            return given
         if self.dist.is_main:
-            print(f"{own}: resumed in place of {self.given}: it is as far or further")
+            print(f"{own.path}: resumed in place of {self.given}: it is as far or further")
         return own
 
     def _check_start(self, start: int) -> None:

@@ -115,6 +115,6 @@ DATASET_TABLE = {  # configs/data, key `dataset`
     "shapes_noisy": DataSetEntry(code="shapes.ShapesNoisy", needs=NOISE),
     "shapes_noisy_binary": DataSetEntry(code="shapes.ShapesNoisyBinary", needs=NOISE),
 }
-METRIC_TABLE = {
-    "boundary_iou": "BIoU"
-}  # configs/test, key `metrics`: further metrics, and what their scores are called
+METRIC_TABLE = {  # configs/test, key `metrics`: further metrics, and what their scores are called
+    "boundary_iou": "BIoU",
+}

@@ -254,7 +254,7 @@ def test_a_training_resumes_from_the_checkpoint_that_it_is_given(program, tmp_pa
     flags = [*TINY, "--predict_yaml", "argmax"]
     assert program(*flags, "--output_dir", tmp_path / "whole")[0] == 0
     whole = tmp_path / "whole" / TINY_RUN / "checkpoints"
-    given = tmp_path / "elsewhere" / "checkpoint010.pt"
+    given = tmp_path / "elsewhere" / "iter_0000010.pt"  # whose name says nothing outside of a run
     given.parent.mkdir()
     shutil.copy(whole / "iter_0000002.pt", given)
     before = given.read_bytes()
