@@ -54,7 +54,7 @@ PARTS = {  # in the order of their importance
     "rules": Part("rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
     "networks": Part("networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
     "training": Part("training", 2.2, "a training, interrupted and resumed; its evaluation against the CPU's"),
-    "nccl": Part("training", 1.0, "SyncBN and DDP in a process group against one process without a group"),
+    "nccl": Part("training", 1.4, "SyncBN and DDP in a process group against one process without a group"),
     "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
     "compile": Part("networks", 1.4, "the same training steps under torch.compile"),
 }
