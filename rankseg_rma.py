@@ -877,8 +877,8 @@ def rankseg_levelset(
     pixel then has its own probability still, and the class is absent where u exceeds its largest one. The expected Dice
     or IoU of a class is an integral over u; a pixel gets the class whose expected score grows most by it, over the
     expected number of classes. How probable a class is in the image follows from its largest probability and from how
-    many of the C classes the image seems to hold (`_presence`); its probabilities are scaled to that, and the classes of
-    a pixel are then made to sum to 1 again. docs/rule.md derives it.
+    many of the C classes the image seems to hold (`_presence`). Its probabilities are scaled to that, and the classes
+    of a pixel are then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
     opt_metric: "iou" or "dice", the expectation to maximise; "iou" did better for both metrics (docs/rule.md).
