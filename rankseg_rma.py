@@ -877,8 +877,8 @@ def rankseg_levelset(
     pixel then has its own probability still, and the class is absent where u exceeds its largest one. The expected Dice
     or IoU of a class is an integral over u; a pixel gets the class whose expected score grows most by it, over the
     expected number of classes. How probable a class is in the image follows from its largest probability and from how
-    many of the C classes the image seems to hold (`_presence`). Its probabilities are scaled to that, and the classes
-    of a pixel are then made to sum to 1 again. docs/rule.md derives it.
+    many of the C classes the image seems to hold. Its probabilities are scaled to that, and the classes of a pixel are
+    then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
     opt_metric: "iou" or "dice", the expectation to maximise; "iou" did better for both metrics (docs/rule.md).
@@ -959,7 +959,7 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
     if classes < 2:
         return (names if classes else names.new_zeros(1)).expand(rows.shape[1])
     step = max(1, _level_piece(rows) // classes)
-    weight = (_presence(high) / high.double().clamp_min(PRESENCE_FLOOR))[names].float()[:, None]
+    weight = _level_weights(high)[names][:, None]
     floor = torch.full((), LEVEL_FLOOR, device=rows.device)
     first = torch.arange(classes, dtype=torch.int32, device=rows.device)[:, None] * LEVELS - LEVEL_FIRST
     room = torch.empty(classes * step, device=rows.device)
@@ -993,21 +993,29 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
     return out
 
 
-def _presence(high: Tensor) -> Tensor:
-    """(C,) largest probabilities -> (C,) float64, how probable each class is in the image, given all of them.
+def _level_weights(high: Tensor) -> Tensor:
+    """(C,) largest probabilities m -> (C,) float32 factors of the classes' probabilities: presence / m.
+
+    Presence is the larger of m^2 and `_presence`: classes that the image seems to lack are no evidence against others.
+    """
+    m = high.cpu().double().clamp(PRESENCE_FLOOR, 1 - PRESENCE_FLOOR)
+    return (torch.maximum(m.square(), _presence(m)) / m).float().to(high.device)
+
+
+def _presence(m: Tensor) -> Tensor:
+    """(C,) float64 largest probabilities in (0, 1) -> (C,) how probable each class is in the image, given all of them.
 
     The share pi of the C classes that are in the image is unknown and uniform on [0, 1]; given pi, each class is in it
-    with that probability, and its largest probability m is what one would think with pi = 1/2: the evidence is
-    m / (1 - m). The posterior is a polynomial in pi; it is summed over 256 values at equal distances of
-    arcsin(sqrt(pi)), at which it is about as wide everywhere, 1 / (2 sqrt(C)).
+    with that probability, and m is what one would think with pi = 1/2: the evidence is m / (1 - m). The posterior is a
+    polynomial in pi; it is summed over 256 values at equal distances of arcsin(sqrt(pi)), at which it is about as wide
+    everywhere, 1 / (2 sqrt(C)).
     """
     angle = (torch.arange(PRESENCE_SHARES, dtype=torch.float64) + 0.5) * (torch.pi / 2 / PRESENCE_SHARES)
     share = angle.sin().square()[:, None]
-    m = high.cpu().double().clamp(PRESENCE_FLOOR, 1 - PRESENCE_FLOOR)
     there = share * m
     either = there + (1 - share) * (1 - m)
     weight = (either.log().sum(1) + (2 * angle).sin().log()).softmax(0)
-    return (weight @ (there / either)).to(high.device)
+    return weight @ (there / either)
 
 
 def _level_edges(like: Tensor) -> Tensor:

@@ -57,16 +57,17 @@ def presence_by_enumeration(high: list[float]) -> list[float]:
     [[0.9], [0.3, 0.8], [0.999] * 9 + [0.3, 0.1], [0.99, 0.7] + [0.001] * 8, [0.9, 0.6, 0.5, 0.4, 0.2, 0.15, 0.02]],
 )
 def test_presence_is_that_of_all_sets_of_classes(high):
-    got = module._presence(torch.tensor(high))
+    got = module._presence(torch.tensor(high, dtype=torch.float64))
     assert got.tolist() == pytest.approx(presence_by_enumeration(high), abs=2e-4)
 
 
 def test_presence_depends_on_how_many_classes_are_there():
-    """The same largest probability says more where nearly all classes are in the image than where few are."""
+    """The same largest probability says more where nearly all classes are in the image; where few are, its square."""
     many, few = ([0.999] * n + [0.4] + [0.001] * (19 - n) for n in (16, 2))
-    assert module._presence(torch.tensor(many))[16] > 0.7
-    assert module._presence(torch.tensor(few))[2] < 0.2
-    assert module._presence(torch.tensor([0.999] * 3 + [0.2] + [0.0] * 2000))[3] < 0.001  # a narrow posterior
+    assert 0.4 * module._level_weights(torch.tensor(many))[16] > 0.7
+    assert 0.4 * module._level_weights(torch.tensor(few))[2] == pytest.approx(0.4**2)
+    of_2004 = torch.tensor([0.999] * 3 + [0.2] + [1e-4] * 2000, dtype=torch.float64)
+    assert module._presence(of_2004)[3] < 0.001  # a narrow posterior
 
 
 def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,8 @@ def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Ten
     p = prob.double()
     high = p.amax(1)
     names = (high > pruning_prob).nonzero()[:, 0]
-    q = p[names] * (torch.tensor(presence_by_enumeration(high.tolist())) / high)[names, None]
+    present = torch.tensor(presence_by_enumeration(high.tolist()), dtype=torch.float64)
+    q = p[names] * (torch.maximum(high.square(), present) / high)[names, None]
     q = q / q.sum(0)
     gains = []
     for row in q:
