@@ -102,6 +102,33 @@ def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Ten
     return names[gain.argmax(0)], gain
 
 
+def score_with_some_apart(p: Tensor, chosen: Tensor, metric: str) -> float:
+    """The expected score of a set where a share of the class's other pixels is averaged over u, from its definition."""
+    u = p.unique()  # ascending
+    du = u.diff(prepend=u.new_zeros(1))
+    here = p >= u[:, None]  # for every u from the value before up to this one
+    size, both = here.sum(1).double(), (here & chosen).sum(1).double()
+    others = size - both if metric == "iou" else size
+    whole = chosen.sum() + module.LEVEL_TOGETHER * others + (1 - module.LEVEL_TOGETHER) * (others * du).sum() / u[-1]
+    return ((1 if metric == "iou" else 2) * both / whole * du).sum().item()
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_gains_are_the_growth_of_the_score_by_one_pixel(metric):
+    p = torch.rand(1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64).square()
+    level = (p.float() + module.LEVEL_FLOOR).view(torch.int32).bitwise_right_shift(module.LEVEL_SHIFT).long()
+    level -= module.LEVEL_FIRST
+    levels = module._levels(level.bincount(minlength=module.LEVELS)[None])
+    gain, best = module._level_gains(*levels, metric)[0], module._best_level(*levels, metric)[0]
+    chosen = level >= best
+    base = score_with_some_apart(p, chosen, metric)
+    for pixel in (~chosen).nonzero()[::150, 0].tolist() + [(~chosen).double().mul(p).argmax().item()]:
+        grown = chosen.clone()
+        grown[pixel] = True
+        growth = score_with_some_apart(p, grown, metric) - base
+        assert growth == pytest.approx(gain[level[pixel]].item(), rel=0.03, abs=0.01 * gain.max().item())
+
+
 @pytest.mark.parametrize("metric", ["dice", "iou"])
 @pytest.mark.parametrize("shape", [(1, 5, 40, 50), (1, 11, 40, 30), (1, 3, 9, 12, 10)])
 def test_labels_maximise_the_gain(metric, shape):
