@@ -854,7 +854,9 @@ LEVEL_SHIFT = 23 - LEVEL_BITS
 LEVEL_FLOOR = 2.0**-LEVEL_OCTAVES  # is added to every probability, so that 0 has a level
 LEVEL_FIRST = (127 - LEVEL_OCTAVES) << LEVEL_BITS
 LEVELS = (LEVEL_OCTAVES << LEVEL_BITS) + 1  # the last one is that of 1
+LEVEL_TOGETHER = 0.9  # share of a class's other pixels that rise and fall with a pixel; the rest is averaged over u
 LEVEL_SAMPLES = 2**15  # pixels that the levels of a larger image are counted on, a regular grid of them
+PRESENCE_SHARES, PRESENCE_FLOOR = 256, 1e-4  # of `_presence`: its sum's values; no class is surer than that
 LEVEL_PIECE, LEVEL_PIECE_CUDA = 2**17, 2**22  # elements worked on at a time
 
 
@@ -874,11 +876,12 @@ def rankseg_levelset(
     This rule supposes that the pixels of a class rise and fall together: they are {p > u}, u uniform on [0, 1]. Every
     pixel then has its own probability still, and the class is absent where u exceeds its largest one. The expected Dice
     or IoU of a class is an integral over u; a pixel gets the class whose expected score grows most by it, over the
-    expected number of classes. Presence is estimated by the largest probability: every class is weighted by its own,
-    and the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
+    expected number of classes. How probable a class is in the image follows from its largest probability and from how
+    many of the C classes the image seems to hold. Its probabilities are scaled to that, and the classes of a pixel are
+    then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
-    opt_metric: "iou" or "dice", the expectation to maximise; "iou" did better for both metrics (docs/rule.md).
+    opt_metric: "iou" or "dice", the expectation to maximise; "iou" does as well for both metrics (docs/rule.md).
     allow_overlap: (B, C, *spatial) bool masks instead, each class by itself: its best level set, or nothing where
         nothing is expected to score more (an absent class scores 1 for an empty mask, else 0). With two classes the
         labels are the mask of the second one.
@@ -956,7 +959,7 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
     if classes < 2:
         return (names if classes else names.new_zeros(1)).expand(rows.shape[1])
     step = max(1, _level_piece(rows) // classes)
-    weight = high[names].float()[:, None]
+    weight = _level_weights(high)[names][:, None]
     floor = torch.full((), LEVEL_FLOOR, device=rows.device)
     first = torch.arange(classes, dtype=torch.int32, device=rows.device)[:, None] * LEVELS - LEVEL_FIRST
     room = torch.empty(classes * step, device=rows.device)
@@ -988,6 +991,31 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
         best = torch.index_select(rank, 0, look(part), out=found[: classes * len(label)]).view(classes, -1).amax(0)
         torch.index_select(label_of, 0, best, out=label)
     return out
+
+
+def _level_weights(high: Tensor) -> Tensor:
+    """(C,) largest probabilities m -> (C,) float32 factors of the classes' probabilities: presence / m.
+
+    Presence is the larger of m^2 and `_presence`: classes that the image seems to lack are no evidence against others.
+    """
+    m = high.cpu().double().clamp(PRESENCE_FLOOR, 1 - PRESENCE_FLOOR)
+    return (torch.maximum(m.square(), _presence(m)) / m).float().to(high.device)
+
+
+def _presence(m: Tensor) -> Tensor:
+    """(C,) float64 largest probabilities in (0, 1) -> (C,) how probable each class is in the image, given all of them.
+
+    The share pi of the C classes that are in the image is unknown and uniform on [0, 1]; given pi, each class is in it
+    with that probability, and m is what one would think with pi = 1/2: the evidence is m / (1 - m). The posterior is a
+    polynomial in pi; it is summed over 256 values at equal distances of arcsin(sqrt(pi)), at which it is about as wide
+    everywhere, 1 / (2 sqrt(C)).
+    """
+    angle = (torch.arange(PRESENCE_SHARES, dtype=torch.float64) + 0.5) * (torch.pi / 2 / PRESENCE_SHARES)
+    share = angle.sin().square()[:, None]
+    there = share * m
+    either = there + (1 - share) * (1 - m)
+    weight = (either.log().sum(1) + (2 * angle).sin().log()).softmax(0)
+    return weight @ (there / either)
 
 
 def _level_edges(like: Tensor) -> Tensor:
@@ -1024,13 +1052,16 @@ def _best_level(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> tuple[Tens
 def _level_gains(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> Tensor:
     """(K, LEVELS) -> growth of each class's expected score by one more pixel of that level."""
     n = sizes.gather(1, _best_level(sizes, N, du, metric)[0][:, None])
-    if metric == "iou":
-        union = torch.maximum(n, N)
-        won, lost = du / union, du * torch.minimum(n, N) / union**2
-        # won where u is below the pixel's p; where it is above, the union grows by the pixel
-        return won.cumsum(1) - won / 2 - (lost.sum(1, keepdim=True) - lost.cumsum(1) + lost / 2)
-    won, lost = 2 * du / (n + N), 2 * du * torch.minimum(n, N) / (n + N) ** 2
-    return won.cumsum(1) - won / 2 - lost.sum(1, keepdim=True)
+    both, present, apart = torch.minimum(n, N), du.sum(1, keepdim=True), 1 - LEVEL_TOGETHER
+    others = N - both if metric == "iou" else N  # beyond n, in the score's denominator
+    whole = n + LEVEL_TOGETHER * others + apart * (others * du).sum(1, keepdim=True) / present
+    won, lost = du / whole, du * both / whole**2
+    won, cost, saved = won.cumsum(1) - won / 2, lost.sum(1, keepdim=True), lost.cumsum(1) - lost / 2
+    if metric == "dice":
+        return 2 * (won - cost)
+    # the union does not grow where the pixel is in the class: its own u is below its p, of the others apart a share p
+    p = du.cumsum(1) - du / 2
+    return won - cost * (1 - apart * p / present) + LEVEL_TOGETHER * saved
 
 
 # ------------------------------------------------------------------- fused kernels (Triton, on a CUDA device)

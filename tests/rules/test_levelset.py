@@ -1,6 +1,7 @@
 """`rankseg_levelset` against its model, worked out in float64 without levels, and its interface."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -40,12 +41,42 @@ def test_a_mask_is_the_best_of_all_sets(metric):
     assert 0 < found_empty < 60
 
 
+def presence_by_enumeration(high: list[float]) -> list[float]:
+    """P(class in the image), over all 2^C sets of classes: each number of them equally likely, then each set of it."""
+    total, there = 0.0, [0.0] * len(high)
+    for chosen in itertools.product((False, True), repeat=len(high)):
+        evidence = math.prod(m if c else 1 - m for m, c in zip(high, chosen))
+        weight = evidence / ((len(high) + 1) * math.comb(len(high), sum(chosen)))
+        total += weight
+        there = [t + weight * c for t, c in zip(there, chosen)]
+    return [t / total for t in there]
+
+
+@pytest.mark.parametrize(
+    "high",
+    [[0.9], [0.3, 0.8], [0.999] * 9 + [0.3, 0.1], [0.99, 0.7] + [0.001] * 8, [0.9, 0.6, 0.5, 0.4, 0.2, 0.15, 0.02]],
+)
+def test_presence_is_that_of_all_sets_of_classes(high):
+    got = module._presence(torch.tensor(high, dtype=torch.float64))
+    assert got.tolist() == pytest.approx(presence_by_enumeration(high), abs=2e-4)
+
+
+def test_presence_depends_on_how_many_classes_are_there():
+    """The same largest probability says more where nearly all classes are in the image; where few are, its square."""
+    many, few = ([0.999] * n + [0.4] + [0.001] * (19 - n) for n in (16, 2))
+    assert 0.4 * module._level_weights(torch.tensor(many))[16] > 0.7
+    assert 0.4 * module._level_weights(torch.tensor(few))[2] == pytest.approx(0.4**2)
+    of_2004 = torch.tensor([0.999] * 3 + [0.2] + [1e-4] * 2000, dtype=torch.float64)
+    assert module._presence(of_2004)[3] < 0.001  # a narrow posterior
+
+
 def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Tensor, Tensor]:
     """(C, d) -> (d,) labels and (C, d) gains, from the distinct probabilities themselves."""
     p = prob.double()
     high = p.amax(1)
     names = (high > pruning_prob).nonzero()[:, 0]
-    q = p[names] * high[names, None]
+    present = torch.tensor(presence_by_enumeration(high.tolist()), dtype=torch.float64)
+    q = p[names] * (torch.maximum(high.square(), present) / high)[names, None]
     q = q / q.sum(0)
     gains = []
     for row in q:
@@ -55,21 +86,51 @@ def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Ten
         both, union = torch.minimum(size[:, None], size), torch.maximum(size[:, None], size)
         score = both / union if metric == "iou" else 2 * both / (size[:, None] + size)
         n = size[(score * du).sum(1).argmax()]
-        at = torch.searchsorted(u, row)
+        at, both = torch.searchsorted(u, row), size.clamp_max(n)
+        mean, share = (size * du).sum() / u[-1], 1 - module.LEVEL_TOGETHER
         if metric == "iou":
-            won = (du / size.clamp_min(n)).cumsum(0)
-            lost = du * size.clamp_max(n) / size.clamp_min(n) ** 2
-            gains.append((won - (lost.sum() - lost.cumsum(0)))[at])
+            inside = (both * du).sum() / u[-1]
+            whole = n + (1 - share) * (size - both) + share * (mean - inside)
+            won, lost = (du / whole).cumsum(0), du * both / whole**2
+            grown = lost.sum() - (1 - share) * lost.cumsum(0) - share * u / u[-1] * lost.sum()
+            gains.append((won - grown)[at])
         else:
-            won = (2 * du / (size + n)).cumsum(0)
-            gains.append((won - (2 * du * size.clamp_max(n) / (size + n) ** 2).sum())[at])
+            whole = n + (1 - share) * size + share * mean
+            gains.append(((2 * du / whole).cumsum(0) - (2 * du * both / whole**2).sum())[at])
     present = q.amax(1)
     gain = torch.stack(gains) / (1 + present.sum() - present)[:, None]
     return names[gain.argmax(0)], gain
 
 
+def score_with_some_apart(p: Tensor, chosen: Tensor, metric: str) -> float:
+    """The expected score of a set where a share of the class's other pixels is averaged over u, from its definition."""
+    u = p.unique()  # ascending
+    du = u.diff(prepend=u.new_zeros(1))
+    here = p >= u[:, None]  # for every u from the value before up to this one
+    size, both = here.sum(1).double(), (here & chosen).sum(1).double()
+    others = size - both if metric == "iou" else size
+    whole = chosen.sum() + module.LEVEL_TOGETHER * others + (1 - module.LEVEL_TOGETHER) * (others * du).sum() / u[-1]
+    return ((1 if metric == "iou" else 2) * both / whole * du).sum().item()
+
+
 @pytest.mark.parametrize("metric", ["dice", "iou"])
-@pytest.mark.parametrize("shape", [(1, 5, 40, 50), (1, 21, 40, 30), (1, 3, 9, 12, 10)])
+def test_gains_are_the_growth_of_the_score_by_one_pixel(metric):
+    p = torch.rand(1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64).square()
+    level = (p.float() + module.LEVEL_FLOOR).view(torch.int32).bitwise_right_shift(module.LEVEL_SHIFT).long()
+    level -= module.LEVEL_FIRST
+    levels = module._levels(level.bincount(minlength=module.LEVELS)[None])
+    gain, best = module._level_gains(*levels, metric)[0], module._best_level(*levels, metric)[0]
+    chosen = level >= best
+    base = score_with_some_apart(p, chosen, metric)
+    for pixel in (~chosen).nonzero()[::150, 0].tolist() + [(~chosen).double().mul(p).argmax().item()]:
+        grown = chosen.clone()
+        grown[pixel] = True
+        growth = score_with_some_apart(p, grown, metric) - base
+        assert growth == pytest.approx(gain[level[pixel]].item(), rel=0.03, abs=0.01 * gain.max().item())
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+@pytest.mark.parametrize("shape", [(1, 5, 40, 50), (1, 11, 40, 30), (1, 3, 9, 12, 10)])
 def test_labels_maximise_the_gain(metric, shape):
     """Levels may turn a pixel whose two best gains are all but equal, and few of those."""
     coarse = torch.randn(
@@ -98,11 +159,11 @@ def test_a_large_image_is_counted_on_a_grid(monkeypatch):
 
 def test_a_class_that_is_hardly_there_takes_nothing():
     """0.15 on a whole object: RankSEG-RMA is sure of 15 % of it, and lets it win pixels of the class that is there."""
-    prob = torch.full((1, 3, 40, 40), 0.0)
+    prob = torch.zeros(1, 12, 40, 40)
     prob[:, 0] = 1.0
-    prob[0, :, 10:30, 10:30] = torch.tensor([0.05, 0.8, 0.15])[:, None, None]
-    prob[0, :, 10:30, 10:13] = torch.tensor([0.45, 0.4, 0.15])[:, None, None]
-    prob[0, :, 25:30, 15:30] = torch.tensor([0.25, 0.6, 0.15])[:, None, None]
+    prob[0, :3, 10:30, 10:30] = torch.tensor([0.05, 0.8, 0.15])[:, None, None]
+    prob[0, :3, 10:30, 10:13] = torch.tensor([0.45, 0.4, 0.15])[:, None, None]
+    prob[0, :3, 25:30, 15:30] = torch.tensor([0.25, 0.6, 0.15])[:, None, None]
     assert (rankseg_rma(prob, contested="all") == 2).any() or (rankseg_rma(prob) == 2).any()
     label = rankseg_levelset(prob)[0]
     assert not (label == 2).any()
