@@ -161,6 +161,18 @@ def _mean_of_defined(rows: np.ndarray) -> np.ndarray:
     return rows.mean(0) if len(rows) else np.full(2, np.nan)
 
 
+def describe_bins(counts: np.ndarray) -> dict[str, list]:
+    """(4, num_bins) counts of a class or the top label -> pixels, mean confidence and accuracy by bin, for JSON.
+
+    Confidence and accuracy are None for a bin without pixels.
+    """
+    pixels = counts[PIXELS].astype(int).tolist()
+    rows = {"pixels": pixels}
+    for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
+        rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
+    return rows
+
+
 def mean_entropy(prob: Tensor, label: Tensor) -> Tensor:
     """(1, C, H, W) probabilities, (H, W) labels -> () mean entropy of the pixels that count, nats; NaN if none does.
 

@@ -110,11 +110,15 @@ def test_counts_are_those_of_each_image(camvid_dir: Path):
     own = evaluator(camvid_dir, {"argmax": argmax})
     (result,) = own(Colours()).results
     assert result.names == ("val_0", "val_1", "val_2")
+    confusion = np.zeros((11, 11), np.int64)
     for i in range(3):
         item = own.dataset[i]
         pred = own.decide(Colours(), item.image[None])["argmax"]
         assert (result.counts[i] == count(pred, item.label, 11).numpy()).all()
         assert result.counts[i][[0, 2]].sum() == (item.label != 255).sum()
+        valid = item.label != 255
+        np.add.at(confusion, (item.label[valid].numpy(), pred[valid].numpy()), 1)
+    assert (result.confusion == confusion).all()
 
 
 def test_decisions_are_timed_beside_the_forward_pass(camvid_dir: Path):

@@ -88,6 +88,11 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
         present = [c for c in range(4) if (label == c).any()]
         ious = [100 * literal[f"tp.{c}"] / sum(literal[f"{k}.{c}"] for k in ("tp", "fp", "fn")) for c in present]
         assert float(row["mIoUI"]) == pytest.approx(np.mean(ious), abs=1e-9)
+    confusion = np.zeros((4, 4), np.int64)
+    for prob, label in images.values():
+        np.add.at(confusion, (label[label != 255], prob.argmax(0)[label != 255]), 1)
+    rows = read_rows(tmp_path / "out" / "results" / "argmax.confusion.csv")
+    assert [[int(row[str(c)]) for c in range(4)] for row in rows] == confusion.tolist()
     context = json.loads((tmp_path / "out" / "results" / "rankseg_rma.json").read_text())
     assert context["config"]["predict"]["opt_metric"] == "dice"
     assert context["maps"]["files"] == 3

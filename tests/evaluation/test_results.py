@@ -11,6 +11,7 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import (
     case_csv,
     format_results,
+    load_confusion,
     load_result,
     report_results,
     result_csv,
@@ -91,6 +92,31 @@ def test_other_csv_files_are_refused(tmp_path: Path):
         path.write_text(f"image,tp.x,fp.x,fn.x\n{row}\n")
         with pytest.raises(InputError, match=r"x\.csv: got a file that cannot be read"):
             load_result(path)
+
+
+def with_confusion(seed: int = 0) -> EvalResult:
+    """One image; pixels of any label and any decision."""
+    matrix = np.random.default_rng(seed).integers(0, 50, (3, 3))
+    tp = matrix.diagonal()
+    counts = np.stack([tp, matrix.sum(0) - tp, matrix.sum(1) - tp])[None]
+    return EvalResult("argmax", ("a",), ("sky", "road", "car"), counts, confusion=matrix)
+
+
+def test_a_confusion_matrix_has_a_row_per_label_and_comes_back(tmp_path: Path):
+    saved, path = with_confusion(), tmp_path / "argmax.confusion.csv"
+    save_results([saved], tmp_path, [{}])
+    lines = path.read_text().splitlines()
+    assert lines[0] == "label,sky,road,car"
+    assert lines[2] == ",".join(["road", *map(str, saved.confusion[1])])
+    assert (load_confusion(path, load_result(tmp_path / "argmax.csv")) == saved.confusion).all()
+    before = path.read_bytes()
+    save_results([with_confusion(seed=1)], tmp_path, [{}])
+    assert (tmp_path / "older" / "argmax.confusion.1.csv").read_bytes() == before
+    with pytest.raises(InputError, match=r"the sums of other counts.*expected the confusion matrix of the counts in"):
+        load_confusion(path, saved)
+    path.write_text("label,sky\nsky,1\n")
+    with pytest.raises(InputError, match=r"argmax\.confusion\.csv: got a file that cannot be read"):
+        load_confusion(path, saved)
 
 
 def with_cases(rule: str = "argmax", seed: int = 0) -> EvalResult:

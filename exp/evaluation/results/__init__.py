@@ -2,7 +2,9 @@
 
 from exp.evaluation.results.csv_files import (
     case_csv,
+    confusion_csv,
     images_csv,
+    load_confusion,
     load_result,
     result_csv,
 )
@@ -27,10 +29,12 @@ __all__ = [
     "IMAGES",
     "LOSING_HEADER",
     "case_csv",
+    "confusion_csv",
     "finite_or_null",
     "format_results",
     "format_scores",
     "images_csv",
+    "load_confusion",
     "load_result",
     "report_results",
     "result_csv",

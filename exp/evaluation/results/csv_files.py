@@ -1,4 +1,4 @@
-"""EvalResult <-> CSV: a row per image, and per case; the entropies of the images."""
+"""EvalResult <-> CSV: a row per image, and per case; the confusion matrix; the entropies of the images."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from exp.config.families import METRIC_TABLE
-from exp.evaluation.metrics import EvalResult, case_scores, count_names, image_scores, split_cases
+from exp.evaluation.metrics import COUNTS, EvalResult, case_scores, count_names, image_scores, split_cases
 from exp.files.text import read_text
 from exp.runtime.errors import decoding
 
@@ -36,6 +36,11 @@ def _score_csv(
         values = [_number(column[i]) for column in scores.values()]
         rows.append([*(key[i] for key in keys.values()), *values, *row.flatten().tolist()])
     return _csv(rows)
+
+
+def confusion_csv(result: EvalResult) -> str:
+    """A row per class of the label, a column per class decided, in pixels of all images; ignored ones are in none."""
+    return _csv([["label", *result.classes], *([c, *row] for c, row in zip(result.classes, result.confusion.tolist()))])
 
 
 def images_csv(names: Sequence[str], entropy: np.ndarray) -> str:
@@ -67,3 +72,18 @@ def load_result(path: Path) -> EvalResult:
         counts = np.array([row[first:] for row in rows], np.int64).reshape(len(rows), len(kinds), len(classes))
         cases = tuple(row[1] for row in rows) if header[1] == "case" else None
         return EvalResult(path.stem, tuple(row[0] for row in rows), classes, counts, cases, metrics)
+
+
+def load_confusion(path: Path, result: EvalResult) -> np.ndarray:
+    """<rule>.confusion.csv -> (C, C) int64; InputError if it is not that of the result's counts."""
+    expected = f"the confusion matrix of the counts in {result.rule}.csv"
+    text = read_text(path, expected)
+    with decoding(path, expected):
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+        if [header[1:], [row[0] for row in rows]] != [list(result.classes)] * 2:
+            raise ValueError(f"classes {header[1:6]}")
+        matrix = np.array([row[1:] for row in rows], np.int64).reshape([len(result.classes)] * 2)
+        tp, fp, fn = result.counts[:, : len(COUNTS)].sum(0)
+        if (matrix.diagonal() != tp).any() or (matrix.sum(0) != tp + fp).any() or (matrix.sum(1) != tp + fn).any():
+            raise ValueError("the sums of other counts")
+        return matrix

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from exp.evaluation.calibration import CONFIDENCE, HITS, PIXELS, calibration_scores
+from exp.evaluation.calibration import calibration_scores, describe_bins
 from exp.evaluation.comparison import LEVEL, NUM_POOLED_RESAMPLES, NUM_RESAMPLES, Comparison, compare_rules
 from exp.evaluation.metrics import EvalResult, per_class_scores
-from exp.evaluation.results.csv_files import case_csv, result_csv
+from exp.evaluation.results.csv_files import case_csv, confusion_csv, result_csv
 from exp.evaluation.results.tables import format_results
 from exp.files.atomic import move_aside, write_atomically
 
@@ -47,7 +47,8 @@ def save_results(
     comparisons: Sequence[Comparison] = (),
     calibration: np.ndarray | None = None,
 ) -> None:
-    """Write <folder>/<rule>.csv and .json per result, with cases <rule>.cases.csv, comparison.json, calibration.json.
+    """Write <folder>/<rule>.csv, .confusion.csv and .json per result, with cases <rule>.cases.csv; then what is of all:
+    comparison.json, calibration.json.
 
     An older evaluation with other rows is kept in older/, and with it the comparison and calibration of those rows.
     contexts: per result, what the JSON says besides the rule and its scores (config, checkpoint, revision, versions).
@@ -72,14 +73,17 @@ def save_results(
 
 def _save_rule(result: EvalResult, folder: Path, context: Mapping[str, Any]) -> bool:
     """Write the files of one rule -> True if an older evaluation with other rows was there and is in older/ now."""
-    table, cases, scores = (folder / f"{result.rule}.{end}" for end in ("csv", "cases.csv", "json"))
+    ends = ("csv", "cases.csv", "confusion.csv", "json")
+    table, cases, confusion, scores = (folder / f"{result.rule}.{end}" for end in ends)
     text = result_csv(result)
     changed = table.is_file() and table.read_bytes() != text.encode()
     if changed:
-        move_aside([table, cases, scores])
+        move_aside([table, cases, confusion, scores])
     write_atomically(table, text)
     if result.cases is not None:
         write_atomically(cases, case_csv(result))
+    if result.confusion is not None:
+        write_atomically(confusion, confusion_csv(result))
     write_atomically(scores, result_json(result, context))
     return changed
 
@@ -106,17 +110,9 @@ def describe_calibration(counts: np.ndarray, result: EvalResult) -> dict[str, An
     return {
         "metrics": finite_or_null(calibration_scores(counts, result.cases)),
         "images": len(counts),
-        "top_label": _bin_rows(pooled[-1]),
-        "per_class": {name: _bin_rows(pooled[i]) for i, name in enumerate(result.classes)},
+        "top_label": describe_bins(pooled[-1]),
+        "per_class": {name: describe_bins(pooled[i]) for i, name in enumerate(result.classes)},
     }
-
-
-def _bin_rows(counts: np.ndarray) -> dict[str, list]:
-    """(4, num_bins) -> pixels, mean confidence and accuracy by bin; null for a bin without pixels."""
-    pixels, rows = counts[PIXELS].tolist(), {"pixels": counts[PIXELS].astype(int).tolist()}
-    for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
-        rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
-    return rows
 
 
 def shared_context(contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
