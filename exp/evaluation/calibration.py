@@ -133,6 +133,11 @@ def calibration_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -
     return {name: float(value) for name, value in scores.items()}
 
 
+def calibration_unit(name: str) -> str:
+    """A score of calibration_scores() -> its unit."""
+    return "per mille" if name.endswith("_paper") else "%"
+
+
 def _paper_errors(counts: np.ndarray, *, of_data_set: bool) -> np.ndarray:
     """(N, C + 1, 4, num_bins) -> (N,) the SCE of the paper's code in per mille; 0 without a counted pixel.
 

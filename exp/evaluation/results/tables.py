@@ -5,12 +5,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from exp.config.families import METRIC_TABLE
-from exp.evaluation.calibration import calibration_scores
+from exp.evaluation.calibration import calibration_scores, calibration_unit
 from exp.evaluation.comparison import LEVEL, LOSING_POINTS, Comparison
 from exp.evaluation.metrics import EvalResult
 
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
+LEGEND = {  # what the endings of the columns mean
+    "D": "data set: counts summed over the images, then the mean over the classes",
+    "I": "images: the mean over the classes of each image, then over the images",
+    "C": "classes: the mean over the images of each class, then over the classes",
+    "5, 10": "worst cases: the mean over the lowest 5 or 10 % of the images (C: of each class's images)",
+    "Q": "the mean of that over the lowest 10, 20, ..., 100 %",
+    "3D": "volumes: counts summed over the slices, each volume then scored as an image",
+}
 LOSING_HEADER = " / ".join(f"> {points}" for points in LOSING_POINTS) + " points"
 
 
@@ -29,11 +37,12 @@ def format_results(
     blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")], further)]
     if comparisons:
         holm = ", after Holm over the rules" if len(results) > 2 else ""
-        blocks.append(f"differences [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
+        blocks.append(f"differences in points [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
         blocks += [format_comparison(c) for c in comparisons]
     if calibration is not None:
         errors = calibration_scores(calibration, results[0].cases)
-        blocks.append("calibration: " + ", ".join(f"{name} {value:.2f}" for name, value in errors.items()))
+        rows = (f"{name} {value:.2f} {calibration_unit(name)}" for name, value in errors.items())
+        blocks.append(f"calibration errors (ECE: of the top label, SCE: of every class): {', '.join(rows)}")
     return "\n".join(blocks)
 
 
@@ -45,12 +54,15 @@ def format_scores(
 ) -> str:
     """Rules and their scores -> the main table, then the worst cases (and 3D) of each of `families`: mIoU, mDice.
 
-    further: scores such as mBIoU for the main table.
+    further: scores such as mBIoU for the main table. Below stands what the endings of the names mean.
     """
-    tables = [format_columns(rules, scores, (*MAIN_COLUMNS, *(f"{name}{over}" for name in further for over in "DIC")))]
+    tables = ["scores in percent; Acc: of all pixels"]
+    tables += [format_columns(rules, scores, (*MAIN_COLUMNS, *(f"{name}{over}" for name in further for over in "DIC")))]
     for family in (*families, *further):
         columns = [f"{family}{end}" for end in WORST_ENDINGS if f"{family}{end}" in scores[0]]
         tables.append(format_columns(rules, scores, columns))
+    endings = [end for end in LEGEND if end != "3D" or "mIoU3D" in scores[0]]
+    tables += [f"  {end:<5} {LEGEND[end]}" for end in endings]
     return "\n".join(tables)
 
 
