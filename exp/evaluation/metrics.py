@@ -306,6 +306,20 @@ def per_class_scores(
     return by_class
 
 
+def unit_class_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """(N, K, C) -> Acc, IoU and Dice of every class in every image, (N, C) in percent; NaN where it is not active.
+
+    With cases (M, C): the mean over the slices of the case. The mean of a column is that class's AccC, IoUC or DiceC.
+    """
+    parts = [
+        {name: np.where(active_classes(part), values, np.nan) for name, values in class_scores(part).items()}
+        for part in split_cases(counts, cases)[1]
+    ]
+    if cases is None:
+        return parts[0]
+    return {name: np.stack([_nanmean(part[name], axis=0) for part in parts]) for name in SCORES}
+
+
 def _class_reductions(counts: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
     """(n, K, C) -> IoUC, IoUC5, ... of every score, each (C,): over the images where the class is active."""
     active, by_class = active_classes(counts), {}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ from exp.evaluation.comparison import (
     share_losing,
     unit_differences,
 )
-from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
-from exp.evaluation.results import load_result
+from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores
+from exp.evaluation.results import CALIBRATION, load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import Existing, differences
 from exp.reproduction.job import Job
@@ -29,6 +30,7 @@ from exp.reproduction.plans import ALL, Counterpart, table_jobs
 from exp.runtime.errors import InputError, passing_over
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
+KINDS = ("gain", "loss", "random")  # of the pictures of --save_pred
 Interval = tuple[float, float]
 
 
@@ -98,7 +100,8 @@ class Measured:
                 else:
                     same.append(result)
             config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
-            place = folder.parent.relative_to(self.output).as_posix()
+            run = folder.parent
+            place = run.resolve().name if run == self.output else run.relative_to(self.output).as_posix()
             yield Training(
                 folder,
                 config,
@@ -167,14 +170,62 @@ def read_times(path: Path) -> dict[str, Any]:
     """timing.json -> its content; InputError unless the fields that tables and page take are numbers."""
     expected = "the times of an evaluation"
     times = read_json(path, expected)
-    try:
+    with _fields(path, expected):
         numbers = [times["milliseconds_per_image"]["forward"], times["forward_passes"], times["images"]]
         numbers += times["decision_milliseconds_per_image"].values()
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"got {numbers}, expected numbers")
+    return times
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """calibration.json -> its content; InputError unless its scores and the bins of its top label are numbers."""
+    expected = "the calibration of an evaluation"
+    content = read_json(path, expected)
+    with _fields(path, expected):
+        _check_numbers([*content["metrics"].values(), *_bins(content["top_label"])])
+    return content
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """temperature.json -> its content; InputError unless temperature, scores and bins are numbers.
+
+    Files of before had no bins (`top_label`).
+    """
+    expected = "a fitted temperature"
+    content = read_json(path, expected)
+    with _fields(path, expected):
+        numbers = [content["temperature"]]
+        for part in ("fitted_on", "held_out"):
+            numbers.append(content[part]["pixels"])
+            for row in (content[part]["before"], content[part]["after"]):
+                numbers += [
+                    row["NLL"],
+                    row["ECED"],
+                    row["SCED"],
+                    *(_bins(row["top_label"]) if "top_label" in row else []),
+                ]
+        _check_numbers(numbers)
+    return content
+
+
+def _bins(top_label: Mapping[str, list]) -> list:
+    return [*top_label["pixels"], *top_label["confidence"], *top_label["accuracy"]]
+
+
+def _check_numbers(values: Sequence[Any]) -> None:
+    """TypeError unless each is a number or None."""
+    if not all(value is None or isinstance(value, int | float) for value in values):
+        raise TypeError(f"got {values}, expected numbers")
+
+
+@contextmanager
+def _fields(path: Path, expected: str) -> Iterator[None]:
+    """Inside, fields of a JSON are looked up: one that is missing or of another kind is an InputError."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
-    return times
 
 
 @dataclass(frozen=True)
@@ -216,6 +267,14 @@ class Training:
         """What is scored each: an image or, where images are slices of volumes, a case."""
         return "image" if self.results[0].cases is None else "case"
 
+    def unit_scores(self, rule: str, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names of the N images (cases), and their scores under a rule, (N,) in percent; NaN where undefined."""
+        result = self.results[self.rules.index(rule)]
+        if result.cases is None:
+            return result.names, image_scores(result.counts)[metric]
+        names, scores = case_scores(result.counts, result.cases)
+        return names, scores[metric]
+
     def unit_gains(self, rule: str, metric: str) -> np.ndarray:
         """What a rule gains over argmax by a metric, per image (case); NaN where the score is undefined."""
         return unit_differences(self.results[0], self.results[self.rules.index(rule)], metric)
@@ -237,6 +296,36 @@ class Training:
         by the accuracy of all pixels."""
         base, *others = self.results
         return *compare_rules(self.results, self.metric), *(compare_pooled(base, other, "Acc") for other in others)
+
+    @cached_property
+    def calibration(self) -> dict | None:
+        """calibration.json of this evaluation; None where there is none. One that is damaged is told."""
+        path, content = self.folder / CALIBRATION, None
+        with passing_over():
+            if path.is_file():
+                content = read_calibration(path)
+        return None if content is None or differences(content, self.content) else content
+
+    @cached_property
+    def fit(self) -> dict | None:
+        """temperature.json of these weights; None where there is none. One that is damaged is told."""
+        path, content = self.folder / "temperature.json", None
+        with passing_over():
+            if path.is_file():
+                content = read_fit(path)
+        own = self.content.get("weights_checksum")
+        return None if content is None or content.get("weights_checksum") != own else content
+
+    @cached_property
+    def panels(self) -> dict[str, Path]:
+        """The pictures of --save_pred by "<kind>-<number>"; none of another evaluation."""
+        folder, origin = self.folder.parent / "pictures", {}
+        record = folder.with_name("pictures.json")
+        with passing_over():
+            origin = read_json(record, "what the pictures are made from") if record.is_file() else {}
+        if any(differences(rule, self.content) for rule in origin.get("rules", [])):
+            return {}
+        return {f"{kind}-{i}": path for kind in KINDS for i, path in enumerate(sorted((folder / kind).glob("*.png")))}
 
     @property
     def losses(self) -> list[Comparison]:

@@ -7,8 +7,15 @@ from exp.reproduction.measured import Measured
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.page import html
 from exp.reproduction.report.paper import csv_text, published_section, summary, table_lines
-from exp.reproduction.report.training_sections import other_sections, overview_sections, paper_sections
+from exp.reproduction.report.training_sections import (
+    describe_run,
+    other_sections,
+    overview_sections,
+    paper_sections,
+    run_section,
+)
 from exp.reproduction.report.writers import latex, markdown, update_readme
+from exp.runtime.errors import InputError
 
 
 def write_report(output: Path, readme: Path | None = None) -> Path:
@@ -16,8 +23,11 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
 
     What was measured comes first: the paper's tables if any of their lines is, or else the other trainings.
     readme: a file in which the results between two marks are renewed, too.
+    Of the folder of a single run that run alone is told, without the published tables.
     """
     measured = Measured(output)
+    if (output / "results").is_dir():
+        return _write_run(measured)
     tables = load_tables().values()
     by_table = [table_lines(table, measured) for table in tables]
     lines = [line for own in by_table for line in own]
@@ -34,4 +44,18 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     write_atomically(folder / "index.html", html(sections, lead))
     if readme is not None:
         update_readme(readme, overview_sections(others), lead)
+    return folder
+
+
+def _write_run(measured: Measured) -> Path:
+    """Write tables.md, tables.tex and index.html of a single run -> the folder."""
+    found = [t for group in measured.trainings() for t in group if t.folder == measured.output / "results"]
+    if not found:
+        raise InputError(f"{measured.output / 'results'}: got no results of argmax, expected them beside other rules'")
+    sections, lead = [run_section(found[0])], describe_run(found[0])
+    folder, title = measured.output / "report", found[0].title
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "tables.md", markdown(sections, lead, title))
+    write_atomically(folder / "tables.tex", latex(sections))
+    write_atomically(folder / "index.html", html(sections, lead, title))
     return folder
