@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,18 @@ class Measured:
 
     def trainings(self) -> tuple[list["Training"], list["Training"]]:
         """Evaluations by argmax and perhaps other rules, one per folder: those of the paper's trainings, and others,
-        with those of true probabilities behind them."""
+        with those of true probabilities and of other programs' maps behind them."""
         digests = {job.digest for job in table_jobs(ALL)}
-        paper, others = [], list(self._by_folder(self.existing.true))
+        paper, others = [], list(self._by_folder(self.existing.without_training))
         for digest, entries in self.existing.results.items():
             (paper if digest in digests else others).extend(self._by_folder(entries))
         return sorted(paper, key=_order), sorted(others, key=_order)
+
+    def run(self) -> "Training | None":
+        """The evaluation whose results lie in `output` itself, the folder of a run; None without results of argmax."""
+        folder = self.output / "results"
+        entries = [*self.existing.without_training, *chain.from_iterable(self.existing.results.values())]
+        return next(self._by_folder([entry for entry in entries if entry[0].parent == folder]), None)
 
     def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
         """Results of one training -> those with argmax and a score that every image has, one per folder.
@@ -99,7 +106,13 @@ class Measured:
                     apart.append(f"{rule}: {', '.join(differing)}")
                 else:
                     same.append(result)
-            config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
+            no_training = {
+                "data": content["config"].get("data"),
+                "maps": content.get("maps"),
+                "seed": 0,
+                "iteration": 0,
+            }
+            config = content.get("training", no_training)
             run = folder.parent
             place = run.resolve().name if run == self.output else run.relative_to(self.output).as_posix()
             yield Training(
@@ -245,6 +258,8 @@ class Training:
 
     @cached_property
     def name(self) -> str:
+        if "maps" in self.content:
+            return f"maps in {Path(self.content['maps']['prob_dir']).name}"
         groups = ("data",) if self.is_true else ("model", "data", "loss")
         parts = ["true probabilities"] if self.is_true else []
         parts += [self.config[group]["name"] for group in groups]
@@ -255,7 +270,7 @@ class Training:
 
     @property
     def long_name(self) -> str:
-        return self.name if self.is_true else f"{self.name}, {self.iteration} iterations"
+        return f"{self.name}, {self.iteration} iterations" if self.has_network else self.name
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -281,12 +296,17 @@ class Training:
 
     @property
     def is_true(self) -> bool:
-        """Whether the probabilities are those from which the labels were drawn; then `config` has `data` alone."""
-        return "model" not in self.config
+        """Whether the probabilities are those from which the labels were drawn."""
+        return self.content.get("probabilities") == "true"
+
+    @property
+    def has_network(self) -> bool:
+        """Whether `config` is that of a training: neither of true probabilities nor of another program's maps."""
+        return "model" in self.config
 
     @property
     def title(self) -> str:
-        if self.is_true:
+        if not self.has_network:
             return self.name
         return f"{self.name}, seed {self.config['seed']}, {self.iteration} iterations"
 
@@ -342,7 +362,7 @@ class Training:
 
 def _order(training: Training) -> tuple:
     seed = training.config["seed"]
-    return training.is_true, training.name, training.iteration, seed, len(training.place), training.place
+    return not training.has_network, training.name, training.iteration, seed, len(training.place), training.place
 
 
 def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:

@@ -79,7 +79,7 @@ def evaluate(script, folder: Path, *flags: object) -> tuple[int, str, str]:
 def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
     status, printed, err = evaluate(script, tmp_path, "--predict_yaml", "argmax", "rankseg_rma")
     assert status == 0, err
-    assert "rankseg_rma against argmax: mDiceI" in printed
+    assert "rankseg_rma against argmax: mIoUI" in printed
     rows = read_rows(tmp_path / "out" / "results" / "argmax.csv")
     assert [row["image"] for row in rows] == list(images)
     for row, (prob, label) in zip(rows, images.values(), strict=True):
@@ -418,7 +418,7 @@ def test_results_are_those_of_the_true_probabilities(script, tmp_path: Path):
     flags = [*NOISY, *FEW, "data.label_noise=0.3", "--output_dir", tmp_path, "--predict_yaml", "argmax", "rankseg_rma"]
     status, printed, err = script(NAME, *flags)
     assert status == 0, err
-    assert "rankseg_rma against argmax: mDiceI" in printed
+    assert "rankseg_rma against argmax: mIoUI" in printed
     dataset = ShapesNoisy(None, "val", max_samples=3, facts={"label_noise": 0.3, "label_spread": 3.0})
     with open(tmp_path / "results" / "argmax.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -15,6 +15,7 @@ from exp.reproduction.report.training_sections import (
     run_section,
 )
 from exp.reproduction.report.writers import latex, markdown, update_readme
+from exp.runtime.commands import PAGE
 from exp.runtime.errors import InputError
 
 
@@ -27,6 +28,8 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     """
     measured = Measured(output)
     if (output / "results").is_dir():
+        if readme is not None:
+            raise InputError(f"--readme: got {output}, a single run, expected a folder with runs below it")
         return _write_run(measured)
     tables = load_tables().values()
     by_table = [table_lines(table, measured) for table in tables]
@@ -41,7 +44,7 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     write_atomically(folder / "tables.md", markdown(sections, lead))
     write_atomically(folder / "tables.tex", latex(sections))
     write_atomically(folder / "tables.csv", csv_text(lines))
-    write_atomically(folder / "index.html", html(sections, lead))
+    write_atomically(folder / PAGE, html(sections, lead))
     if readme is not None:
         update_readme(readme, overview_sections(others), lead)
     return folder
@@ -49,13 +52,13 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
 
 def _write_run(measured: Measured) -> Path:
     """Write tables.md, tables.tex and index.html of a single run -> the folder."""
-    found = [t for group in measured.trainings() for t in group if t.folder == measured.output / "results"]
-    if not found:
+    training = measured.run()
+    if training is None:
         raise InputError(f"{measured.output / 'results'}: got no results of argmax, expected them beside other rules'")
-    sections, lead = [run_section(found[0])], describe_run(found[0])
-    folder, title = measured.output / "report", found[0].title
+    sections, lead = [run_section(training)], describe_run(training)
+    folder, title = measured.output / "report", training.title
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "tables.md", markdown(sections, lead, title))
     write_atomically(folder / "tables.tex", latex(sections))
-    write_atomically(folder / "index.html", html(sections, lead, title))
+    write_atomically(folder / PAGE, html(sections, lead, title))
     return folder

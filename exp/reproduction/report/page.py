@@ -44,7 +44,7 @@ def _section(section: Section) -> str:
     for place, members in groupby(illustrate(section.source) if section.source else (), key=lambda p: p.place):
         figures = "".join(_figure(picture, section.key) for picture in members)
         pictures.append(f'<div class="{place}">{figures}</div>')
-    details = [f'<div id="{d.key}"><h4>{escape(d.title)}</h4>{_content(d)}</div>' for d in section.details]
+    details = [f'<article id="{d.key}"><h4>{escape(d.title)}</h4>{_content(d)}</article>' for d in section.details]
     parts = "".join([_content(section), *details, *pictures])
     return f'<section id="{section.key}"><h3>{escape(section.title)}</h3>{parts}</section>'
 
