@@ -159,12 +159,13 @@ class Evaluator:
         self.dist.stop_if_asked(UNFINISHED)
         if sink is not None:
             sink.finish()
-        parts = self.dist.gather((rows, clock.stop(), confusion.cpu().numpy()))
+        parts = self.dist.gather((rows, clock.stop(), self.dist.fetch(confusion)()))
         gathered = {index: row for part, *_ in parts for index, row in part.items()}
         columns = [np.array(column) for column in zip(*(gathered[index] for index in range(len(self.dataset))))]
         calibration, entropy = columns[2:] or (None, None)
         names, cases = zip(*((sample.name, sample.case) for sample in self.dataset.samples))
-        found = columns[1], cases, self.metrics, sum(matrices for *_, matrices in parts)
+        matrices = np.sum([matrices for *_, matrices in parts], axis=0)
+        found = columns[1], cases, self.metrics, matrices
         results = build_results(list(self.rules), names, self.dataset.classes, *found)
         return Evaluation(results, calibration, entropy, add_timings([timing for _, timing, _ in parts]), thresholds)
 

@@ -240,6 +240,7 @@ def test_a_gpu_finds_what_a_cpu_finds_and_is_not_waited_for(camvid_dir: Path, mo
     assert found.thresholds == expected.thresholds
     for one, other in zip(found.results, expected.results):
         assert (one.counts == other.counts).all()
+        assert (one.confusion == other.confusion).all()
     assert np.allclose(found.calibration, expected.calibration, atol=1e-3)
     assert np.allclose(found.entropy, expected.entropy, atol=1e-5)
     assert all(value > 0 for value in (*found.timing.steps.values(), *found.timing.decisions.values()))

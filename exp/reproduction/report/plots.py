@@ -81,8 +81,8 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
         figure, axes = _draw(side + 0.6, side)
         image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         if len(classes) <= NAMED:
-            axes.set_xticks(range(len(classes)), classes, rotation=90)
-            axes.set_yticks(range(len(classes)), classes)
+            axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+            axes.set_yticks(range(len(classes)), classes, parse_math=False)
             for (row, column), value in np.ndenumerate(percent):
                 if value >= 0.5:
                     colour = "white" if value > 55 else "black"
