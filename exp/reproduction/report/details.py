@@ -30,18 +30,11 @@ def _classes(key: str, training: Training) -> Section:
     for i, name in enumerate(base.classes):
         own = scores[:, i][~np.isnan(scores[:, i])]
         share = format_number(100 * pixels[i] / max(1, pixels.sum()))
-        mean = format_number(own.mean()) if len(own) else NOTHING
-        rows.append(
-            (Cell(name), Cell(share), Cell(str(len(own))), Cell(mean), *(_gain(g[:, i]) for g in gains.values()))
-        )
+        facts = (name, share, str(len(own)), format_number(own.mean() if len(own) else None))
+        rows.append((*map(Cell, facts), *(_gain(values[:, i]) for values in gains.values())))
     unit = training.unit
-    header = (
-        "class",
-        "% of pixels",
-        f"{unit}s",
-        f"{score}C, argmax, %",
-        *(f"{rule} - argmax, points" for rule in gains),
-    )
+    facts = ("class", "% of pixels", f"{unit}s", f"{score}C, argmax, %")
+    header = (*facts, *(f"{rule} - argmax, points" for rule in gains))
     lead = f"{score}C: the mean of the {score} over the {unit}s that have the class."
     if gains:
         lead += (
