@@ -166,7 +166,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     if "training" in one and "training" in other:
         rows += _rows(one["training"], other["training"])
     if "maps" in one and "maps" in other:
-        rows += _rows(one["maps"], other["maps"])
+        rows += _rows({"maps": one["maps"]}, {"maps": other["maps"]})
     configs = [content.get("config", {}) for content in (one, other)]
     for group, left_out in NO_MATTER.items():
         if all(group in config for config in configs):

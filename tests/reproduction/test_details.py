@@ -97,8 +97,12 @@ def test_images_that_lose_are_counted_and_named(tmp_path: Path):
 
 def test_cases_lose_as_one(tmp_path: Path):
     content = save_run(tmp_path, ("k", "k", "k", "l", "l", "l"))
-    (row,) = rows_of(training_details("run", training(tmp_path, content)), "run-losing-names")  # k loses 1, not more
+    (tmp_path / "pictures" / "loss").mkdir(parents=True)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "pictures" / "loss" / "00_d.png")
+    found = training_details("run", training(tmp_path, content))
+    (row,) = rows_of(found, "run-losing-names")  # k loses 1, not more
     assert row[0] == "l"
+    assert found[2].rows[0][0].link == "run-loss-0"  # a slice of it
     assert float(row[3]) == pytest.approx(-(12 + 40) / 3, abs=0.006)
 
 
@@ -206,5 +210,10 @@ def test_maps_of_another_program_have_a_page(script, tmp_path: Path):
     assert "<h1>maps in maps</h1>" in page
     assert "2 images of 3 classes under argmax and rankseg_rma, compared by mIoUI." in page
     assert page.count("Confusion matrix of") == 4  # two figures, each with an alt text
+    shutil.copytree(tmp_path / "maps", tmp_path / "others")
+    flags = ("--output_dir", out, "--predict_yaml", "rankseg_levelset")
+    assert script("evaluate_probabilities", tmp_path / "others", tmp_path / "labels", *flags)[0] == 0
     assert script("report", tmp_path)[0] == 0  # beside others, too
-    assert "### maps in maps\n" in (tmp_path / "report" / "tables.md").read_text()
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "### maps in maps\n" in text
+    assert f"not compared with it: rankseg_levelset: maps.prob_dir {tmp_path / 'maps'} -> " in text
