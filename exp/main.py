@@ -26,6 +26,7 @@ def main() -> None:
     from exp.data.loader import worker_deaths_named
     from exp.evaluation.outputs import save_outputs
     from exp.runtime import distributed
+    from exp.runtime.commands import PAGE, page_command
     from exp.training.precision import set_up_cuda
 
     doing = "evaluating" if args.test_only else "training"
@@ -60,6 +61,14 @@ def main() -> None:
                 num_pictures=args.save_pred,
                 num_maps=args.save_prob,
             )
+            if not (folder / "results" / "argmax.json").is_file():
+                return  # the page sets rules beside argmax
+            if args.save_page:
+                from exp.reproduction.report.build import write_report
+
+                print(f"page: {write_report(folder) / PAGE}")
+            else:
+                print(f"page: {page_command(folder)}")
 
 
 if __name__ == "__main__":

@@ -40,14 +40,15 @@ Written to --output_dir: results/ as an evaluation by exp/main.py writes it (<ru
 unit, comparison.json, calibration.json); with --multilabel results/<class>/, and results/classes.json, each rule's
 means over the classes. timing.json has the milliseconds that each rule takes per unit. A unit is an image; of a volume
 each slice, averaged within the volume first (--unit slice), or the whole volume (--unit case). With --true_of each JSON
-says `"probabilities": "true"`.
+says `"probabilities": "true"`. `scripts/report.py DIR` makes a page of the results, but not of those of --multilabel.
+Rules are compared by mIoUI, as exp/main.py does, unless --metric says otherwise.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ from exp.config.cli import add_overrides, add_rules, build_script_parser, check_
 from exp.config.data import DataConfig
 from exp.config.evaluation import PredictConfig
 from exp.config.experiment import load_groups
+from exp.runtime.commands import page_command
 from exp.runtime.errors import InputError, run_and_report
 
 DECODING = ("scale", "offset", "input_size", "inside", "align_corners", "temperature")  # flags of --logits
@@ -138,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ignore_label", type=int, default=255, metavar="N", help="a label value that does not count, besides 255")
     add("--tolerance", type=float, default=2e-3, help="how far a pixel's sum may be off from 1 (default 0.002)")
     add("--classes", nargs="+", metavar="NAME", help="names of the classes for the tables (default: 0 1 2 ...)")
-    add("--metric", choices=("mIoUI", "mDiceI", "mAccI"), default="mDiceI", help="by which the rules are compared")
+    add("--metric", choices=("mIoUI", "mDiceI", "mAccI"), default="mIoUI", help="by which the rules are compared")
     return parser
 
 
@@ -152,62 +154,68 @@ def main() -> None:
 
     predict, code = configs["predict"], describe_code()
     contexts = [{**origin, **code, "config": {**config, "predict": asdict(c)}} for c in predict]
-    evaluate = evaluate_overlapping if args.multilabel else evaluate_exclusive
     times = evaluate(units, predict, classes, contexts, args)
     timing = {"decision_milliseconds_per_image": times}  # as timing.json of a run has it
     write_atomically(args.output_dir / "timing.json", json.dumps(timing, indent=2) + "\n")
     print("milliseconds per unit: " + ", ".join(f"{rule} {value:.2f}" for rule, value in times.items()))
     print(f"results: {args.output_dir / 'results'}")
+    if not args.multilabel:
+        print(f"page: {page_command(args.output_dir)}")
 
 
-def evaluate_exclusive(
+def evaluate(
     units: Callable,
     predict: Sequence[PredictConfig],
     classes: Sequence[str],
     contexts: Sequence[dict],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Units whose classes exclude each other -> results/ and its tables; the milliseconds per unit of each rule."""
-    from exp.evaluation.probability_maps import evaluate_maps
+    """Units under every rule -> results/, for classes that overlap results/<class>/, and the tables; each rule's
+    milliseconds per unit."""
+    from exp.evaluation import probability_maps as maps
     from exp.evaluation.results import report_results
     from exp.rules.registry import build_rule
 
-    names = classes if args.classes or args.true_of else None  # the numbers of classes are no names
-    rules = {c.name: build_rule(c, len(classes), names) for c in predict}
-    found, times = evaluate_maps(units, rules, classes)
-    folder, calibration = args.output_dir / "results", found.calibration
-    print(report_results(found.results, folder, contexts, metric=args.metric, calibration=calibration))
+    names = (
+        classes if (args.classes or args.true_of) and not args.multilabel else None
+    )  # numbers of classes are no names
+    rules = {c.name: build_rule(c, 2 if args.multilabel else len(classes), names) for c in predict}
+    root = args.output_dir / "results"
+    if args.multilabel:
+        check_overlapping(rules)
+        by_class, times = maps.evaluate_overlapping(units, rules, classes)
+        found = {root / name: evaluation for name, evaluation in by_class.items()}
+    else:
+        evaluation, times = maps.evaluate_maps(units, rules, classes)
+        found = {root: evaluation}
+    for folder, evaluation in found.items():
+        text = report_results(
+            evaluation.results, folder, contexts, metric=args.metric, calibration=evaluation.calibration
+        )
+        print(f"{folder.name}\n{text}" if args.multilabel else text)
+    if args.multilabel:
+        save_means(root / "classes.json", rules, by_class, args.metric)
     return times
 
 
-def evaluate_overlapping(
-    units: Callable,
-    predict: Sequence[PredictConfig],
-    classes: Sequence[str],
-    contexts: Sequence[dict],
-    args: argparse.Namespace,
-) -> dict[str, float]:
-    """Units whose classes overlap -> results/<class>/, results/classes.json and their tables; times as above."""
-    from exp.evaluation import probability_maps
-    from exp.evaluation.metrics import average_folds
-    from exp.evaluation.results import finite_or_null, format_scores, report_results
-    from exp.files.atomic import write_atomically
+def check_overlapping(rules: dict) -> None:
     from exp.rules.pooled import PooledRule
-    from exp.rules.registry import build_rule
 
-    rules = {c.name: build_rule(c, 2) for c in predict}
     if pooled := [name for name, rule in rules.items() if isinstance(rule, PooledRule)]:
         raise InputError(f"--predict_yaml {pooled[0]}: expected a rule that decides unit by unit with --multilabel")
-    by_class, times = probability_maps.evaluate_overlapping(units, rules, classes)
-    for name, found in by_class.items():
-        folder, calibration = args.output_dir / "results" / name, found.calibration
-        print(f"{name}\n{report_results(found.results, folder, contexts, metric=args.metric, calibration=calibration)}")
-    of_rules = zip(*([result.scores() for result in found.results] for found in by_class.values()))
+
+
+def save_means(path: Path, rules: Iterable[str], by_class: dict, metric: str) -> None:
+    """Evaluations by class -> each rule's mean scores over the classes, written and printed."""
+    from exp.evaluation.metrics import average_folds
+    from exp.evaluation.results import finite_or_null, format_scores
+    from exp.files.atomic import write_atomically
+
+    of_rules = zip(*([result.scores() for result in evaluation.results] for evaluation in by_class.values()))
     means = dict(zip(rules, map(average_folds, of_rules)))
-    print(f"mean over {len(classes)} classes\n{format_scores(list(means), list(means.values()), [args.metric[:-1]])}")
-    content = {"classes": list(classes), "metrics": {rule: finite_or_null(scores) for rule, scores in means.items()}}
-    write_atomically(args.output_dir / "results" / "classes.json", json.dumps(content, indent=2) + "\n")
-    return times
+    print(f"mean over {len(by_class)} classes\n{format_scores(list(means), list(means.values()), [metric[:-1]])}")
+    content = {"classes": list(by_class), "metrics": {rule: finite_or_null(scores) for rule, scores in means.items()}}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict, dict]:
@@ -240,7 +248,7 @@ def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict,
     if args.multilabel and (bad := [name for name in classes if leads_out(name) or "/" in name]):
         raise InputError(f"--classes: got '{bad[0]}', expected names of folders with --multilabel")
     maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
-    return partial(read_units, files, reader), classes, {"maps": maps}, {}
+    return partial(read_units, files, reader), classes, {"maps": maps, "metric": args.metric}, {}
 
 
 def open_true(args: argparse.Namespace, data: DataConfig) -> tuple[Callable, Sequence[str], dict, dict]:

@@ -2,6 +2,7 @@
 """Published figures beside what was measured, from whatever results there are:
 
     python scripts/report.py OUTPUT_DIR
+    python scripts/report.py OUTPUT_DIR/RUN
     python scripts/report.py OUTPUT_DIR --readme docs/results.md
     python scripts/report.py --folds OUTPUT/*fold* --output folds.json
 
@@ -9,9 +10,13 @@ OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Wr
 and index.html, with the same sections in the same order: every table of the paper with the published value, the
 measured one and their difference; what a rule gains over argmax, with a bootstrap interval; misprints as notes; and
 trainings that belong to no table, with all of their rules and every loss. index.html has plots and pictures, too, and
-needs nothing else; tables.csv has the published tables. Scores are computed anew from the counts of every image, so the
-same results give the same files, byte for byte. --readme FILE writes a shorter account between two marks of that file:
-what was and was not reproduced, the rules, and every loss.
+needs nothing else; of each training it also has the classes, the images that lose, the calibration, and the confusion
+matrices. tables.csv has the published tables. Scores are computed anew from the counts of every image, so the same
+results give the same files, byte for byte. --readme FILE writes a shorter account between two marks of that file: what
+was and was not reproduced, the rules, and every loss.
+
+Of the folder of a single run, or the --output_dir of scripts/evaluate_probabilities.py, RUN/report/ has that alone,
+without the published tables.
 
 --folds RUN RUN ... prints the mean scores over the folds of a cross-validation, by rule. RUN is the folder of a run
 (<output_dir>/<model>.<data>....) with results/<rule>.json; all were evaluated alike, each on another fold.
@@ -23,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import build_script_parser
+from exp.runtime.commands import PAGE
 from exp.runtime.errors import InputError, run_and_report
 
 
@@ -46,7 +52,7 @@ def main() -> None:
         raise InputError(f"--readme {args.readme}: no such file, expected one with marks for results")
     from exp.reproduction.report.build import write_report
 
-    print(f"report: {write_report(args.output_dir, args.readme)}")
+    print(f"page: {write_report(args.output_dir, args.readme) / PAGE}")
     if args.readme is not None:
         print(f"results: {args.readme}")
 

@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_pred", type=int, default=0, metavar="N", help="panels: N gains, N losses, N at random")
     parser.add_argument("--save_masks", action="store_true", help="write every rule's labels as the data set's files")
     parser.add_argument("--save_prob", type=int, default=0, metavar="N", help="write N images' probabilities as .npy")
+    parser.add_argument("--save_page", action="store_true", help="write the run's page, as scripts/report.py does")
     add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")

@@ -133,6 +133,11 @@ def calibration_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -
     return {name: float(value) for name, value in scores.items()}
 
 
+def calibration_unit(name: str) -> str:
+    """A score of calibration_scores() -> its unit."""
+    return "per mille" if name.endswith("_paper") else "%"
+
+
 def _paper_errors(counts: np.ndarray, *, of_data_set: bool) -> np.ndarray:
     """(N, C + 1, 4, num_bins) -> (N,) the SCE of the paper's code in per mille; 0 without a counted pixel.
 
@@ -159,6 +164,18 @@ def _mean_of_defined(rows: np.ndarray) -> np.ndarray:
     """(N, 2) -> (2,) the mean over the rows that are no NaN."""
     rows = rows[~np.isnan(rows).any(1)]
     return rows.mean(0) if len(rows) else np.full(2, np.nan)
+
+
+def describe_bins(counts: np.ndarray) -> dict[str, list]:
+    """(4, num_bins) counts of a class or the top label -> pixels, mean confidence and accuracy by bin, for JSON.
+
+    Confidence and accuracy are None for a bin without pixels.
+    """
+    pixels = counts[PIXELS].astype(int).tolist()
+    rows = {"pixels": pixels}
+    for name, row in (("confidence", CONFIDENCE), ("accuracy", HITS)):
+        rows[name] = [total / num if num else None for total, num in zip(counts[row].tolist(), pixels)]
+    return rows
 
 
 def mean_entropy(prob: Tensor, label: Tensor) -> Tensor:

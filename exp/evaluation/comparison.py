@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exp.evaluation.metrics import EvalResult, case_scores, image_scores, pooled_scores, split_cases
+from exp.evaluation.metrics import (
+    EvalResult,
+    case_scores,
+    image_scores,
+    pooled_scores,
+    split_cases,
+    unit_class_scores,
+)
 
 LEVEL = 0.95
 NUM_RESAMPLES = 9999
@@ -116,6 +123,13 @@ def unit_differences(base: EvalResult, other: EvalResult, metric: str) -> np.nda
         image_scores(r.counts) if r.cases is None else case_scores(r.counts, r.cases)[1] for r in (base, other)
     )
     return np.round(second[metric] - first[metric], ROUNDING)
+
+
+def class_differences(base: EvalResult, other: EvalResult, score: str) -> np.ndarray:
+    """Two results of the same N images, and Acc, IoU or Dice -> (N, C), or with M cases (M, C), other - base of every
+    class in percent points; NaN where the class is not active under either."""
+    first, second = (unit_class_scores(r.counts, r.cases)[score] for r in (base, other))
+    return np.round(second - first, ROUNDING)
 
 
 def mean_interval(values: np.ndarray, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> tuple[float, float] | None:

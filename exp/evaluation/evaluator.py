@@ -136,6 +136,8 @@ class Evaluator:
         """
         model.eval()
         clock, cache, rows = Clock(self.dist.device), {}, {}
+        num_rules, num_classes = len(self.rules), len(self.dataset.classes)
+        confusion = torch.zeros(num_rules, num_classes, num_classes, dtype=torch.int64, device=self.dist.device)
         thresholds = gather_thresholds(self.rules, self._first_pass(model, clock, cache), self.dist.gather)
         counted: deque[tuple[int, list[Callable[[], Any]]]] = deque()
         for batch, whole in self._probabilities(model, "evaluating", clock, cache):
@@ -144,7 +146,7 @@ class Evaluator:
             for name, rule in bind_rules(self.rules, thresholds, self.dataset.samples[index].case).items():
                 with clock(clock.timing.decisions, name):
                     preds[name] = self._decide(rule, whole, prob)
-            counted.append((index, self._count(preds, prob, batch.label[0], clock)))
+            counted.append((index, self._count(preds, prob, batch.label[0], confusion, clock)))
             del whole, prob  # before the next image's is computed: of large images there is room for one
             if sink is not None:
                 with clock(clock.timing.steps, "write"):
@@ -157,13 +159,15 @@ class Evaluator:
         self.dist.stop_if_asked(UNFINISHED)
         if sink is not None:
             sink.finish()
-        parts = self.dist.gather((rows, clock.stop()))
-        gathered = {index: row for part, _ in parts for index, row in part.items()}
+        parts = self.dist.gather((rows, clock.stop(), self.dist.fetch(confusion)()))
+        gathered = {index: row for part, *_ in parts for index, row in part.items()}
         columns = [np.array(column) for column in zip(*(gathered[index] for index in range(len(self.dataset))))]
         calibration, entropy = columns[2:] or (None, None)
         names, cases = zip(*((sample.name, sample.case) for sample in self.dataset.samples))
-        results = build_results(list(self.rules), names, self.dataset.classes, columns[1], cases, self.metrics)
-        return Evaluation(results, calibration, entropy, add_timings([timing for _, timing in parts]), thresholds)
+        matrices = np.sum([matrices for *_, matrices in parts], axis=0)
+        found = columns[1], cases, self.metrics, matrices
+        results = build_results(list(self.rules), names, self.dataset.classes, *found)
+        return Evaluation(results, calibration, entropy, add_timings([timing for _, timing, _ in parts]), thresholds)
 
     def _first_pass(
         self, model: nn.Module, clock: Clock, cache: dict[int, Tensor]
@@ -219,12 +223,17 @@ class Evaluator:
             require_finite(prob.sum().item())
             raise
 
-    def _count(self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, clock: Clock) -> list[Callable[[], Any]]:
+    def _count(
+        self, preds: Mapping[str, Tensor], prob: Tensor, label: Tensor, confusion: Tensor, clock: Clock
+    ) -> list[Callable[[], Any]]:
         """An image's decisions, probabilities and label -> functions that return the sum of its probabilities, its
-        (R, K, C) counts and, where they are asked for, those of its calibration and its mean entropy."""
+        (R, K, C) counts and, where they are asked for, those of its calibration and its mean entropy.
+
+        confusion: (R, C, C), to which the image's are added.
+        """
         label, fetch = self._to_device(label), self.dist.fetch
         with clock(clock.timing.steps, "score"):
-            counts = count_rules(list(preds.values()), label, len(self.dataset.classes), self.metrics)
+            counts = count_rules(list(preds.values()), label, len(self.dataset.classes), self.metrics, confusion)
             found = [fetch(prob.sum()), fetch(counts)]
         if self.calibration:
             with clock(clock.timing.steps, "calibration"):

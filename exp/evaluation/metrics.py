@@ -38,7 +38,8 @@ class EvalResult:
     """One rule's (N, K, C) int64 counts per image and class, the images in the data set's order.
 
     Rows of K: TP, FP, FN, then part and whole of each of `metrics`. cases: the case of each image where images are
-    slices of volumes; None where every image stands alone.
+    slices of volumes; None where every image stands alone. confusion: (C, C) int64 pixels of all images, by class of
+    the label (rows) and class decided (columns); None where only the counts were kept.
     """
 
     rule: str
@@ -47,6 +48,7 @@ class EvalResult:
     counts: np.ndarray
     cases: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ()
+    confusion: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.names), len(count_names(self.metrics)), len(self.classes))
@@ -68,28 +70,59 @@ def build_results(
     table: np.ndarray,
     cases: Sequence[str | None],
     metrics: Sequence[str] = (),
+    confusion: np.ndarray | None = None,
 ) -> tuple[EvalResult, ...]:
-    """(N, R, K, C) counts of N images under R rules -> a result per rule; cases: of the images, or None each."""
+    """(N, R, K, C) counts of N images under R rules -> a result per rule; cases: of the images, or None each.
+
+    confusion: (R, C, C), summed over the images.
+    """
     grouped = None if cases[0] is None else tuple(cases)
+    matrices = [None] * len(rules) if confusion is None else confusion
     return tuple(
-        EvalResult(rule, tuple(names), tuple(classes), table[:, i], grouped, tuple(metrics))
-        for i, rule in enumerate(rules)
+        EvalResult(rule, tuple(names), tuple(classes), table[:, i], grouped, tuple(metrics), matrix)
+        for i, (rule, matrix) in enumerate(zip(rules, matrices, strict=True))
     )
 
 
-def count_rules(preds: Sequence[Tensor], label: Tensor, num_classes: int, metrics: Sequence[str] = ()) -> Tensor:
-    """R predictions of an image and its label, (H, W) -> (R, K, C) int64, the rows of count_names()."""
-    counters = [count, *(METRICS[name] for name in metrics)]
-    return torch.stack([torch.cat([counter(pred, label, num_classes) for counter in counters]) for pred in preds])
+def count_rules(
+    preds: Sequence[Tensor],
+    label: Tensor,
+    num_classes: int,
+    metrics: Sequence[str] = (),
+    confusion: Tensor | None = None,
+) -> Tensor:
+    """R predictions of an image and its label, (H, W) -> (R, K, C) int64, the rows of count_names().
+
+    confusion: (R, C, C) int64, to which the image's confusion matrices are added.
+    """
+    rows = []
+    for i, pred in enumerate(preds):
+        matrix = count_confusion(pred, label, num_classes)
+        if confusion is not None:
+            confusion[i] += matrix
+        rows.append(torch.cat([sum_confusion(matrix), *(METRICS[name](pred, label, num_classes) for name in metrics)]))
+    return torch.stack(rows)
 
 
 def count(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """(H, W) predictions in 0..C-1 and labels in 0..C-1 or 255 -> (3, C) int64 TP, FP, FN, by a joint histogram."""
+    """(H, W) predictions in 0..C-1 and labels in 0..C-1 or 255 -> (3, C) int64 TP, FP, FN."""
+    return sum_confusion(count_confusion(pred, label, num_classes))
+
+
+def count_confusion(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """(H, W) predictions in 0..C-1 and labels in 0..C-1 or 255 -> (C, C) int64 pixels by label (rows) and prediction.
+
+    A joint histogram; ignored pixels are not in it.
+    """
     joint = label.to(torch.int32, copy=True)  # half the memory traffic of int64
     joint.mul_(num_classes).add_(pred.to(torch.int32))
-    table = histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
-    tp = table.diagonal()
-    return torch.stack([tp, table.sum(0) - tp, table.sum(1) - tp])
+    return histogram(joint, 256 * num_classes)[: num_classes**2].view(num_classes, num_classes)  # 255 lands behind
+
+
+def sum_confusion(matrix: Tensor) -> Tensor:
+    """(C, C) confusion matrix -> (3, C) TP, FP, FN."""
+    tp = matrix.diagonal()
+    return torch.stack([tp, matrix.sum(0) - tp, matrix.sum(1) - tp])
 
 
 def boundary_iou(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -271,6 +304,20 @@ def per_class_scores(
         for end in _ENDINGS:
             by_class[f"{name}C{end}"] = _nanmean(np.stack([part[f"{name}C{end}"] for part in within]), axis=0)
     return by_class
+
+
+def unit_class_scores(counts: np.ndarray, cases: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """(N, K, C) -> Acc, IoU and Dice of every class in every image, (N, C) in percent; NaN where it is not active.
+
+    With cases (M, C): the mean over the slices of the case. The mean of a column is that class's AccC, IoUC or DiceC.
+    """
+    parts = [
+        {name: np.where(active_classes(part), values, np.nan) for name, values in class_scores(part).items()}
+        for part in split_cases(counts, cases)[1]
+    ]
+    if cases is None:
+        return parts[0]
+    return {name: np.stack([_nanmean(part[name], axis=0) for part in parts]) for name in SCORES}
 
 
 def _class_reductions(counts: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
-from exp.evaluation.calibration import calibration_scores, count_calibration
+from exp.evaluation.calibration import calibration_scores, count_calibration, describe_bins
 from exp.evaluation.inference import Inference
 from exp.files.text import read_json
 from exp.runtime.distributed import Dist
@@ -89,12 +89,14 @@ def fit(pixels: Pixels) -> float:
     return temperature
 
 
-def scores(pixels: Pixels, temperature: float) -> dict[str, float]:
-    """NLL (nats) and the calibration errors ECED and SCED (percent) of the pixels at a temperature."""
+def scores(pixels: Pixels, temperature: float) -> dict[str, Any]:
+    """NLL (nats), the calibration errors ECED and SCED (percent) and the bins of the top label of the pixels at a
+    temperature."""
     prob = (pixels.logits / temperature).softmax(-1).mean(1).t()[None, :, :, None]  # as inference averages views
-    errors = calibration_scores(count_calibration(prob, pixels.label[:, None]).numpy()[None])
+    counts = count_calibration(prob, pixels.label[:, None]).numpy()
+    errors = calibration_scores(counts[None])
     nll = negative_log_likelihood(pixels, temperature).item()
-    return {"NLL": nll, "ECED": errors["ECED"], "SCED": errors["SCED"]}
+    return {"NLL": nll, "ECED": errors["ECED"], "SCED": errors["SCED"], "top_label": describe_bins(counts[-1])}
 
 
 def split_half(dataset: SegmentationDataset) -> tuple[list[int], list[int]]:

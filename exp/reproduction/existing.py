@@ -38,10 +38,13 @@ class Existing:
     def __init__(self, output: Path) -> None:
         self.results: dict[str, list[tuple[Path, dict]]] = {}
         self.true: list[tuple[Path, dict]] = []
+        self.maps: list[tuple[Path, dict]] = []  # of another program
         for path in sorted(output.glob("**/results/*.json")):
             content = _read_result(path)
             if content is not None and content.get("probabilities") == "true":
                 self.true.append((path, content))
+            elif content is not None and "maps" in content:
+                self.maps.append((path, content))
             elif content is not None:
                 self.results.setdefault(_digest(content["training"]), []).append((path, content))
         self._begun = {_read_facts(path)[0] for path in output.glob("**/checkpoints/iter_*.pt.json")}
@@ -54,6 +57,10 @@ class Existing:
             digest, iteration, temperature = _read_temperature(path)
             if digest is not None and self._is_finished(digest, iteration):
                 self.temperatures[digest] = temperature
+
+    @property
+    def without_training(self) -> list[tuple[Path, dict]]:
+        return [*self.true, *self.maps]
 
     def find(self, job: Job, rule: str) -> Path | None:
         """The JSON of a rule on the finished training of a job, evaluated under the job's test and rule YAMLs."""
@@ -112,10 +119,13 @@ def _read_result(path: Path) -> dict | None:
     content = {}
     with passing_over():
         content = read_json(path, "the results of a rule")
-    is_true = content.get("probabilities") == "true"
+    is_true, is_maps = content.get("probabilities") == "true", "maps" in content
+    groups = ("predict",) if is_maps else ("data", "predict") if is_true else ("data", "test")
     try:
-        named = [content["config"][group]["name"] for group in ("data", "predict" if is_true else "test")]
-        if not is_true:
+        named = [content["config"][group]["name"] for group in groups]
+        if is_maps:
+            named.append(content["maps"]["prob_dir"])
+        elif not is_true:
             training = content["training"]
             named += [training[group]["name"] for group in TRAINING_GROUPS]
             named += [str(int(training[key])) for key in ("seed", "iteration")]
@@ -155,6 +165,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     rows = []
     if "training" in one and "training" in other:
         rows += _rows(one["training"], other["training"])
+    if "maps" in one and "maps" in other:
+        rows += _rows({"maps": one["maps"]}, {"maps": other["maps"]})
     configs = [content.get("config", {}) for content in (one, other)]
     for group, left_out in NO_MATTER.items():
         if all(group in config for config in configs):

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from exp.evaluation.comparison import (
     share_losing,
     unit_differences,
 )
-from exp.evaluation.metrics import EvalResult, compute_scores, per_class_scores
-from exp.evaluation.results import load_result
+from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores
+from exp.evaluation.results import CALIBRATION, load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import Existing, differences
 from exp.reproduction.job import Job
@@ -29,6 +31,7 @@ from exp.reproduction.plans import ALL, Counterpart, table_jobs
 from exp.runtime.errors import InputError, passing_over
 
 PAIRED = ("mIoUI", "mDiceI", "mAccI")  # scores that every image, or case, has
+KINDS = ("gain", "loss", "random")  # of the pictures of --save_pred
 Interval = tuple[float, float]
 
 
@@ -61,12 +64,18 @@ class Measured:
 
     def trainings(self) -> tuple[list["Training"], list["Training"]]:
         """Evaluations by argmax and perhaps other rules, one per folder: those of the paper's trainings, and others,
-        with those of true probabilities behind them."""
+        with those of true probabilities and of other programs' maps behind them."""
         digests = {job.digest for job in table_jobs(ALL)}
-        paper, others = [], list(self._by_folder(self.existing.true))
+        paper, others = [], list(self._by_folder(self.existing.without_training))
         for digest, entries in self.existing.results.items():
             (paper if digest in digests else others).extend(self._by_folder(entries))
         return sorted(paper, key=_order), sorted(others, key=_order)
+
+    def run(self) -> "Training | None":
+        """The evaluation whose results lie in `output` itself, the folder of a run; None without results of argmax."""
+        folder = self.output / "results"
+        entries = [*self.existing.without_training, *chain.from_iterable(self.existing.results.values())]
+        return next(self._by_folder([entry for entry in entries if entry[0].parent == folder]), None)
 
     def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
         """Results of one training -> those with argmax and a score that every image has, one per folder.
@@ -97,8 +106,15 @@ class Measured:
                     apart.append(f"{rule}: {', '.join(differing)}")
                 else:
                     same.append(result)
-            config = content.get("training", {"data": content["config"]["data"], "seed": 0, "iteration": 0})
-            place = folder.parent.relative_to(self.output).as_posix()
+            no_training = {
+                "data": content["config"].get("data"),
+                "maps": content.get("maps"),
+                "seed": 0,
+                "iteration": 0,
+            }
+            config = content.get("training", no_training)
+            run = folder.parent
+            place = run.resolve().name if run == self.output else run.relative_to(self.output).as_posix()
             yield Training(
                 folder,
                 config,
@@ -167,14 +183,62 @@ def read_times(path: Path) -> dict[str, Any]:
     """timing.json -> its content; InputError unless the fields that tables and page take are numbers."""
     expected = "the times of an evaluation"
     times = read_json(path, expected)
-    try:
+    with _fields(path, expected):
         numbers = [times["milliseconds_per_image"]["forward"], times["forward_passes"], times["images"]]
         numbers += times["decision_milliseconds_per_image"].values()
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"got {numbers}, expected numbers")
+    return times
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """calibration.json -> its content; InputError unless its scores and the bins of its top label are numbers."""
+    expected = "the calibration of an evaluation"
+    content = read_json(path, expected)
+    with _fields(path, expected):
+        _check_numbers([*content["metrics"].values(), *_bins(content["top_label"])])
+    return content
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """temperature.json -> its content; InputError unless temperature, scores and bins are numbers.
+
+    Files of before had no bins (`top_label`).
+    """
+    expected = "a fitted temperature"
+    content = read_json(path, expected)
+    with _fields(path, expected):
+        numbers = [content["temperature"]]
+        for part in ("fitted_on", "held_out"):
+            numbers.append(content[part]["pixels"])
+            for row in (content[part]["before"], content[part]["after"]):
+                numbers += [
+                    row["NLL"],
+                    row["ECED"],
+                    row["SCED"],
+                    *(_bins(row["top_label"]) if "top_label" in row else []),
+                ]
+        _check_numbers(numbers)
+    return content
+
+
+def _bins(top_label: Mapping[str, list]) -> list:
+    return [*top_label["pixels"], *top_label["confidence"], *top_label["accuracy"]]
+
+
+def _check_numbers(values: Sequence[Any]) -> None:
+    """TypeError unless each is a number or None."""
+    if not all(value is None or isinstance(value, int | float) for value in values):
+        raise TypeError(f"got {values}, expected numbers")
+
+
+@contextmanager
+def _fields(path: Path, expected: str) -> Iterator[None]:
+    """Inside, fields of a JSON are looked up: one that is missing or of another kind is an InputError."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
-    return times
 
 
 @dataclass(frozen=True)
@@ -194,6 +258,8 @@ class Training:
 
     @cached_property
     def name(self) -> str:
+        if "maps" in self.content:
+            return f"maps in {Path(self.content['maps']['prob_dir']).name}"
         groups = ("data",) if self.is_true else ("model", "data", "loss")
         parts = ["true probabilities"] if self.is_true else []
         parts += [self.config[group]["name"] for group in groups]
@@ -204,7 +270,7 @@ class Training:
 
     @property
     def long_name(self) -> str:
-        return self.name if self.is_true else f"{self.name}, {self.iteration} iterations"
+        return f"{self.name}, {self.iteration} iterations" if self.has_network else self.name
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -216,18 +282,31 @@ class Training:
         """What is scored each: an image or, where images are slices of volumes, a case."""
         return "image" if self.results[0].cases is None else "case"
 
+    def unit_scores(self, rule: str, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names of the N images (cases), and their scores under a rule, (N,) in percent; NaN where undefined."""
+        result = self.results[self.rules.index(rule)]
+        if result.cases is None:
+            return result.names, image_scores(result.counts)[metric]
+        names, scores = case_scores(result.counts, result.cases)
+        return names, scores[metric]
+
     def unit_gains(self, rule: str, metric: str) -> np.ndarray:
         """What a rule gains over argmax by a metric, per image (case); NaN where the score is undefined."""
         return unit_differences(self.results[0], self.results[self.rules.index(rule)], metric)
 
     @property
     def is_true(self) -> bool:
-        """Whether the probabilities are those from which the labels were drawn; then `config` has `data` alone."""
-        return "model" not in self.config
+        """Whether the probabilities are those from which the labels were drawn."""
+        return self.content.get("probabilities") == "true"
+
+    @property
+    def has_network(self) -> bool:
+        """Whether `config` is that of a training: neither of true probabilities nor of another program's maps."""
+        return "model" in self.config
 
     @property
     def title(self) -> str:
-        if self.is_true:
+        if not self.has_network:
             return self.name
         return f"{self.name}, seed {self.config['seed']}, {self.iteration} iterations"
 
@@ -237,6 +316,36 @@ class Training:
         by the accuracy of all pixels."""
         base, *others = self.results
         return *compare_rules(self.results, self.metric), *(compare_pooled(base, other, "Acc") for other in others)
+
+    @cached_property
+    def calibration(self) -> dict | None:
+        """calibration.json of this evaluation; None where there is none. One that is damaged is told."""
+        path, content = self.folder / CALIBRATION, None
+        with passing_over():
+            if path.is_file():
+                content = read_calibration(path)
+        return None if content is None or differences(content, self.content) else content
+
+    @cached_property
+    def fit(self) -> dict | None:
+        """temperature.json of these weights; None where there is none. One that is damaged is told."""
+        path, content = self.folder / "temperature.json", None
+        with passing_over():
+            if path.is_file():
+                content = read_fit(path)
+        own = self.content.get("weights_checksum")
+        return None if content is None or content.get("weights_checksum") != own else content
+
+    @cached_property
+    def panels(self) -> dict[str, Path]:
+        """The pictures of --save_pred by "<kind>-<number>"; none of another evaluation."""
+        folder, origin = self.folder.parent / "pictures", {}
+        record = folder.with_name("pictures.json")
+        with passing_over():
+            origin = read_json(record, "what the pictures are made from") if record.is_file() else {}
+        if any(differences(rule, self.content) for rule in origin.get("rules", [])):
+            return {}
+        return {f"{kind}-{i}": path for kind in KINDS for i, path in enumerate(sorted((folder / kind).glob("*.png")))}
 
     @property
     def losses(self) -> list[Comparison]:
@@ -253,7 +362,7 @@ class Training:
 
 def _order(training: Training) -> tuple:
     seed = training.config["seed"]
-    return training.is_true, training.name, training.iteration, seed, len(training.place), training.place
+    return not training.has_network, training.name, training.iteration, seed, len(training.place), training.place
 
 
 def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:

@@ -1,10 +1,13 @@
-"""The commands of an installation. Each runs a script of the tree as if it were called by its path."""
+"""The commands of an installation: each runs a script of the tree as if it were called by its path. And that for a
+page."""
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = "index.html"  # in the folder that scripts/report.py writes
 
 
 def train() -> None:
@@ -25,6 +28,11 @@ def prepare() -> None:
 
 def reproduce() -> None:
     _run("scripts/reproduce.py")
+
+
+def page_command(folder: Path) -> str:
+    """The folder of a run -> the command that makes the page of its results."""
+    return shlex.join(["python", str(ROOT / "scripts" / "report.py"), str(folder)])
 
 
 def _run(script: str) -> None:

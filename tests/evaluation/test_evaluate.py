@@ -110,11 +110,15 @@ def test_counts_are_those_of_each_image(camvid_dir: Path):
     own = evaluator(camvid_dir, {"argmax": argmax})
     (result,) = own(Colours()).results
     assert result.names == ("val_0", "val_1", "val_2")
+    confusion = np.zeros((11, 11), np.int64)
     for i in range(3):
         item = own.dataset[i]
         pred = own.decide(Colours(), item.image[None])["argmax"]
         assert (result.counts[i] == count(pred, item.label, 11).numpy()).all()
         assert result.counts[i][[0, 2]].sum() == (item.label != 255).sum()
+        valid = item.label != 255
+        np.add.at(confusion, (item.label[valid].numpy(), pred[valid].numpy()), 1)
+    assert (result.confusion == confusion).all()
 
 
 def test_decisions_are_timed_beside_the_forward_pass(camvid_dir: Path):
@@ -236,6 +240,7 @@ def test_a_gpu_finds_what_a_cpu_finds_and_is_not_waited_for(camvid_dir: Path, mo
     assert found.thresholds == expected.thresholds
     for one, other in zip(found.results, expected.results):
         assert (one.counts == other.counts).all()
+        assert (one.confusion == other.confusion).all()
     assert np.allclose(found.calibration, expected.calibration, atol=1e-3)
     assert np.allclose(found.entropy, expected.entropy, atol=1e-5)
     assert all(value > 0 for value in (*found.timing.steps.values(), *found.timing.decisions.values()))

@@ -37,6 +37,7 @@ def test_every_rule_counts_as_on_the_cpu(gpu: torch.device, camvid_dir: Path):
     for own, expected in zip(other.results, one.results, strict=True):
         assert own.rule == expected.rule
         assert abs(own.counts - expected.counts).sum() <= 2 * 6, own.rule  # six pixels, of 9,216
+        assert (other.results[0].confusion.sum(1) == one.results[0].confusion.sum(1)).all()  # the labels' pixels
     assert abs(np.asarray(other.calibration, float) - np.asarray(one.calibration, float)).max() < 10
     np.testing.assert_allclose(other.entropy, one.entropy, rtol=1e-4)
     assert other.timing.num_images == 3

@@ -79,7 +79,7 @@ def evaluate(script, folder: Path, *flags: object) -> tuple[int, str, str]:
 def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
     status, printed, err = evaluate(script, tmp_path, "--predict_yaml", "argmax", "rankseg_rma")
     assert status == 0, err
-    assert "rankseg_rma against argmax: mDiceI" in printed
+    assert "rankseg_rma against argmax: mIoUI" in printed
     rows = read_rows(tmp_path / "out" / "results" / "argmax.csv")
     assert [row["image"] for row in rows] == list(images)
     for row, (prob, label) in zip(rows, images.values(), strict=True):
@@ -88,6 +88,11 @@ def test_counts_and_scores_of_images(script, tmp_path: Path, images: dict):
         present = [c for c in range(4) if (label == c).any()]
         ious = [100 * literal[f"tp.{c}"] / sum(literal[f"{k}.{c}"] for k in ("tp", "fp", "fn")) for c in present]
         assert float(row["mIoUI"]) == pytest.approx(np.mean(ious), abs=1e-9)
+    confusion = np.zeros((4, 4), np.int64)
+    for prob, label in images.values():
+        np.add.at(confusion, (label[label != 255], prob.argmax(0)[label != 255]), 1)
+    rows = read_rows(tmp_path / "out" / "results" / "argmax.confusion.csv")
+    assert [[int(row[str(c)]) for c in range(4)] for row in rows] == confusion.tolist()
     context = json.loads((tmp_path / "out" / "results" / "rankseg_rma.json").read_text())
     assert context["config"]["predict"]["opt_metric"] == "dice"
     assert context["maps"]["files"] == 3
@@ -413,7 +418,7 @@ def test_results_are_those_of_the_true_probabilities(script, tmp_path: Path):
     flags = [*NOISY, *FEW, "data.label_noise=0.3", "--output_dir", tmp_path, "--predict_yaml", "argmax", "rankseg_rma"]
     status, printed, err = script(NAME, *flags)
     assert status == 0, err
-    assert "rankseg_rma against argmax: mDiceI" in printed
+    assert "rankseg_rma against argmax: mIoUI" in printed
     dataset = ShapesNoisy(None, "val", max_samples=3, facts={"label_noise": 0.3, "label_spread": 3.0})
     with open(tmp_path / "results" / "argmax.csv", newline="") as file:
         rows = list(csv.DictReader(file))

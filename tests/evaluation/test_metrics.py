@@ -19,6 +19,7 @@ from exp.evaluation.metrics import (
     image_scores,
     lowest_mean,
     per_class_scores,
+    unit_class_scores,
 )
 
 NAMES = ("Acc", "IoU", "Dice")
@@ -189,6 +190,10 @@ def test_slices_are_averaged_within_cases_and_volumes_are_scored_as_images():
     assert compute_scores(counts)["mIoUI"] == pytest.approx(250 / 3)
     assert "mIoU3D" not in compute_scores(counts)
     assert per_class_scores(counts, cases)["AccC"].tolist() == pytest.approx([100, 50, 100])
+    for grouped in (None, cases):
+        by_class, units = per_class_scores(counts, grouped), unit_class_scores(counts, grouped)
+        for name in ("Acc", "IoU", "Dice"):
+            assert np.nanmean(units[name], 0).tolist() == pytest.approx(by_class[f"{name}C"].tolist())
 
 
 def test_folds_are_averaged_last():

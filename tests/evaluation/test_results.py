@@ -11,6 +11,7 @@ from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.evaluation.results import (
     case_csv,
     format_results,
+    load_confusion,
     load_result,
     report_results,
     result_csv,
@@ -93,6 +94,31 @@ def test_other_csv_files_are_refused(tmp_path: Path):
             load_result(path)
 
 
+def with_confusion(seed: int = 0) -> EvalResult:
+    """One image; pixels of any label and any decision."""
+    matrix = np.random.default_rng(seed).integers(0, 50, (3, 3))
+    tp = matrix.diagonal()
+    counts = np.stack([tp, matrix.sum(0) - tp, matrix.sum(1) - tp])[None]
+    return EvalResult("argmax", ("a",), ("sky", "road", "car"), counts, confusion=matrix)
+
+
+def test_a_confusion_matrix_has_a_row_per_label_and_comes_back(tmp_path: Path):
+    saved, path = with_confusion(), tmp_path / "argmax.confusion.csv"
+    save_results([saved], tmp_path, [{}])
+    lines = path.read_text().splitlines()
+    assert lines[0] == "label,sky,road,car"
+    assert lines[2] == ",".join(["road", *map(str, saved.confusion[1])])
+    assert (load_confusion(path, load_result(tmp_path / "argmax.csv")) == saved.confusion).all()
+    before = path.read_bytes()
+    save_results([with_confusion(seed=1)], tmp_path, [{}])
+    assert (tmp_path / "older" / "argmax.confusion.1.csv").read_bytes() == before
+    with pytest.raises(InputError, match=r"the sums of other counts.*expected the confusion matrix of the counts in"):
+        load_confusion(path, saved)
+    path.write_text("label,sky\nsky,1\n")
+    with pytest.raises(InputError, match=r"argmax\.confusion\.csv: got a file that cannot be read"):
+        load_confusion(path, saved)
+
+
 def with_cases(rule: str = "argmax", seed: int = 0) -> EvalResult:
     return EvalResult(rule, result().names, result().classes, result(seed=seed).counts, ("k2", "k1", "k2", "k1"))
 
@@ -155,7 +181,8 @@ def test_comparison_and_calibration_say_what_they_are_of(tmp_path: Path):
     assert calibration["images"] == 4
     assert calibration["config"] == comparison["config"]
     assert sum(calibration["top_label"]["pixels"]) == sum(calibration["per_class"]["sky"]["pixels"]) == 120
-    assert f"calibration: ECED {scores['ECED']:.2f}, ECEI" in text
+    assert f"every class): ECED {scores['ECED']:.2f} %, ECEI" in text
+    assert f"SCED_paper {scores['SCED_paper']:.2f} per mille" in text
     assert "rma against argmax: mDiceI" in text
 
 
@@ -200,28 +227,27 @@ def test_tables_and_comparison():
     base, other = result(), result("rankseg_rma", seed=1)
     lines = format_results([base, other], "mIoUI", compare_rules([base, other], "mIoUI")).splitlines()
     assert [line.split()[0] for line in lines] == [
-        "Acc",
-        "argmax",
-        "rankseg_rma",
-        "mIoUI5",
-        "argmax",
-        "rankseg_rma",
+        "scores",
+        *("Acc", "argmax", "rankseg_rma"),
+        *("mIoUI5", "argmax", "rankseg_rma"),
+        *("D", "I", "C", "5,", "Q"),
         "differences",
         "rankseg_rma",
         "rankseg_rma",
     ]
+    assert "3D    volumes" in format_results([with_cases()], "mIoUI")
     scores = compute_scores(base.counts)
-    for header, row in ((lines[0], lines[1]), (lines[3], lines[4])):
+    for header, row in ((lines[1], lines[2]), (lines[4], lines[5])):
         assert row.split()[1:] == [f"{scores[name]:.2f}" for name in header.split()]
     gains = [
         compute_scores(other.counts[i : i + 1])["mIoUI"] - compute_scores(base.counts[i : i + 1])["mIoUI"]
         for i in range(3)
     ]
-    assert lines[7].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} [")
-    assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[7]
+    assert lines[13].startswith(f"rankseg_rma against argmax: mIoUI {np.mean(gains):+.2f} [")
+    assert f"better on {sum(g > 0 for g in gains)} of 3 images, worse on {sum(g < 0 for g in gains)}, p = " in lines[13]
     shares = " / ".join(f"{100 * sum(g < -points for g in gains) / 3:.1f}" for points in (1, 5))
-    assert f"; images that lose > 1 / > 5 points: mIoUI {shares} %, mDiceI " in lines[7]
-    assert lines[8].startswith("rankseg_rma against argmax: mIoUD ")
-    assert "after Holm" not in lines[6]
+    assert f"; images that lose > 1 / > 5 points: mIoUI {shares} %, mDiceI " in lines[13]
+    assert lines[14].startswith("rankseg_rma against argmax: mIoUD ")
+    assert "after Holm" not in lines[12]
     three = [base, other, result("again")]
     assert "after Holm" in format_results(three, "mIoUI", compare_rules(three, "mIoUI"))

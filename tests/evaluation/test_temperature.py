@@ -49,6 +49,10 @@ def test_calibration_improves_on_other_pixels():
     content = describe_fit(fit(pixels(2.5)), pixels(2.5), pixels(2.5, number=5000))
     assert content["held_out"]["before"]["ECED"] > 10
     assert content["held_out"]["after"]["ECED"] < 2
+    for when in ("before", "after"):  # the diagram is of the same pixels as the error beside it
+        bins = content["held_out"][when]["top_label"]
+        gaps = [n * abs(c - a) for n, c, a in zip(*bins.values()) if n]
+        assert 100 * sum(gaps) / sum(bins["pixels"]) == pytest.approx(content["held_out"][when]["ECED"])
     assert content["held_out"]["after"]["NLL"] < content["held_out"]["before"]["NLL"]
 
 

@@ -37,6 +37,7 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     status, printed, err = program(*flags, "--output_dir", out, "--predict_yaml", "argmax")
     assert status == 0, err
     assert "mIoUI" in printed
+    assert printed.splitlines()[-1] == f"page: python {ROOT / 'scripts' / 'report.py'} {run}"
     assert "iteration 3 of 3: loss" in err  # no terminal, no bar
     assert "\r" not in err
     assert sorted(p.name for p in run.iterdir()) == [
@@ -127,9 +128,13 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
         "--test-only",
         "--model_checkpoint",
         run / "checkpoints" / "iter_0000003.pt",
+        "--save_page",
     )
     assert status == 0, err
     assert "rankseg_rma against argmax: mIoUI" in printed
+    page = tmp_path / "other" / TINY_RUN / "report" / "index.html"
+    assert printed.splitlines()[-1] == f"page: {page}"
+    assert "Confusion matrix of rankseg_rma" in page.read_text()
     together = {name: (tmp_path / "other" / TINY_RUN / "results" / name).read_bytes() for name in names}
     assert together == apart
 

@@ -36,8 +36,8 @@ def test_the_mean_over_folds(script, tmp_path: Path):
     lines = [line.split() for line in printed.splitlines()]
     assert lines[0] == ["mean", "over", "3", "folds"]
     assert ["mDiceI5", "mDiceI10", "mDiceIQ", "mDiceC5", "mDiceC10", "mDiceCQ", "mDice3D"] in lines
-    assert lines[3][0] == "rma"
-    assert float(lines[3][1]) == pytest.approx(np.mean([s["Acc"] for s in scores]), abs=0.006)
+    assert lines[4][0] == "rma"
+    assert float(lines[4][1]) == pytest.approx(np.mean([s["Acc"] for s in scores]), abs=0.006)
 
 
 def test_folds_that_cannot_be_averaged(script, tmp_path: Path):

@@ -73,6 +73,7 @@ class _Table:
     def __init__(self, rules: Sequence[str], classes: Sequence[str]) -> None:
         self.classes, self.seconds = classes, dict.fromkeys(rules, 0.0)
         self.rows: list[tuple[str, str | None, np.ndarray, np.ndarray]] = []
+        self.confusion = torch.zeros(len(rules), len(classes), len(classes), dtype=torch.int64)
 
     def add(self, unit: Unit, rules: Mapping[str, Rule]) -> None:
         prob = to_tensor(unit, len(self.classes))
@@ -81,7 +82,7 @@ class _Table:
             start = time.perf_counter()
             preds.append(rule(prob)[0])
             self.seconds[name] += time.perf_counter() - start
-        counts = count_rules(preds, label, len(self.classes)).numpy()
+        counts = count_rules(preds, label, len(self.classes), confusion=self.confusion).numpy()
         self.rows.append((unit.name, unit.case, counts, count_calibration(prob, label).numpy()))
         if (unit.case is None) != (self.rows[0][1] is None):
             raise InputError(f"{unit.source}: got images and volumes together, expected the one or the other")
@@ -92,7 +93,8 @@ class _Table:
 
     def evaluation(self) -> MapEvaluation:
         names, cases, counts, calibration = zip(*self.rows)
-        results = build_results(list(self.seconds), names, self.classes, np.stack(counts), cases)
+        confusion = self.confusion.numpy()
+        results = build_results(list(self.seconds), names, self.classes, np.stack(counts), cases, confusion=confusion)
         return MapEvaluation(results, np.stack(calibration))
 
 

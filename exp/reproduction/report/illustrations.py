@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from exp.evaluation.metrics import image_scores
+from exp.evaluation.results import load_confusion
 from exp.files.images import open_image
-from exp.files.text import read_json
 from exp.reproduction.existing import differences
 from exp.reproduction.measured import Training, read_times
 from exp.reproduction.report import plots
-from exp.runtime.errors import InputError, passing_over
+from exp.runtime.errors import passing_over
 
 PANEL_WIDTH = 1000  # pixels
 SHOWN_RULES = ("argmax", "rankseg_rma")  # of the validations in training
@@ -23,19 +23,24 @@ KINDS = {"gain": "largest gain", "loss": "largest loss", "random": "at random"}
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its caption. kind: of the file. place: where the page has it: plots or gallery."""
+    """An image with its caption. kind: of the file. place: where the page has it: plots, matrices or gallery.
+
+    key: unlike any other's of the training, for links.
+    """
 
     data: bytes
     caption: str
     kind: str = "svg+xml"
     place: str = "plots"
+    key: str = ""
 
 
 def illustrate(training: Training) -> Iterator[Picture]:
     """A training -> its plots, and the pictures of --save_pred; without those of damaged files, which are told."""
     if len(training.results) > 1:
         yield from _comparisons(training)
-    for part in (_calibration, _times, _curves, _gallery):
+    yield from _calibration(training)
+    for part in (_times, _curves, _confusions, _gallery):
         with passing_over():
             yield from part(training)
 
@@ -51,14 +56,14 @@ def _comparisons(training: Training) -> Iterator[Picture]:
 
 
 def _calibration(training: Training) -> Iterator[Picture]:
-    path, expected = training.folder / "calibration.json", "the calibration of an evaluation"
-    if path.is_file() and not differences(content := read_json(path, expected), training.content):
-        top = content.get("top_label")
-        try:
-            svg = plots.reliability(top["confidence"], top["accuracy"], top["pixels"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r}), expected {expected}") from None
+    if training.calibration is not None:
+        svg = plots.reliability({"network": training.calibration["top_label"]})
         yield Picture(svg, "Reliability diagram of the network")
+    fit = training.fit
+    if fit is not None and all("top_label" in fit["held_out"][when] for when in ("before", "after")):
+        names = {"before": "temperature 1", "after": f"temperature {fit['temperature']:.2f}"}
+        svg = plots.reliability({name: fit["held_out"][when]["top_label"] for when, name in names.items()})
+        yield Picture(svg, "Reliability before and after the temperature, on pixels that it was not fitted on")
 
 
 def _times(training: Training) -> Iterator[Picture]:
@@ -97,18 +102,23 @@ def read_log(path: Path) -> tuple[dict[int, float], dict[str, dict[int, float]]]
     return losses, scores
 
 
+def _confusions(training: Training) -> Iterator[Picture]:
+    """A matrix per rule; evaluations of before left none."""
+    for result in training.results:
+        path = training.folder / f"{result.rule}.confusion.csv"
+        if path.is_file():
+            svg = plots.confusion(load_confusion(path, result), result.classes)
+            caption = f"Confusion matrix of {result.rule}; results/{path.name} has the pixels"
+            yield Picture(svg, caption, place="matrices")
+
+
 def _gallery(training: Training) -> Iterator[Picture]:
-    """The panels of --save_pred, smaller; none of another evaluation."""
-    folder = training.folder.parent / "pictures"
-    record = folder.with_name("pictures.json")
-    origin = read_json(record, "what the pictures are made from") if record.is_file() else {}
-    if any(differences(rule, training.content) for rule in origin.get("rules", [])):
-        return
-    for kind, title in KINDS.items():
-        for path in sorted((folder / kind).glob("*.png")):
-            with open_image(path) as image:
-                picture = image.convert("RGB")
-            picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
-            buffer = io.BytesIO()
-            picture.save(buffer, format="JPEG", quality=80)
-            yield Picture(buffer.getvalue(), f"{path.stem}, {title}", "jpeg", "gallery")
+    """The panels of --save_pred, smaller."""
+    for key, path in training.panels.items():
+        with open_image(path) as image:
+            picture = image.convert("RGB")
+        picture.thumbnail((PANEL_WIDTH, 4 * PANEL_WIDTH))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="JPEG", quality=80)
+        caption = f"{path.stem}, {KINDS[path.parent.name]}"
+        yield Picture(buffer.getvalue(), caption, "jpeg", "gallery", key)

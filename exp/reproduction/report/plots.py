@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito, 2008.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 MANY = 2000  # dots; as a picture within the SVG, which one path per dot would bloat
+NAMED = 30  # classes, up to which a confusion matrix has names and numbers
 SERIES = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
          "svg.fonttype": "path"}  # fmt: skip
@@ -52,17 +53,44 @@ def histogram_gains(gains: np.ndarray, rule: str, metric: str) -> bytes:
         return _svg(figure)
 
 
-def reliability(confidence: Sequence[float | None], accuracy: Sequence[float | None], pixels: Sequence[int]) -> bytes:
-    """Mean confidence, accuracy and pixels of the bins (None without pixels) -> the reliability diagram."""
+def reliability(series: Mapping[str, Mapping[str, Sequence]]) -> bytes:
+    """By name the pixels, mean confidence and accuracy of the bins (None without pixels) -> the reliability diagram."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _draw()
-        rows = [(c, a, n) for c, a, n in zip(confidence, accuracy, pixels) if c is not None and a is not None]
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
-        sizes = [10 + 190 * n / max(n for *_, n in rows) for *_, n in rows] if rows else []
-        axes.scatter([c for c, *_ in rows], [a for _, a, _ in rows], s=sizes, color=BLUE, alpha=0.8)
-        axes.plot([c for c, *_ in rows], [a for _, a, _ in rows], color=BLUE, linewidth=1)
+        for (name, bins), (colour, marker, dash) in zip(series.items(), SERIES):
+            columns = zip(bins["confidence"], bins["accuracy"], bins["pixels"])
+            rows = [(c, a, n) for c, a, n in columns if c is not None and a is not None]
+            sizes = [10 + 190 * n / max(n for *_, n in rows) for *_, n in rows]
+            confidence, accuracy = [c for c, *_ in rows], [a for _, a, _ in rows]
+            axes.scatter(confidence, accuracy, s=sizes, color=colour, marker=marker, alpha=0.8)
+            axes.plot(confidence, accuracy, color=colour, linestyle=dash, linewidth=1, label=name)
         axes.set_xlabel("confidence of the top label (area: pixels)")
         axes.set_ylabel("accuracy")
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
+    """(C, C) pixels by label (rows) and class decided -> percent of each label's pixels, with names for few classes."""
+    pixels = matrix.sum(1, keepdims=True)
+    percent = 100 * matrix / np.maximum(pixels, 1)
+    side = min(1.6 + 0.42 * len(classes), 9.0)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _draw(side + 0.6, side)
+        image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        if len(classes) <= NAMED:
+            axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+            axes.set_yticks(range(len(classes)), classes, parse_math=False)
+            for (row, column), value in np.ndenumerate(percent):
+                if value >= 0.5:
+                    colour = "white" if value > 55 else "black"
+                    axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+        axes.set_xlabel("class decided")
+        axes.set_ylabel("class of the label")
+        axes.spines[:].set_visible(True)
+        figure.colorbar(image, ax=axes, label="% of the label's pixels", shrink=0.7)
         return _svg(figure)
 
 

@@ -14,10 +14,15 @@ NUMBER = re.compile(rf"[-+]?\d+(\.\d+)?(e[-+]\d+)?|\[.*\]|{NOTHING}")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table. marks: the numbers of its footnotes, from 1."""
+    """A cell of a table. marks: the numbers of its footnotes, from 1.
+
+    On the page alone: link, the key of what it leads to there; tone, how it stands out: gain, loss, heavy.
+    """
 
     text: str
     marks: tuple[int, ...] = ()
+    link: str = ""
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Section:
     """A table under a title. In its texts, what stands between backticks is code.
 
     key: unlike any other section's, for links. group: the heading that it stands under with others. lead: above the
-    table. source: what the page draws plots and shows pictures of.
+    table. On the page alone: details, further tables; source, what plots are drawn and pictures shown of.
     """
 
     key: str
@@ -36,6 +41,7 @@ class Section:
     lead: str = ""
     footnotes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: tuple["Section", ...] = ()
     source: Training | None = None
 
     @property

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from exp.evaluation.comparison import Comparison
 from exp.evaluation.metrics import compute_scores
 from exp.reproduction.measured import Training, compare_seeds, group_seeds, mean_score
+from exp.reproduction.report.details import training_details
 from exp.reproduction.report.sections import Section, format_gain, text_rows
 
 SCORES = ("Acc", "mIoUI", "mIoUC", "mIoUD", "mDiceI", "mDiceD", "mDice3D")
@@ -67,7 +68,21 @@ def training_section(key: str, group: str, title: str, training: Training) -> Se
     notes = [f"From `{training.place}`."]
     if training.apart:
         notes.append(f"Evaluated otherwise than argmax, and not compared with it: {'; '.join(training.apart)}.")
-    return Section(key, group, title, header, text_rows(rows), notes=tuple(notes), source=training)
+    details = training_details(key, training)
+    return Section(key, group, title, header, text_rows(rows), notes=tuple(notes), details=details, source=training)
+
+
+def run_section(training: Training) -> Section:
+    """A run on a page of its own."""
+    return training_section("run", "Rules side by side", "Scores in percent, and gains over argmax in points", training)
+
+
+def describe_run(training: Training) -> str:
+    """What stands above that page."""
+    result, others = training.results[0], training.rules[1:]
+    cases = "" if result.cases is None else f" in {len(set(result.cases))} volumes"
+    compared = f" and {', '.join(others)}, compared by {training.metric}" if others else ""
+    return f"{len(result.names)} images{cases} of {len(result.classes)} classes under argmax{compared}."
 
 
 def _units_header(unit: str) -> tuple[str, str]:
@@ -90,7 +105,7 @@ def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
     rows, is_seeded = [], any(len(group) > 1 for group in groups)
     for group in groups:
         seeds = f"{len(group)} seeds" if len(group) > 1 else "one seed"
-        title = group[0].name if group[0].is_true else f"{group[0].long_name}, {seeds}"
+        title = f"{group[0].long_name}, {seeds}" if group[0].has_network else group[0].name
         for rule in group[0].rules:
             gain = None if rule == "argmax" else compare_seeds(group, rule)
             scores = (f"{mean_score(group, rule, name):.2f}" for name in names)

@@ -20,9 +20,9 @@ END = "<!-- end of results -->"
 README_WIDTH = 120  # of lines of text
 
 
-def markdown(sections: Sequence[Section], lead: str) -> str:
-    """Everything as one page."""
-    parts = ["# Published and measured\n", f"{lead}\n"]
+def markdown(sections: Sequence[Section], lead: str, title: str = "Published and measured") -> str:
+    """Everything as one page, without what stands on that of page.py alone."""
+    parts = [f"# {title}\n", f"{lead}\n"]
     for group, members in groupby(sections, key=lambda section: section.group):
         parts.append(f"## {group}\n")
         for section in members:
