@@ -876,9 +876,10 @@ def rankseg_levelset(
     This rule supposes that the pixels of a class rise and fall together: they are {p > u}, u uniform on [0, 1]. Every
     pixel then has its own probability still, and the class is absent where u exceeds its largest one. The expected Dice
     or IoU of a class is an integral over u; a pixel gets the class whose expected score grows most by it, over the
-    expected number of classes. How probable a class is in the image follows from its largest probability and from how
-    many of the C classes the image seems to hold. Its probabilities are scaled to that, and the classes of a pixel are
-    then made to sum to 1 again. docs/rule.md derives it.
+    expected number of classes. The growth is averaged with that under one common factor of all pixels of a class
+    (RankSEG-DEP without a limit to its reach). How probable a class is in the image follows from its largest
+    probability and from how many of the C classes the image seems to hold. Its probabilities are scaled to that, and
+    the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
     opt_metric: "iou" or "dice", the expectation to maximise; "iou" does as well for both metrics (docs/rule.md).
@@ -1050,8 +1051,14 @@ def _best_level(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> tuple[Tens
 
 
 def _level_gains(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> Tensor:
-    """(K, LEVELS) -> growth of each class's expected score by one more pixel of that level."""
-    n = sizes.gather(1, _best_level(sizes, N, du, metric)[0][:, None])
+    """(K, LEVELS) -> growth of each class's expected score by one more pixel of that level: the mean of two laws'."""
+    best = _best_level(sizes, N, du, metric)[0][:, None]
+    return (_gains_of_levels(sizes, N, du, best, metric) + _gains_of_a_factor(sizes, du, best, metric)) / 2
+
+
+def _gains_of_levels(sizes: Tensor, N: Tensor, du: Tensor, best: Tensor, metric: str) -> Tensor:
+    """As `_level_gains`, where the class is {p > u}, u uniform; some of its pixels are averaged over u."""
+    n = sizes.gather(1, best)
     both, present, apart = torch.minimum(n, N), du.sum(1, keepdim=True), 1 - LEVEL_TOGETHER
     others = N - both if metric == "iou" else N  # beyond n, in the score's denominator
     whole = n + LEVEL_TOGETHER * others + apart * (others * du).sum(1, keepdim=True) / present
@@ -1062,6 +1069,22 @@ def _level_gains(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> Tensor:
     # the union does not grow where the pixel is in the class: its own u is below its p, of the others apart a share p
     p = du.cumsum(1) - du / 2
     return won - cost * (1 - apart * p / present) + LEVEL_TOGETHER * saved
+
+
+def _gains_of_a_factor(sizes: Tensor, du: Tensor, best: Tensor, metric: str) -> Tensor:
+    """As `_level_gains`, where two pixels have the covariance sqrt(v_i v_j), v = p (1 - p); sizes are their means."""
+    pixels = sizes - torch.nn.functional.pad(sizes[:, 1:], (0, 1))
+    p = du.cumsum(1) - du / 2
+    root = (p * (1 - p)).sqrt()
+    chosen = pixels * (torch.arange(LEVELS, device=du.device) >= best)
+    others = pixels - chosen if metric == "iou" else pixels  # beyond n, in the score's denominator
+    size = sizes.gather(1, best) + (others * p).sum(1, keepdim=True) + root / p * (others * root).sum(1, keepdim=True)
+    lost = chosen * p / size**2
+    cost = lost.sum(1, keepdim=True)
+    if metric == "dice":
+        return 2 * (p / size - cost)
+    # the union does not grow where the pixel is in the class: its own share p, and what it has in common with the set's
+    return p / size - (1 - p) * cost + root * (lost * root / p).sum(1, keepdim=True)
 
 
 # ------------------------------------------------------------------- fused kernels (Triton, on a CUDA device)

@@ -88,15 +88,24 @@ def reference(prob: Tensor, metric: str, pruning_prob: float = 0.1) -> tuple[Ten
         n = size[(score * du).sum(1).argmax()]
         at, both = torch.searchsorted(u, row), size.clamp_max(n)
         mean, share = (size * du).sum() / u[-1], 1 - module.LEVEL_TOGETHER
+        root = (row * (1 - row)).sqrt()
+        ratio = torch.where(row > 0, root / row, 0.0)
+        chosen = row >= row.sort(descending=True).values[n.long() - 1]
         if metric == "iou":
             inside = (both * du).sum() / u[-1]
             whole = n + (1 - share) * (size - both) + share * (mean - inside)
             won, lost = (du / whole).cumsum(0), du * both / whole**2
             grown = lost.sum() - (1 - share) * lost.cumsum(0) - share * u / u[-1] * lost.sum()
-            gains.append((won - grown)[at])
+            levels = (won - grown)[at]
+            size = n + row[~chosen].sum() + ratio * root[~chosen].sum()
+            lost = (row / size**2)[chosen]
+            factor = row / size - (1 - row) * lost.sum() + root * (lost * ratio[chosen]).sum()
         else:
             whole = n + (1 - share) * size + share * mean
-            gains.append(((2 * du / whole).cumsum(0) - (2 * du * both / whole**2).sum())[at])
+            levels = ((2 * du / whole).cumsum(0) - (2 * du * both / whole**2).sum())[at]
+            size = n + row.sum() + ratio * root.sum()
+            factor = 2 * (row / size - (row / size**2)[chosen].sum())
+        gains.append((levels + factor) / 2)
     present = q.amax(1)
     gain = torch.stack(gains) / (1 + present.sum() - present)[:, None]
     return names[gain.argmax(0)], gain
@@ -113,19 +122,35 @@ def score_with_some_apart(p: Tensor, chosen: Tensor, metric: str) -> float:
     return ((1 if metric == "iou" else 2) * both / whole * du).sum().item()
 
 
+def score_of_a_factor(p: Tensor, chosen: Tensor, metric: str) -> float:
+    """The expected score of a set where two pixels have the covariance sqrt(v_i v_j), of mean sizes.
+
+    Given that pixel j is in the class, pixel i is with probability p_i + sqrt(v_i v_j) / p_j.
+    """
+    root = (p * (1 - p)).sqrt()
+    others = ~chosen if metric == "iou" else torch.ones_like(chosen)
+    size = chosen.sum() + p[others].sum() + root / p * root[others].sum()
+    return ((1 if metric == "iou" else 2) * p / size)[chosen].sum().item()
+
+
 @pytest.mark.parametrize("metric", ["dice", "iou"])
-def test_gains_are_the_growth_of_the_score_by_one_pixel(metric):
+@pytest.mark.parametrize("law", ["levels", "factor"])
+def test_gains_are_the_growth_of_the_score_by_one_pixel(metric, law):
     p = torch.rand(1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64).square()
     level = (p.float() + module.LEVEL_FLOOR).view(torch.int32).bitwise_right_shift(module.LEVEL_SHIFT).long()
     level -= module.LEVEL_FIRST
-    levels = module._levels(level.bincount(minlength=module.LEVELS)[None])
-    gain, best = module._level_gains(*levels, metric)[0], module._best_level(*levels, metric)[0]
-    chosen = level >= best
-    base = score_with_some_apart(p, chosen, metric)
+    sizes, N, du = module._levels(level.bincount(minlength=module.LEVELS)[None])
+    best = module._best_level(sizes, N, du, metric)[0][:, None]
+    if law == "levels":
+        gain, score = module._gains_of_levels(sizes, N, du, best, metric)[0], score_with_some_apart
+    else:
+        gain, score = module._gains_of_a_factor(sizes, du, best, metric)[0], score_of_a_factor
+    chosen = level >= best[0]
+    base = score(p, chosen, metric)
     for pixel in (~chosen).nonzero()[::150, 0].tolist() + [(~chosen).double().mul(p).argmax().item()]:
         grown = chosen.clone()
         grown[pixel] = True
-        growth = score_with_some_apart(p, grown, metric) - base
+        growth = score(p, grown, metric) - base
         assert growth == pytest.approx(gain[level[pixel]].item(), rel=0.03, abs=0.01 * gain.max().item())
 
 
