@@ -58,7 +58,7 @@ def _rows(path: Path) -> "Iterator[pyarrow.RecordBatch]":
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise InputError(f"{path}: got no package pyarrow, expected it: pip install pyarrow") from None
-    with decoding(path, f"a {SUFFIX} file"), pyarrow.parquet.ParquetFile(path) as file:
+    with decoding(path, f"a {SUFFIX} file"), pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
         names = file.schema_arrow.names
         if missing := [name for name in (PROBS, LABEL) if name not in names]:
             raise InputError(f"{path}: got the columns {', '.join(names)[:200] or 'none'}, expected also {missing[0]}")
