@@ -1035,7 +1035,7 @@ def _level_gains(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- as a network's last layer
 
-TRACED_PASSES = 16  # of the iteration in a graph, where nobody looks at convergence; maps of 10^7 pixels took 6 at most
+TRACED_PASSES = 10  # of the iteration in a graph, where nobody looks at convergence; maps of 10^7 pixels took 6 at most
 
 
 class RankSEG(torch.nn.Module):
@@ -1045,8 +1045,8 @@ class RankSEG(torch.nn.Module):
     traceable: decide by a form of the rule that never looks at the values of its map: the same operations for every map
         of a shape, so that `torch.export` and `torch.onnx` can put it into a graph. It takes a tensor that is a
         probability map and checks nothing of it but its shape and dtype, and has neither `valid` nor `return_tau`.
-        Sums are kept in float64 there, and of `rankseg_rma` the iteration has TRACED_PASSES passes; labels are those
-        of the function but for pixels that rounding decides. It takes more memory: some float64 maps.
+        The iteration of `rankseg_rma` has TRACED_PASSES passes then; labels are those of the function but for pixels
+        that rounding decides. It takes more time and memory, some maps of the size of the input.
 
     No parameters, no buffers; it can be pickled. Raises ValueError or TypeError at once for an option that the function
     does not take, and what the function raises.
@@ -1095,12 +1095,14 @@ class RankSEG(torch.nn.Module):
 
 def _trace_rma(prob: Tensor, rule: _Rule, masks: bool, binary: bool) -> Tensor:
     """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks: as `_solve_batched`, with a fixed number of passes."""
-    x = prob.flatten(2).to(_wide(prob.device))  # compared there, p > t needs no rounding of t
-    mu, high = x.sum(-1), x.amax(-1)
+    x = prob.flatten(2).to(_working(prob.dtype))
+    mu, high = _block_sum(x), x.amax(-1).to(_wide(x.device))
 
     def measure(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = (x > t.unsqueeze(-1)).to(x.dtype)
-        return own, own.sum(-1), (own * x).sum(-1)
+        cut = t.to(x.dtype)
+        below = cut * (1 - torch.finfo(x.dtype).eps / 2)  # the number before it, for which graphs have no nextafter
+        own = (x > torch.where(cut > t, below, cut).unsqueeze(-1)).to(x.dtype)
+        return own, _block_sum(own), _block_sum(own * x)
 
     t = _ratio(*measure(0.8 * high / (1 + high))[1:], mu, rule.offset)
     for _ in range(TRACED_PASSES):
@@ -1143,12 +1145,12 @@ def _trace_levelset(prob: Tensor, rule: _Rule, masks: bool, binary: bool) -> Ten
 
 def _trace_level(q: Tensor) -> Tensor:
     """float32 in [LEVEL_FLOOR, 1] -> the int64 level of each: the leading bits of the number, by exact arithmetic."""
-    octave, base = torch.zeros_like(q, dtype=torch.int64), torch.full_like(q, LEVEL_FLOOR)
-    for exponent in range(1 - LEVEL_OCTAVES, 1):
-        octave = octave + (q >= 2.0**exponent).to(torch.int64)
-        base = torch.where(q >= 2.0**exponent, 2.0**exponent, base)
+    octave, base = torch.zeros_like(q), torch.full_like(q, LEVEL_FLOOR)
+    for step in (8, 4, 2, 1):
+        higher = base * 2.0**step
+        octave, base = octave + step * (q >= higher).to(q.dtype), torch.where(q >= higher, higher, base)
     steps = 1 << LEVEL_BITS  # to an octave
-    return octave * steps + ((q / base - 1) * steps).to(torch.int64)
+    return (octave * steps + ((q / base - 1) * steps).floor()).to(torch.int64)
 
 
 def _trace_counts(level: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
