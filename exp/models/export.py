@@ -71,6 +71,8 @@ def export_graph(
                 warnings.simplefilter("ignore")  # the libraries' warnings, of what they will change
                 program = torch.export.export(graph, (images,), dynamic_shapes=shapes)
                 _save(program, temporary, kind, graph.output)
+        except OSError:  # of the disk
+            raise
         except Exception as error:  # of any kind: what a network does that cannot be traced is not foreseen
             reason = " ".join(str(error).split())[:300]
             raise InputError(
