@@ -1025,10 +1025,10 @@ def _level_edges(like: Tensor) -> Tensor:
     return (bits.view(torch.float32).to(_wide(like.device)) - LEVEL_FLOOR).clamp_(0, 1)
 
 
-def _levels(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _levels(pixels: Tensor, edges: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(K, LEVELS) pixels of each level -> those from it on, N (from its middle on), its width du (0 past the last)."""
     above = pixels.flip(1).cumsum(1).flip(1)
-    du = _level_edges(pixels).diff() * (above > 0)
+    du = (_level_edges(pixels) if edges is None else edges).diff() * (above > 0)
     return above.to(du.dtype), (above - pixels / 2).clamp_min(0.5).to(du.dtype), du
 
 
@@ -1085,6 +1085,140 @@ def _gains_of_a_factor(sizes: Tensor, du: Tensor, best: Tensor, metric: str) -> 
         return 2 * (p / size - cost)
     # the union does not grow where the pixel is in the class: its own share p, and what it has in common with the set's
     return p / size - (1 - p) * cost + root * (lost * root / p).sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------- as a network's last layer
+
+TRACED_PASSES = 10  # of the iteration in a graph, where nobody looks at convergence; maps of 10^7 pixels took 6 at most
+
+
+class RankSEG(torch.nn.Module):
+    """A rule as the last layer of a network: (B, C, *spatial) probabilities -> (B, *spatial) int64 labels.
+
+    rule: "rankseg_rma" or "rankseg_levelset", the function of this file that decides; **options: its keyword arguments.
+    traceable: decide by a form of the rule that never looks at the values of its map: the same operations for every map
+        of a shape, so that `torch.export` and `torch.onnx` can put it into a graph. It takes a tensor that is a
+        probability map and checks nothing of it but its shape and dtype, and has neither `valid` nor `return_tau`.
+        The iteration of `rankseg_rma` has TRACED_PASSES passes then; labels are those of the function but for pixels
+        that rounding decides. It takes more time and memory, some maps of the size of the input.
+
+    No parameters, no buffers; it can be pickled. Raises ValueError or TypeError at once for an option that the function
+    does not take, and what the function raises.
+    """
+
+    def __init__(self, rule: str = "rankseg_rma", *, traceable: bool = False, **options: Any) -> None:
+        super().__init__()
+        functions: dict[str, Callable[..., Any]] = {"rankseg_rma": rankseg_rma, "rankseg_levelset": rankseg_levelset}
+        if rule not in functions:
+            raise ValueError(f"rule must be one of {tuple(functions)}, got {rule!r}")
+        taken = {name: p.default for name, p in inspect.signature(functions[rule]).parameters.items()}
+        del taken["prob"], taken["valid"]
+        if unknown := sorted(options.keys() - taken.keys()):
+            raise TypeError(f"{rule} takes the options {tuple(taken)}, got {unknown[0]!r}")
+        self.rule, self.traceable, self.options = rule, traceable, options
+        self._all = {**taken, **options}
+        given = {"to_nonoverlap_method": "rma_score", "unassigned": "max_score", "contested": "holders", **self._all}
+        self._checked = _check_options(**{name: given[name] for name in inspect.signature(_check_options).parameters})
+        if traceable and self._all.get("return_tau"):
+            raise ValueError("return_tau must be False with traceable=True, got True")
+
+    def extra_repr(self) -> str:
+        shown = {**self.options, **({"traceable": True} if self.traceable else {})}
+        return ", ".join([self.rule, *(f"{name}={value!r}" for name, value in shown.items())])
+
+    def forward(self, prob: Tensor, valid: Tensor | None = None) -> Any:
+        if not self.traceable:
+            decide: Any = rankseg_rma if self.rule == "rankseg_rma" else rankseg_levelset
+            return decide(prob, valid=valid, **self.options)
+        if valid is not None or not isinstance(prob, Tensor):
+            raise ValueError("expected a tensor and no pixels in `valid` with traceable=True")
+        return self._trace(prob)
+
+    @torch.no_grad()
+    def _trace(self, prob: Tensor) -> Tensor:
+        in_batch, masks = self._all["in_batch"], self._all["allow_overlap"]
+        _, prob, _ = _check_inputs(prob, None, in_batch, masks)
+        binary = prob.shape[1] == 2 and not masks and self._all.get("binary_threshold", True)
+        if self.rule == "rankseg_rma":
+            out = _trace_rma(prob, self._checked, masks, binary)
+        else:
+            out = _trace_levelset(prob, self._checked, masks, binary)
+        out = out.reshape(*out.shape[:-1], *prob.shape[2:])
+        return out if in_batch else out[0]
+
+
+def _trace_rma(prob: Tensor, rule: _Rule, masks: bool, binary: bool) -> Tensor:
+    """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks: as `_solve_batched`, with a fixed number of passes."""
+    x = prob.flatten(2).to(_working(prob.dtype))
+    mu, high = _block_sum(x), x.amax(-1).to(_wide(x.device))
+
+    def measure(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cut = t.to(x.dtype)
+        below = cut * (1 - torch.finfo(x.dtype).eps / 2)  # the number before it, for which graphs have no nextafter
+        own = (x > torch.where(cut > t, below, cut).unsqueeze(-1)).to(x.dtype)
+        return own, _block_sum(own), _block_sum(own * x)
+
+    t = _ratio(*measure(0.8 * high / (1 + high))[1:], mu, rule.offset)
+    for _ in range(TRACED_PASSES):
+        t = torch.maximum(t, _ratio(*measure(t)[1:], mu, rule.offset))
+    kept = high > _limit(rule, prob)
+    own, n, s = measure(t.masked_fill(~kept, torch.inf))
+    if masks or binary:
+        return own.to(torch.bool) if masks else own[:, 1].to(torch.int64)
+    names = torch.arange(x.shape[1], device=x.device)
+    ((_, label),) = _assign([slice(None)], lambda _: (x, own), (n, s, mu), kept, names, rule)
+    return label
+
+
+def _trace_levelset(prob: Tensor, rule: _Rule, masks: bool, binary: bool) -> Tensor:
+    """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks: as `_level_masks` and `_level_labels`.
+
+    Pruned classes stay in the tables with no weight: how many there are is a value of the map.
+    """
+    rows = prob.flatten(2)
+    high = rows.amax(-1).to(_working(rows.dtype))
+    if masks or binary:
+        rows, high = (rows, high) if masks else (rows[:, 1:], high[:, 1:])
+        level = _trace_level((rows.float() + LEVEL_FLOOR).clamp(max=1))
+        best, score = (value.view(high.shape) for value in _best_level(*_trace_counts(level, 1), rule.metric))
+        cut = _trace_edges(rows)[best].to(high.dtype)
+        empty = (score < 1 - high) | (high <= rule.pruning_prob)
+        own = rows >= cut.masked_fill(empty, torch.inf).unsqueeze(-1)
+        return own if masks else own[:, 0].to(torch.int64)
+    largest = high.amax(1, keepdim=True)
+    kept = high > torch.where(largest > rule.pruning_prob, rule.pruning_prob, largest / 2)
+    q = rows.float() * (high.float() * kept).unsqueeze(-1)
+    level = _trace_level(LEVEL_FLOOR + q * q.sum(1, keepdim=True).clamp_min(1e-30).reciprocal())
+    stride = max(1, rows.shape[2] // LEVEL_SAMPLES - 1) | 1  # as in _grid
+    sizes, N, du = _trace_counts(level, stride)
+    presence = du.sum(1).view(kept.shape) * kept
+    rest = 1 + presence.sum(1, keepdim=True) - presence
+    gain = _level_gains(sizes, N, du, rule.metric).view(*kept.shape, -1) / rest.unsqueeze(-1)
+    return gain.gather(-1, level).masked_fill(~kept.unsqueeze(-1), -torch.inf).argmax(1)
+
+
+def _trace_level(q: Tensor) -> Tensor:
+    """float32 in [LEVEL_FLOOR, 1] -> the int64 level of each: the leading bits of the number, by exact arithmetic."""
+    octave, base = torch.zeros_like(q), torch.full_like(q, LEVEL_FLOOR)
+    for step in (8, 4, 2, 1):
+        higher = base * 2.0**step
+        octave, base = octave + step * (q >= higher).to(q.dtype), torch.where(q >= higher, higher, base)
+    steps = 1 << LEVEL_BITS  # to an octave
+    return (octave * steps + ((q / base - 1) * steps).floor()).to(torch.int64)
+
+
+def _trace_counts(level: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, C, d) levels -> what `_levels` says of every stride-th pixel, (B * C, LEVELS)."""
+    seen = level[:, :, ::stride]
+    pixels = torch.zeros(*level.shape[:2], LEVELS, dtype=torch.int64, device=level.device)
+    return _levels(pixels.scatter_add(2, seen, torch.ones_like(seen)).flatten(0, 1), _trace_edges(level))
+
+
+def _trace_edges(like: Tensor) -> Tensor:
+    """As `_level_edges`, a constant of the graph."""
+    levels = [divmod(level, 2**LEVEL_BITS) for level in range(LEVELS + 1)]
+    edges = [math.ldexp(1 + step / 2**LEVEL_BITS, octave - LEVEL_OCTAVES) for octave, step in levels]
+    return torch.tensor([min(edge - LEVEL_FLOOR, 1) for edge in edges], dtype=_wide(like.device), device=like.device)
 
 
 # ------------------------------------------------------------------- fused kernels (Triton, on a CUDA device)

@@ -6,6 +6,7 @@
         --temperature 1.2 --output_dir evaluated
     python scripts/evaluate_probabilities.py nnUNet_results/.../validation labelsTr --unit case --multilabel \\
         --regions 1,2,3 2,3 3 --classes whole core enhancing --output_dir evaluated
+    python scripts/evaluate_probabilities.py pascal_voc/ --predict_yaml argmax rankseg_rma --output_dir evaluated
     python scripts/evaluate_probabilities.py --true_of shapes_noisy_binary --set data.label_noise=0.2 \\
         --predict_yaml argmax rankseg_rma rankseg_exact --output_dir true
 
@@ -29,6 +30,10 @@ softmax follows. An .npz file may hold, beside its `logits`, arrays `scale`, `of
 --multilabel takes classes that overlap: each map of (C, ...) has a probability of its own (or logits, of which the
 sigmoid is taken), and each class is decided and scored as a foreground alone, as data sets of two classes are. Labels
 are .npy masks of (C, ...) zeros and ones or, with --regions, files of label values, of which each region has several.
+
+MAPS without LABELS is a .parquet file, or a folder of them, each row with a map in `probs` and its labels in `label`
+(the bytes of an .npy file, or nested lists), as the paper's authors host theirs. A column `case_id` makes rows slices
+of volumes. Row groups are read one after the other; that needs pyarrow (pip install pyarrow).
 
 --true_of DATA_YAML takes the probabilities from which a synthetic data set draws its labels, in place of MAPS. They are
 those given the scene: the image and its labels before the noise. A network sees the image alone, in which an object's
@@ -64,11 +69,17 @@ from exp.runtime.errors import InputError, run_and_report
 
 DECODING = ("scale", "offset", "input_size", "inside", "align_corners", "temperature")  # flags of --logits
 
+OF_FILES = ("names", "key", "logits", "regions")  # flags of MAPS with LABELS
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    if (args.prob_dir is None, args.label_dir is None) != (bool(args.true_of),) * 2:
+    if (args.prob_dir is None) != bool(args.true_of) or (args.label_dir and args.true_of):
         raise InputError("MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place")
+    if args.prob_dir and not args.label_dir and (given := [name for name in OF_FILES if getattr(args, name)]):
+        raise InputError(
+            f"--{given[0]}: expected together with LABELS, not with {args.prob_dir} alone (.parquet files)"
+        )
     if not 0 <= args.ignore_label <= 255:
         raise InputError(f"--ignore_label: got {args.ignore_label}, expected a value in 0..255")
     check_decoding(args)
@@ -106,7 +117,7 @@ def region(text: str) -> tuple[int, ...]:
 def build_parser() -> argparse.ArgumentParser:
     parser = build_script_parser(__doc__)
     add = parser.add_argument
-    add("prob_dir", type=Path, nargs="?", metavar="MAPS", help="folder of .npy and .npz probability maps")
+    add("prob_dir", type=Path, nargs="?", metavar="MAPS", help="folder of .npy and .npz probability maps, or .parquet")
     add("label_dir", type=Path, nargs="?", metavar="LABELS", help="folder of label files of the same names")
     add("--true_of", metavar="DATA_YAML", help="a data set whose probabilities are known, in place of MAPS LABELS")
     add_rules(parser, ["argmax", "rankseg_rma"])
@@ -220,7 +231,7 @@ def save_means(path: Path, rules: Iterable[str], by_class: dict, metric: str) ->
 
 def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict, dict]:
     """MAPS and LABELS -> what reads their units, the classes, and what results say of their origin and config."""
-    from exp.evaluation.probability_maps import Decoding, MapReader, pair_files, read_units
+    from exp.evaluation.probability_maps import Decoding, MapReader, list_parquet, pair_files, read_rows, read_units
     from exp.files.paths import leads_out, read_names
 
     decoding = None
@@ -239,16 +250,23 @@ def open_files(args: argparse.Namespace) -> tuple[Callable, Sequence[str], dict,
         overlapping=args.multilabel,
         regions=tuple(args.regions) if args.regions else None,
     )
-    files = pair_files(args.prob_dir, args.label_dir, read_names(args.names) if args.names else None)
-    num_classes = reader.count_classes(files[0][0])
+    if args.label_dir:
+        files = pair_files(args.prob_dir, args.label_dir, read_names(args.names) if args.names else None)
+        first, units = files[0][0], partial(read_units, files, reader)
+        num_classes = reader.count_classes(first)
+    else:
+        files = list_parquet(args.prob_dir)
+        first, units = files[0], partial(read_rows, files, reader)
+        num_classes = len(next(units()).prob)
     classes = args.classes or [str(c) for c in range(num_classes)]
     for flag, given, what in (("classes", classes, "names"), ("regions", args.regions or classes, "regions")):
         if len(given) != num_classes:
-            raise InputError(f"--{flag}: got {len(given)} {what}, expected {num_classes} as {files[0][0]} has")
+            raise InputError(f"--{flag}: got {len(given)} {what}, expected {num_classes} as {first} has")
     if args.multilabel and (bad := [name for name in classes if leads_out(name) or "/" in name]):
         raise InputError(f"--classes: got '{bad[0]}', expected names of folders with --multilabel")
-    maps = {"prob_dir": str(args.prob_dir), "label_dir": str(args.label_dir), "files": len(files), **asdict(reader)}
-    return partial(read_units, files, reader), classes, {"maps": maps, "metric": args.metric}, {}
+    label_dir = str(args.label_dir) if args.label_dir else None
+    maps = {"prob_dir": str(args.prob_dir), "label_dir": label_dir, "files": len(files), **asdict(reader)}
+    return units, classes, {"maps": maps, "metric": args.metric}, {}
 
 
 def open_true(args: argparse.Namespace, data: DataConfig) -> tuple[Callable, Sequence[str], dict, dict]:

@@ -22,6 +22,10 @@ def evaluate() -> None:
     _run("scripts/evaluate_probabilities.py")
 
 
+def export() -> None:
+    _run("scripts/export.py")
+
+
 def prepare() -> None:
     _run("scripts/prepare_data.py")
 

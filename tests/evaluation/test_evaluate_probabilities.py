@@ -1,6 +1,7 @@
 """scripts/evaluate_probabilities.py on generated maps, and beside the program's own evaluation."""
 
 import csv
+import io
 import json
 import pickle
 import subprocess
@@ -467,7 +468,7 @@ def test_a_pooled_rule_takes_its_first_pass(script, tmp_path: Path):
         (["--set", "data.label_noise=null"], "expected a value: the data"),
         (["--predict_yaml", "rankseg_exact"], "got 6 classes, expected 2"),
         (["--predict_yaml", "rankseg_rma_case"], "which is in no case, expected volumes"),
-        (["maps"], "MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place"),
+        (["maps", "labels"], "MAPS LABELS: expected both folders, or --true_of DATA_YAML in their place"),
     ],
 )
 def test_bad_data_with_known_probabilities_ends_in_one_line(script, tmp_path: Path, flags: list[str], part: str):
@@ -719,3 +720,145 @@ def test_a_single_class_and_its_mask_without_an_axis(script, tmp_path: Path):
     assert status == 0, err
     (row,) = read_rows(tmp_path / "out" / "results" / "lesion" / "argmax.csv")
     check_region(row, prob[0] > 0.5, label, "lesion")
+
+
+def npy(values: np.ndarray) -> bytes:
+    """The bytes of an .npy file."""
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def write_parquet(path: Path, columns: dict[str, list], types: dict | None = None) -> None:
+    """A table of two rows to a row group. types: of columns, where pyarrow is not to find them out."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the package pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the package pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: pyarrow.array(values, (types or {}).get(name)) for name, values in columns.items()}
+    parquet.write_table(pyarrow.table(arrays), path, row_group_size=2)
+
+
+@pytest.fixture
+def rows() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Five float16 maps of 4 classes and several sizes, and int64 labels with ignored pixels."""
+    rng = np.random.default_rng(0)
+    made = [make_map(rng, 4, 6 + i, 9, dtype=np.float16) for i in range(5)]
+    labels = [rng.integers(0, 4, prob.shape[1:]) for prob in made]
+    for label in labels:
+        label[0] = 255
+    return list(zip(made, labels))
+
+
+def test_rows_of_parquet_files_are_evaluated_as_their_maps_in_files(script, tmp_path: Path, rows: list):
+    """Bytes of .npy files, as the authors' benchmark stores arrays, in several files and row groups."""
+    columns = [
+        {"probs": [npy(p) for p, _ in part], "label": [npy(y) for _, y in part]} for part in (rows[:3], rows[3:])
+    ]
+    for i, part in enumerate(columns):
+        write_parquet(tmp_path / "hosted" / "pascal_voc" / f"test-{i}.parquet", part)
+    for i, (prob, label) in enumerate(rows):
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        np.save(tmp_path / "maps" / f"{i}.npy", prob)
+        np.save(tmp_path / "labels" / f"{i}.npy", label)
+    rules = ["--predict_yaml", "argmax", "rankseg_rma", "rankseg_rma_dataset"]
+    assert evaluate(script, tmp_path, *rules)[0] == 0
+    status, _, err = script(NAME, tmp_path / "hosted", "--output_dir", tmp_path / "from", *rules)
+    assert status == 0, err
+    for rule in rules[1:]:
+        expected = read_rows(tmp_path / "out" / "results" / f"{rule}.csv")
+        found = read_rows(tmp_path / "from" / "results" / f"{rule}.csv")
+        names = ["test-0/00000", "test-0/00001", "test-0/00002", "test-1/00000", "test-1/00001"]
+        assert [row.pop("image") for row in found] == names
+        assert [{**row, "image": name} for row, name in zip(found, "01234")] == expected
+    maps = json.loads((tmp_path / "from" / "results" / "argmax.json").read_text())["maps"]
+    assert (maps["files"], maps["label_dir"]) == (2, None)
+
+
+def test_rows_of_nested_lists_of_volumes(script, tmp_path: Path, rows: list):
+    """Slices of two cases, as lists of floats; each case counts once."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the package pyarrow")
+    deep = pyarrow.list_(pyarrow.list_(pyarrow.large_list(pyarrow.float16())))
+    columns = {
+        "probs": [prob.tolist() for prob, _ in rows],
+        "case_id": ["a", "a", "b", "b", "b"],
+        "label": [label.tolist() for _, label in rows],
+    }
+    write_parquet(tmp_path / "kits.parquet", columns, {"probs": deep})
+    status, _, err = script(NAME, tmp_path / "kits.parquet", "--output_dir", tmp_path / "out")
+    assert status == 0, err
+    found = read_rows(tmp_path / "out" / "results" / "argmax.csv")
+    assert [row["case"] for row in found] == columns["case_id"]
+    for row, (prob, label) in zip(found, rows, strict=True):
+        check_counts(row, prob.argmax(0), label, 4)
+
+
+def test_rows_of_classes_that_overlap(script, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    prob, mask = rng.random((2, 5, 7), np.float32), rng.random((2, 5, 7)) > 0.5
+    write_parquet(tmp_path / "a.parquet", {"probs": [npy(prob)], "label": [npy(mask)]})
+    flags = ["--multilabel", "--classes", "one", "two", "--output_dir", tmp_path / "out"]
+    status, _, err = script(NAME, tmp_path / "a.parquet", *flags)
+    assert status == 0, err
+    (row,) = read_rows(tmp_path / "out" / "results" / "two" / "argmax.csv")
+    check_region(row, prob[1] > 0.5, mask[1], "two")
+
+
+@pytest.mark.parametrize(
+    ("columns", "part"),
+    [
+        ({"probs": [b"x"], "labels": [b"x"]}, "got the columns probs, labels, expected also label"),
+        ({"probs": [b"x"], "label": [b"x"]}, "a.parquet, row 0: got a file that cannot be read"),
+        ({"probs": [pickle.dumps([1])], "label": [b""]}, "a.parquet, row 0: got a file that cannot be read"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5]]]], "label": [[[0, 1]]]}, "lists of 2 lengths at one depth"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5, 1.0]]]], "label": [[[0, 1]]]}, "sum over the classes"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5, 0.0]]]], "label": [[[0, 2]]]}, "row 0: got label value 2, expected 0..1"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5, 0.0]]]], "label": [[[0, 0, 1]]]}, "labels of shape (1, 3), expected"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5, 0.0]]]], "label": [[[0.5, 0]]]}, "expected whole numbers of (1, 2)"),
+        ({"probs": [[[[0.5, 1.0]], [[0.5, None]]]], "label": [[[0, 0]]]}, "without an array in it"),
+        ({"probs": [["a"]], "label": [[[0, 0]]]}, "a.parquet, row 0: got"),
+    ],
+)
+def test_rows_that_are_no_maps_end_in_one_line(script, tmp_path: Path, columns: dict, part: str):
+    write_parquet(tmp_path / "a.parquet", columns)
+    status, _, err = script(NAME, tmp_path / "a.parquet", "--output_dir", tmp_path / "out")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert part in err
+
+
+def test_maps_alone_must_be_parquet(script, tmp_path: Path, monkeypatch):
+    status, _, err = script(NAME, tmp_path, "--output_dir", tmp_path / "out")
+    assert status == 2
+    assert f"{tmp_path}: got no file of .parquet, expected some, or a folder LABELS beside this one of maps" in err
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
+    flags = [tmp_path / "a.parquet", "--output_dir", tmp_path / "out"]
+    assert "--logits: expected together with LABELS" in script(NAME, *flags, "--logits")[2]
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    status, _, err = script(NAME, *flags)
+    assert status == 2
+    assert "a.parquet: got no package pyarrow, expected it: pip install pyarrow" in err
+    monkeypatch.undo()
+    pytest.importorskip("pyarrow", reason="needs the package pyarrow")
+    status, _, err = script(NAME, *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "a.parquet: got a file that cannot be read" in err
+
+
+def test_one_row_is_in_memory_at_a_time(script, tmp_path: Path, rows: list, monkeypatch):
+    """Every map is let go before the next row is read."""
+    from exp.evaluation.probability_maps import parquet
+
+    write_parquet(tmp_path / "a.parquet", {"probs": [npy(p) for p, _ in rows], "label": [npy(y) for _, y in rows]})
+    alive: list[weakref.ref] = []
+    decode = parquet._to_array
+
+    def watch(column):
+        array = decode(column)
+        if array.ndim == 3:
+            assert not [ref for ref in alive if ref() is not None]
+            alive.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(parquet, "_to_array", watch)
+    assert script(NAME, tmp_path / "a.parquet", "--output_dir", tmp_path / "out")[0] == 0
+    assert len(alive) >= len(rows)

@@ -96,6 +96,7 @@ def test_the_tree_is_installed_whole(site: Path):
         ("rankseg-train", "exp/main.py"),
         ("rankseg-predict", "scripts/predict.py"),
         ("rankseg-evaluate", "scripts/evaluate_probabilities.py"),
+        ("rankseg-export", "scripts/export.py"),
         ("rankseg-prepare", "scripts/prepare_data.py"),
         ("rankseg-reproduce", "scripts/reproduce.py"),
     ],

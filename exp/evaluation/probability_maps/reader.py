@@ -58,16 +58,21 @@ class MapReader:
 
     def units(self, map_path: Path, label_path: Path) -> Iterator[Unit]:
         """The units of one map; InputError with the path, what was got and what was expected."""
-        prob, label = self.read_pair(map_path, label_path)
-        name, first = stem(map_path), self.overlapping  # the labels' first spatial axis
+        yield from self.split(stem(map_path), str(map_path), *self.read_pair(map_path, label_path))
+
+    def split(
+        self, name: str, source: str, prob: np.ndarray, label: np.ndarray, case: str | None = None
+    ) -> Iterator[Unit]:
+        """(C, *spatial) probabilities and their labels -> units. case: of which an image is a slice, if of any."""
+        first = self.overlapping  # the labels' first spatial axis
         if prob.ndim == 4 and label.ndim - first == 2:  # nnU-Net gives a 2-D image a first axis of length 1
             prob = prob[:, 0]
         if prob.ndim == 3 or self.unit == "case":
-            yield Unit(name, None if prob.ndim == 3 else name, str(map_path), prob, label)
+            yield Unit(name, case if prob.ndim == 3 else name, source, prob, label)
             return
         for i in range(prob.shape[1 + self.slice_axis]):
             part = np.take(prob, i, axis=1 + self.slice_axis), np.take(label, i, axis=first + self.slice_axis)
-            yield Unit(f"{name}/{i:04d}", name, str(map_path), *part)
+            yield Unit(f"{name}/{i:04d}", name, source, *part)
 
     def read_pair(self, map_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Files -> (C, *spatial) probabilities and their labels."""
@@ -86,7 +91,7 @@ class MapReader:
         self._check_shape(path, stored)
         return len(stored)
 
-    def _check_shape(self, path: Path, values: np.ndarray) -> None:
+    def _check_shape(self, path: Path | str, values: np.ndarray) -> None:
         fewest = 1 if self.overlapping else 2
         if not (values.ndim in (3, 4) and fewest <= len(values) <= IGNORE_INDEX and 0 < values[0].size <= MAX_VOXELS):
             hint = "" if self.overlapping else " (a foreground alone is written as 1 - p and p)"
@@ -98,6 +103,11 @@ class MapReader:
     def read_map(self, path: Path) -> np.ndarray:
         """A file -> (C, H, W) or (C, D, H, W) float16, float32 or float64 probabilities, checked."""
         prob = read_array(path, self.key)
+        self.check_map(path, prob)
+        return prob
+
+    def check_map(self, path: Path | str, prob: np.ndarray) -> None:
+        """InputError for what is no map of probabilities; path: where it comes from."""
         self._check_shape(path, prob)
         if prob.dtype not in (np.float16, np.float32, np.float64):
             raise InputError(
@@ -110,28 +120,39 @@ class MapReader:
                 f"{path}: got values in {low:.6g}..{high:.6g}, expected probabilities in 0..1 (--logits takes others)"
             )
         if self.overlapping:
-            return prob
+            return
         error = float(np.abs(prob.sum(0, dtype=np.float32) - 1).max())
         if error > self.tolerance:
             raise InputError(
                 f"{path}: got probabilities whose sum over the classes (the first axis) is off from 1 by {error:.3g}, "
                 f"expected {self.tolerance:g} at most (--multilabel takes classes that overlap)"
             )
-        return prob
+
+    def check_label(self, path: Path | str, values: np.ndarray, map_shape: tuple[int, ...]) -> np.ndarray:
+        """Whole numbers in the order of axes of a map of that shape -> uint8 labels; of classes that overlap, masks."""
+        expected = map_shape if self.overlapping else map_shape[1:]
+        if values.shape != expected or values.dtype.kind not in "bui":
+            raise InputError(
+                f"{path}: got {values.dtype} labels of shape {values.shape}, expected whole numbers of {expected} as "
+                "its map has"
+            )
+        return self._decode_label(path, values, map_shape[0])
+
+    def _decode_label(self, path: Path | str, values: np.ndarray, num_classes: int) -> np.ndarray:
+        ignored = {self.ignore_label: IGNORE_INDEX}
+        if self.overlapping:
+            return self._to_labels(path, values, label_table(2, ignored), "in a mask per class")
+        return self._to_labels(path, values, label_table(num_classes, ignored), f"as its map has {num_classes} classes")
 
     def read_label(self, path: Path, map_shape: Sequence[int], resized: bool = False) -> np.ndarray:
         """A file and the map's (C, *spatial) shape -> (*spatial) uint8 labels, or (H, W) for a map of (C, 1, H, W).
 
         Of classes that overlap: (C, *spatial) uint8 masks of 0, 1 and 255. resized: an image's label has its own size.
         """
-        num_classes, ignored = map_shape[0], {self.ignore_label: IGNORE_INDEX}
         is_mask = self.overlapping and self.regions is None
         values = self._read_values(path, map_shape[:1] if is_mask else (), tuple(map_shape[1:]), resized)
-        if is_mask:
-            return self._to_labels(path, values, label_table(2, ignored), "in a mask per class")
-        if not self.overlapping:
-            table = label_table(num_classes, ignored)
-            return self._to_labels(path, values, table, f"as its map has {num_classes} classes")
+        if is_mask or not self.overlapping:
+            return self._decode_label(path, values, map_shape[0])
         return np.stack([self._to_labels(path, values, table, "as the regions have") for table in self.region_tables()])
 
     def _read_values(self, path: Path, lead: tuple[int, ...], spatial: tuple[int, ...], resized: bool) -> np.ndarray:
@@ -153,7 +174,7 @@ class MapReader:
             )
         return values.reshape(*lead, *spatial)
 
-    def _to_labels(self, path: Path, values: np.ndarray, table: np.ndarray, why: str) -> np.ndarray:
+    def _to_labels(self, path: Path | str, values: np.ndarray, table: np.ndarray, why: str) -> np.ndarray:
         """Values of a file -> uint8 labels by a table, in which -1 marks a value that must not be there."""
         wrong = [value for value in np.unique(values) if not 0 <= value <= 255 or table[int(value)] < 0]
         if wrong:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Build the documentation as a site that loads nothing from elsewhere: output/site/index.html. (Its search needs a server.)
-#   scripts/docs.sh                  any broken link or anchor, and any page without a place, is an error
-#   scripts/docs.sh serve            http://127.0.0.1:8000, built anew whenever a page is saved
+#   docs/site/build.sh               any broken link or anchor, and any page without a place, is an error
+#   docs/site/build.sh serve         http://127.0.0.1:8000, built anew whenever a page is saved
 # Its packages (docs/site/requirements.txt) get an environment of their own, output/docs-venv; RANKSEG_DOCS_PYTHON names
 # a Python that has them.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${RANKSEG_DOCS_PYTHON:-output/docs-venv/bin/python}"
 if [ -z "${RANKSEG_DOCS_PYTHON:-}" ] && ! cmp -s docs/site/requirements.txt output/docs-venv/installed.txt; then
     echo "installing docs/site/requirements.txt into output/docs-venv (once)" >&2
