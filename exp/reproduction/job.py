@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from exp.config.experiment import ExperimentConfig, load_experiment, training_digest
-from exp.config.published import FOLDER
 
 GROUPS = ("model", "data", "loss", "schedule", "optim", "test")
 PANELS = 2  # of each kind: the pictures of the report
@@ -69,7 +68,7 @@ class Job:
     @property
     def is_published(self) -> bool:
         """Whether others trained the network: there is an evaluation alone."""
-        return self.model.startswith(f"{FOLDER}/")
+        return self.config.is_published
 
     @property
     def name(self) -> str:

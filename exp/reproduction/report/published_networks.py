@@ -71,6 +71,8 @@ class Evaluated:
 def evaluated_networks(measured: Measured, jobs: Iterable[Job] | None = None) -> list[Evaluated]:
     """The networks that have results of all of their rules. jobs: None: those of the plan."""
     found = []
+    if not measured.existing.published:
+        return found
     for job in table_jobs(PUBLISHED) if jobs is None else jobs:
         results = [measured.find(job, rule) for rule in job.rules]
         if all(result is not None for result in results):
