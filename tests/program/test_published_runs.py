@@ -204,6 +204,27 @@ def test_every_published_network_has_its_facts():
         assert (ROOT / "configs" / "model" / f"{like}.yaml").is_file()
 
 
+def facts_table() -> list[str]:
+    """The rows of docs/models.md: networks of the architectures that are here, by these."""
+    rows = []
+    for name in plans.published_networks():
+        model = load_published(name)
+        if model.like is None:
+            continue
+        size = "not stated" if model.megabytes is None else f"{model.megabytes:g}"
+        score = "not stated" if model.miou is None else f"{model.miou:g}"
+        on = "" if model.miou is None or model.miou_on is None else f", {model.miou_on}"
+        rows.append((model.like, model.data, f"| `{model.like}` | {model.data} | `{name}` | {size} | {score}{on} |"))
+    return [row for *_, row in sorted(rows)]
+
+
+def test_the_documentation_has_all_networks_of_architectures_that_are_here():
+    """Where it does not: print("\\n".join(facts_table())) is what belongs between the marks."""
+    text = (ROOT / "docs" / "models.md").read_text()
+    table = text.partition("<!-- published -->\n")[2].partition("<!-- end -->")[0]
+    assert table.splitlines()[2:] == facts_table()
+
+
 @pytest.mark.slow
 def test_a_score_that_is_missed_is_called_wrong(script, plan, monkeypatch, tmp_path: Path):
     """On all of the owner's images; done once, it is judged again by what the YAML says then."""
