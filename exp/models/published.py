@@ -55,7 +55,7 @@ def resize(values: Tensor, size: Sequence[int]) -> Tensor:
 
 def to_logits(prob: Tensor) -> Tensor:
     """(B, N, H, W) probabilities, of any sum -> their logarithms, whose softmax is the probabilities by their sum."""
-    return prob.clamp(min=TINY).log()
+    return prob.float().clamp(min=TINY).log()
 
 
 def build_published(

@@ -51,8 +51,9 @@ def fetch(address: str, tell: bool) -> Path:
     if tell:
         print(f"downloading {address}", file=sys.stderr, flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    checksum = torch.hub.HASH_REGEX.search(path.name)  # its first digits end the name
     try:
-        torch.hub.download_url_to_file(address, str(path), progress=False)
+        torch.hub.download_url_to_file(address, str(path), checksum and checksum[1], progress=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"model.weights: {address}: got no file ({_short(error)}); fetch it to {path}, or --set model.weights=FILE"
