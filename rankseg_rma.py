@@ -1057,7 +1057,7 @@ def _level_gains(sizes: Tensor, N: Tensor, du: Tensor, metric: str) -> Tensor:
 # where classes are (channels-last). The kernels are compiled when a CUDA map first needs them.
 
 FUSED = 0  # inputs of at least that many elements run on the fused kernels
-FUSED_PASSES = 4  # passes launched before the host looks whether all rows have settled: as a rule the third finds it
+FUSED_PASSES = 3  # passes launched before the host looks whether all rows have settled: as a rule the second finds it
 FUSED_SAMPLE = 4096  # pixels of a class that the first threshold comes from
 FUSED_CLASSES = 32  # classes of a tile at most, where classes are adjacent: 128 bytes in float32
 FUSED_CHUNK = 8192  # elements that give one partial sum, and 512 pixels at least

@@ -42,7 +42,7 @@ GRACE = 15  # seconds that a part may take beyond its share before it is ended
 
 @dataclass(frozen=True)
 class Part:
-    """module: has a function `check_<name>(check)`. minutes: of eleven, which the budget is shared out by."""
+    """module: has a function `check_<name>(check)`. minutes: of some eleven, which the budget is shared out by."""
 
     module: str
     minutes: float
@@ -54,9 +54,9 @@ PARTS = {  # in the order of their importance
     "rules": Part("rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
     "networks": Part("networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
     "training": Part("training", 2.2, "a training, interrupted and resumed; its evaluation against the CPU's"),
-    "nccl": Part("training", 1.0, "SyncBN and DDP in a process group against one process without a group"),
+    "nccl": Part("training", 1.4, "SyncBN and DDP in a process group against one process without a group"),
     "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
-    "compile": Part("networks", 0.8, "the same training steps under torch.compile"),
+    "compile": Part("networks", 1.4, "the same training steps under torch.compile"),
 }
 
 

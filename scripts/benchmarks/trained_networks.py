@@ -4,12 +4,13 @@
     python scripts/benchmarks/trained_networks.py --data_dir DATA --output_dir OUTPUT --half even \\
         --predict_yaml argmax rankseg_rma rankseg_rma_0.5=rankseg_rma:pruning_prob=0.5
     python scripts/benchmarks/trained_networks.py --data_dir DATA --output_dir OUTPUT \\
-        --maps mine MAPS LABELS "--logits --scale 0.1"
+        --maps mine MAPS LABELS "--logits --scale 0.1" --run "hippocampus, five folds" RUNS/*hippocampus_fold*
 
 Networks: those of others whose logits lie in DATA (voc/logits/deeplabv3_mobilenetv2 and espnetv2 beside voc/VOCdevkit,
 camvid_logits/espnet beside camvid/), those that are trained here (CamVid, hippocampus), and the true probabilities of
 shapes_noisy. What DATA lacks is told and left out; --networks takes some of them. --maps adds a folder of maps: a name,
-MAPS, LABELS and the flags of scripts/evaluate_probabilities.py.
+MAPS, LABELS and the flags of scripts/evaluate_probabilities.py. --run adds a title and the folders of runs that
+exp/main.py has evaluated under the same rules; those of several folds become one network.
 
 Each network is evaluated by scripts/evaluate_probabilities.py or exp/main.py, whose commands are printed, into a folder
 of its own below OUTPUT. A training is looked for below --runs (default: OUTPUT) by its config, and run if it is not
@@ -32,6 +33,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -93,11 +96,11 @@ TRUE = "shapes_noisy"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A network and where its results lie."""
+    """A network and where its results lie, in several folders if it is one of several folds."""
 
     title: str
-    results: Path
-    timing: Path
+    results: tuple[Path, ...]
+    timings: tuple[Path, ...]
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,8 +110,9 @@ def parse_args() -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, metavar="DIR")
     add_rules(parser, RULES)
     names = (*LOGITS, *TRAININGS, TRUE)
-    add("--networks", nargs="+", choices=names, default=list(names), metavar="NAME", help=f"of {', '.join(names)}")
+    add("--networks", nargs="*", choices=names, default=list(names), metavar="NAME", help=f"of {', '.join(names)}")
     add("--maps", nargs=4, action="append", default=[], metavar=("NAME", "MAPS", "LABELS", "FLAGS"))
+    add("--run", nargs="+", action="append", default=[], metavar="TITLE_RUN", help="a title, then folders of runs")
     add("--runs", type=Path, metavar="DIR", help="where finished trainings are looked for (default: OUTPUT)")
     add("--weights", metavar="FILE", help="MobileNetV2's weights for the training on CamVid, where no hub is reached")
     add("--half", choices=("even", "odd"), help="every other image (volume) by name, from the first or the second")
@@ -129,6 +133,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     networks = [network for name in args.networks if (network := evaluate(name, args)) is not None]
     networks += [evaluate_maps(name, *rest, args) for name, *rest in args.maps]
+    networks += [find_runs(title, [Path(run) for run in runs]) for title, *runs in args.run]
     if not networks:
         raise InputError(f"{args.data_dir}: got nothing of the networks asked for, expected some")
     rows = [row for network in networks for row in table_rows(network, rules, args.half)]
@@ -164,7 +169,15 @@ def run_script(name: str, title: str, flags: Sequence[str], args: argparse.Names
     folder = args.output_dir / name
     flags = [*flags, "--metric", "mIoUI", "--predict_yaml", *args.predict_yaml, "--output_dir", str(folder)]
     run([sys.executable, str(ROOT / "scripts" / "evaluate_probabilities.py"), *flags], folder, args)
-    return Evaluated(title, folder / "results", folder / "timing.json")
+    return Evaluated(title, (folder / "results",), (folder / "timing.json",))
+
+
+def find_runs(title: str, runs: Sequence[Path]) -> Evaluated:
+    """Evaluated runs of a network."""
+    results = tuple(run / "results" for run in runs)
+    if missing := [folder for folder in results if not folder.is_dir()] or not runs:
+        raise InputError(f"--run {title}: got {missing or 'no run'}, expected folders of evaluated runs")
+    return Evaluated(title, results, tuple(folder / "timing.json" for folder in results))
 
 
 def evaluate_training(name: str, args: argparse.Namespace) -> Evaluated | None:
@@ -197,7 +210,7 @@ def evaluate_training(name: str, args: argparse.Namespace) -> Evaluated | None:
     run(runner.command(job, State(TRAINED, job.rules, found[0].resolve())), folder, args)
     iterations = job.config.schedule.train_iters
     title = f"{TRAININGS[name]}, {job.model} after {iterations} iterations"
-    return Evaluated(title, folder / "results", folder / "results" / "timing.json")
+    return find_runs(title, [folder])
 
 
 def run(command: list[str], folder: Path, args: argparse.Namespace) -> None:
@@ -228,13 +241,13 @@ def code_checksum() -> str:
 def table_rows(network: Evaluated, rules: Sequence[str], half: str | None) -> Iterator[dict]:
     """The figures of a network's rules, a row each: the first one's scores, of the others the differences from it."""
     from exp.evaluation.comparison import paired_differences, share_losing, standard_error
-    from exp.evaluation.results import load_result
 
-    results = [take_half(load_result(network.results / f"{rule}.csv"), half) for rule in rules]
+    results = [take_half(load_joined([folder / f"{rule}.csv" for folder in network.results]), half) for rule in rules]
     results = [leave_out_unlabelled(result) for result in results]
     base = results[0]
     unit, num = ("images", len(base.names)) if base.cases is None else ("volumes", len(set(base.cases)))
-    times = json.loads(network.timing.read_text(encoding="utf-8"))["decision_milliseconds_per_image"]
+    timings = [json.loads(path.read_text(encoding="utf-8")) for path in network.timings]
+    times = {rule: np.mean([t["decision_milliseconds_per_image"][rule] for t in timings]) for rule in rules}
     first = base.scores()
     for result in results:
         row = {"network": network.title, "unit": unit, "units": num, "rule": result.rule, "ms": times[result.rule]}
@@ -247,6 +260,20 @@ def table_rows(network: Evaluated, rules: Sequence[str], half: str | None) -> It
             row["worse"] = {name: int((v < 0).sum()) for name, v in values.items()}
             row["losing"] = {name: share_losing(v) for name, v in values.items()}
         yield row
+
+
+def load_joined(paths: Sequence[Path]) -> "EvalResult":
+    """One rule's table, or those of several folds as one."""
+    from exp.evaluation.results import load_result
+
+    first, *others = (load_result(path) for path in paths)
+    for other in others:
+        if again := set(first.names) & set(other.names):
+            raise InputError(f"{paths[0]}: got image {min(again)} in two of the folders, expected it in one")
+        cases = (*first.cases, *other.cases) if first.cases and other.cases else None
+        counts = np.concatenate([first.counts, other.counts])
+        first = replace(first, names=(*first.names, *other.names), cases=cases, counts=counts)
+    return first
 
 
 def take_half(result: "EvalResult", half: str | None) -> "EvalResult":

@@ -225,7 +225,7 @@ def check_repeated() -> None:
     finally:
         vars(module).update(kernels)
         module._stream = before
-        module.FUSED_PASSES, module.FUSED_SAMPLE = 4, 4096
+        module.FUSED_PASSES, module.FUSED_SAMPLE = 3, 4096
         module._PLANS.clear()
         module._COMPILED.clear()
 

@@ -1,5 +1,5 @@
-"""The part `rules` of scripts/check_gpu.py: the labels of `rankseg_rma` on CUDA against those of the CPU, and its time
-and peak memory beside argmax, the plain maximum, the authors' package and a sort."""
+"""The part `rules` of scripts/check_gpu.py: the labels of the rules on CUDA against those of the CPU, and the time and
+peak memory of `rankseg_rma` beside argmax, the plain maximum, the other rules, the authors' package and a sort."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rankseg_rma import rankseg_rma
+from exp.rules.dep import rankseg_dep
+from rankseg_rma import rankseg_levelset, rankseg_rma
 from scripts.benchmarks.benchmark_rules import PRUNING_PROB, SHAPES, realistic_map, sort_rma
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ ORDER = ("ade20k", "cityscapes", "voc", "volume, 2 classes", "small", "tiny", "b
 CACHE = 2**28  # bytes of copies of a map that calls take in turn, so that none of them finds its map in the L2 cache
 SAME = 1e-6  # by how much the objective of two labellings may differ, relatively, where only rounding sets them apart
 FEW = 1e-3  # of the pixels, in which they may
+SLOW = ("dep", "rankseg", "sort")  # are called fewer times
 MAX_TIMES_MAXIMUM, MIN_TIMES_SORT = 3.0, 10.0
 OPTIONS = (  # what else the rule can be asked for, on a small map
     {"allow_overlap": True},
@@ -84,6 +86,15 @@ def compare(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dty
     check.row("Labels against the CPU's", **row)
 
 
+def compare_levelset(check: Check, name: str, prob: Tensor) -> None:
+    """Labels of `rankseg_levelset` on the device against the CPU's."""
+    expected, got = rankseg_levelset(prob), rankseg_levelset(prob.to(check.device)).cpu()
+    differing = (expected != got).sum().item()
+    if differing > FEW * expected.numel():
+        check.wrong(f"{name} rankseg_levelset: {differing} of {expected.numel()} pixels differ")
+    check.row("Labels of rankseg_levelset against the CPU's", map=name, pixels=expected.numel(), differ=differing)
+
+
 def compare_options(check: Check) -> None:
     """Every option, on small maps of several and of two classes, with a mask and in every layout, against the CPU."""
     wrong = 0
@@ -113,8 +124,11 @@ def rules_for(prob: Tensor, metric: str) -> dict[str, Callable[[Tensor], object]
         "argmax(1)": lambda p: p.argmax(1),
         "max(1)": lambda p: p.max(1),
         "ours": lambda p: rankseg_rma(p, metric),
+        "levelset": lambda p: rankseg_levelset(p, metric),
     }
     if prob.dtype == torch.float32:
+        if metric == "dice":
+            rules["dep"] = rankseg_dep
         rules |= package_rules(prob, metric)
         rules["sort"] = lambda p: sort_on(p, metric)
     return rules
@@ -205,11 +219,11 @@ def measure(
         if rule_name in left_out:
             continue
         try:
-            slow = rule_name in ("sort", "rankseg")
+            slow = rule_name in SLOW
             found[rule_name] = time_on(check.device, rule, maps, 10 if slow else 50), peak_on(check.device, rule, cast)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            if rule_name == "ours":
+            if rule_name in ("ours", "levelset", "dep"):
                 check.wrong(f"{name}: {type(error).__name__}: {reason}")
             else:
                 check.say(f"{rule_name} failed on {name}: {type(error).__name__}: {reason}")
@@ -219,7 +233,7 @@ def measure(
     row |= {
         f"{rule}, extra MB": value
         for rule, (_, value) in found.items()
-        if rule in ("argmax(1)", "ours", "rankseg, fused")
+        if rule in ("argmax(1)", "ours", "levelset", "rankseg, fused")
     }
     check.row("Time and peak memory", **facts, **row)
     if dtype == torch.float32 and "ours" in times and check.device.type == "cuda":
@@ -253,15 +267,14 @@ def check_rules(check: Check) -> None:
         maps[name] = make_map((*shape[:2], *(max(8, side // scale) for side in shape[2:])), pruned)
         for metric, dtype in (("dice", torch.float32), ("iou", torch.float32)):
             compare(check, name, maps[name], metric, dtype)
+        compare_levelset(check, name, maps[name])
         measure(check, name, maps[name], "dice", torch.float32, MAPS[name][2])
         if check.left() < 5:
             check.say(f"no time was left after {name}")
             return
     size = (40, 60) if check.tiny else (2000, 3000)
     large = torch.randn(1, 150, *size, device=check.device).mul_(4).softmax(1)
-    measure(
-        check, "150 classes, 2000x3000", large, "dice", torch.float32, left_out=("sort", "rankseg", "rankseg, fused")
-    )
+    measure(check, "150 classes, 2000x3000", large, "dice", torch.float32, left_out=("rankseg, fused", *SLOW))
     del large
     rest = [
         (n, m, d) for n in ORDER for m, d in (("iou", torch.float32), ("dice", torch.float16), ("dice", torch.bfloat16))

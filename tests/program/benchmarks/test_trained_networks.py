@@ -71,6 +71,30 @@ def test_logits_become_a_table(script, tmp_path: Path, data_dir: Path):
     assert half["scores"]["mIoUI"] == pytest.approx(np.mean([float(row["mIoUI"]) for row in tables[0][1::2]]))
 
 
+def test_runs_of_several_folds_are_one_network(script, tmp_path: Path, data_dir: Path):
+    out, flags = tmp_path / "out", ["--data_dir", data_dir, "--predict_yaml", "argmax"]
+    script(NAME, *flags, "--output_dir", out, "--networks", "voc_espnetv2")
+    (whole,) = json.loads((out / "table.json").read_text())
+    table, rest = (out / "voc_espnetv2" / "results" / f"argmax.{end}" for end in ("csv", "json"))
+    header, *rows = table.read_text().splitlines(keepends=True)
+    for fold, part in (("a", rows[:4]), ("b", rows[4:])):
+        results = tmp_path / fold / "results"
+        results.mkdir(parents=True)
+        (results / "argmax.csv").write_text("".join([header, *part]))
+        (results / "argmax.json").write_text(rest.read_text())
+        times = {"decision_milliseconds_per_image": {"argmax": len(part)}}
+        (results / "timing.json").write_text(json.dumps(times))
+    flags += ["--output_dir", tmp_path / "joined", "--networks", "--run", "two folds", tmp_path / "b"]
+    status, _, err = script(NAME, *flags, tmp_path / "a")
+    assert status == 0, err
+    (joined,) = json.loads((tmp_path / "joined" / "table.json").read_text())
+    assert joined["scores"] == pytest.approx(whole["scores"])
+    assert (joined["network"], joined["units"], joined["ms"]) == ("two folds", 6, 3)
+    status, _, err = script(NAME, *flags, tmp_path / "b")
+    assert status == 2
+    assert "in two of the folders, expected it in one" in err
+
+
 CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat")
 
 
