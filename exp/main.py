@@ -18,7 +18,7 @@ def main() -> None:
         print(dump_config(config), end="")
         return
     folder = args.output_dir / config.run_name
-    trained = check_paths(args, folder)
+    trained = check_paths(args, folder, config.is_published)
     check_files(config, from_scratch=not trained)
     # Waiting threads sleep: spinning ones make a step several times as slow where loader workers share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,5 @@
-"""Images of the user's own -> masks and overlays, from a checkpoint alone: it knows its config and its classes."""
+"""Images of the user's own -> masks and overlays, from a checkpoint or a published network alone: both know their
+config and their classes."""
 
 import json
 import re
@@ -18,13 +19,16 @@ from tqdm import tqdm
 from exp.checkpoints.checkpoint import Checkpoint, load_checkpoint, load_weights, weights_checksum
 from exp.config.data import DataConfig
 from exp.config.evaluation import PredictConfig, TestConfig
+from exp.config.experiment import load_groups
 from exp.config.model import ModelConfig
+from exp.config.published import PublishedConfig
 from exp.config.strict_yaml import build_dataclass
 from exp.config.training import ScheduleConfig
-from exp.data.base import show_values
+from exp.data.base import numbered_colours, show_values
 from exp.data.decode import read_image
 from exp.data.prepare.facts import VolumeFacts
 from exp.data.registry import DATASETS, build_normalize, dataset_facts
+from exp.data.transforms import Normalize
 from exp.evaluation.inference import Inference, build_inference
 from exp.evaluation.masks import MaskFormat, mask_format, save_volume
 from exp.evaluation.pictures import Palette, blend_labels, tile_size
@@ -35,6 +39,7 @@ from exp.files.nifti import Volume, open_volume, resize_image, resize_labels
 from exp.files.nifti import read_image as read_slices
 from exp.files.paths import visible_files
 from exp.models import build_model
+from exp.models.published import PROBE, build_published, class_names
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
 from exp.runtime.errors import InputError, decoding
@@ -151,11 +156,11 @@ def overlay_path(folder: Path, rule: str, source: Source) -> Path:
 
 
 def describe_command(
-    predictor: Predictor, predict: Sequence[PredictConfig], checkpoint: Path, sources: Sequence[Source]
+    predictor: Predictor, predict: Sequence[PredictConfig], checkpoint: str, sources: Sequence[Source]
 ) -> str:
     """What decides which files are written, and what is in them -> JSON."""
     facts = {
-        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint": checkpoint,
         "weights_checksum": weights_checksum(predictor.model),
         "rules": [asdict(config) for config in predict],
         "inference": repr(predictor.inference),
@@ -262,9 +267,8 @@ def build_predictor(
             )
             print(said, file=sys.stderr, flush=True)
         volumes = replace(volumes, orientation=checkpoint.orientation or volumes.orientation)
-    for config in predict:
-        if config.scope == "case" and volumes is None:
-            raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
+    if volumes is None:
+        _refuse_cases(predict)
     with decoding(path, "a checkpoint of a network that can be built"):  # its config may say anything
         model = build_model(
             _config_of(checkpoint, "model", ModelConfig), len(classes), facts["channels"], pretrained=False
@@ -288,6 +292,45 @@ def build_predictor(
         channels=facts["channels"],
         window=facts["window"],
         volumes=volumes,
+    )
+
+
+def _refuse_cases(predict: Sequence[PredictConfig]) -> None:
+    for config in predict:
+        if config.scope == "case":
+            raise InputError(f"--predict_yaml {config.name}: got a network of images, expected one of volumes")
+
+
+def build_published_predictor(
+    config: PublishedConfig, predict: Sequence[PredictConfig], test: TestConfig, device: torch.device
+) -> Predictor:
+    """A published network and the rules; windows and sizes are its owner's where the test YAML has none.
+
+    Its classes, and colours and label values, are those of the data set that its YAML names, or its own.
+    """
+    _refuse_cases(predict)
+    test = config.test(test).resolved(PROBE)
+    if test.temperature == "fitted":
+        raise InputError("test.temperature: got fitted, expected a number with a network that others trained")
+    classes, label_map = tuple(class_names(config)), {}
+    palette = numbered_colours(len(classes))
+    if config.data is not None:
+        facts = DATASETS[load_groups({"data": [config.data]}, ())["data"].dataset]
+        classes, palette, label_map = facts.classes, facts.palette, facts.label_map
+    model = build_published(config, classes).to(device).eval()
+    rules = {c.name: build_rule(c, len(classes), list(classes)) for c in predict}
+    return Predictor(
+        model=model,
+        inference=build_inference(test, see_padding(rules.values())),
+        normalize=Normalize(tuple(255 * m for m in config.mean), tuple(255 * s for s in config.std)),
+        rules=rules,
+        device=device,
+        classes=classes,
+        palette=palette,
+        format=mask_format(len(classes), palette, label_map),
+        channels=3,
+        window=None,
+        volumes=None,
     )
 
 

@@ -42,6 +42,7 @@ from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temp
 from exp.files.atomic import write_atomically
 from exp.files.lock import own_folder
 from exp.models import Segmentor, build_model, load_network_weights
+from exp.models.published import build_published
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
@@ -83,7 +84,13 @@ def load_trained(
     """The checkpoint at `path`, the run's best ("best") or its newest (None) -> the model in it.
 
     Where the test YAML names no window it is the crop of that training, whatever data.crop_size the flags have.
+    A published network comes with its own weights.
     """
+    if config.is_published:
+        evaluator = build_evaluator(config, data_dir, dist)
+        tell_old_slices(evaluator.dataset, dist)
+        model = build_published(config.model, evaluator.dataset.classes, evaluator.dataset.channels, tell=dist.is_main)
+        return Trained(config, evaluator, model.to(dist.device), {"published": config.model.identity})
     if path == Path(BEST):
         path = folder / CHECKPOINTS / f"{BEST}.pt"
     newest = path is None
@@ -97,7 +104,7 @@ def load_trained(
     if newest:
         check_name(checkpoint)
     crop = tuple(checkpoint.config["data"]["crop_size"])
-    if config.given_test.crop_size is None and crop != config.data.crop_size and dist.is_main:
+    if config.test.crop_size not in (None, crop) and config.given_test.crop_size is None and dist.is_main:
         print(
             f"windows of {crop[0]}x{crop[1]} as in the training of {path}, not data.crop_size "
             f"{list(config.data.crop_size)} (test.crop_size sets others)"

@@ -4,12 +4,16 @@
     python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --dry_run
     python scripts/reproduce.py table1 --data_dir DATA --output_dir OUTPUT --nproc_per_node 4
     python scripts/reproduce.py all --data_dir DATA --output_dir OUTPUT --launcher slurm
+    python scripts/reproduce.py published --data_dir DATA --output_dir OUTPUT --dry_run
 
-TABLE: readme_natural, readme_medical, table1 ... table7, all, or laptop (small networks on CamVid and hippocampus, for
-two CPU cores). Every training is run once, whichever tables need it, and evaluated by all of their rules in one pass.
-What is done is skipped, by what it says of its config; an interrupted training resumes; a failed one is told and does
-not stop the others. Started again, the same command does what is missing. --dry_run prints what exists, what is missing
-with its commands and, where exp/reproduction/speeds.json has the speeds of a device, what each table costs on it.
+TABLE: readme_natural, readme_medical, table1 ... table7, all, laptop (small networks on CamVid and hippocampus, for
+two CPU cores), or published (networks that others trained, of configs/model/published: evaluated alone, where their
+data set is there; one whose owner's score is missed by more than a point is called wrong). Every training is run once,
+whichever tables need it, and evaluated by all of their rules in one pass. What is done is skipped, by what it says of
+its config; an interrupted training resumes; a failed one is told and does not stop the others. Started again, the same
+command does what is missing. --dry_run prints what exists, what is missing with its commands and, where
+exp/reproduction/speeds.json has the speeds of a device, what each table costs on it; of networks that others trained,
+what is to be downloaded, its size and licence, and the score that its owner states.
 """
 
 import argparse
@@ -23,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from exp.config.cli import add_device, add_overrides, build_script_parser, require_data_dir
 from exp.reproduction.existing import TRAINED, UNTRAINED, WAITING, Existing, State
 from exp.reproduction.job import Job
-from exp.reproduction.plans import ALL, LAPTOP, join_jobs, table_jobs, with_settings
+from exp.reproduction.plans import ALL, LAPTOP, PUBLISHED, join_jobs, table_jobs, with_settings
 from exp.reproduction.published import load_tables
 from exp.reproduction.runner import Runner, laptop_data, missing_jobs
 from exp.runtime.errors import InputError, run_and_report
@@ -60,13 +64,20 @@ def choose_jobs(tables: Iterable[str], args: argparse.Namespace) -> list[Job]:
 def describe_job(job: Job, state: State, runner: Runner) -> str:
     rules = f" ({', '.join(state.rules)})" if state.rules else ""
     command = "" if not state.rules else "\n    " + shlex.join(runner.command(job, state))
-    return f"{job.name}: {state.kind}{rules}{command}"
+    network = ""
+    if job.is_published:
+        from exp.reproduction.dry_run import describe_network  # with PyTorch behind it, as in main()
+
+        network = f"\n    {describe_network(job)}"
+    return f"{job.name}: {state.kind}{rules}{network}{command}"
 
 
 def count(jobs: list[Job]) -> str:
     """How many trainings, and further evaluations of them, in words."""
-    again = sum(job.reevaluation is not None for job in jobs)
-    return f"{len(jobs) - again} trainings" + (f" and {again} further evaluations" if again else "")
+    again, others = sum(job.reevaluation is not None for job in jobs), sum(job.is_published for job in jobs)
+    texts = [f"{len(jobs) - again - others} trainings"] if len(jobs) > others else []
+    texts += [f"{again} further evaluations"] if again else []
+    return " and ".join([*texts, *([f"{others} networks that others trained"] if others or not texts else [])])
 
 
 def print_costs(args: argparse.Namespace, jobs: list[Job]) -> None:
@@ -74,8 +85,10 @@ def print_costs(args: argparse.Namespace, jobs: list[Job]) -> None:
     from exp.reproduction import dry_run  # with PyTorch behind it, as in main()
 
     measured = dry_run.load_speeds(dry_run.SPEEDS_FILE)
-    if measured is not None:
+    if measured is not None and set(args.tables) != {PUBLISHED}:
         names = dict.fromkeys(n for name in args.tables for n in (load_tables() if name == ALL else [name]))
+        names.pop(PUBLISHED, None)
+        jobs = [job for job in jobs if not job.is_published]
         tables = {name: choose_jobs([name], args) for name in names}
         print("\n".join(dry_run.describe_costs(tables, jobs, measured)))
 
@@ -93,10 +106,37 @@ def run_local(pairs: list[tuple[Job, State]], runner: Runner) -> int:
     return failed
 
 
+def leave_out(jobs: list[Job], data_dir: Path) -> list[Job]:
+    """Without the networks that others trained whose data set is not there, which is said."""
+    from exp.reproduction.dry_run import has_data  # with PyTorch behind it, as in main()
+
+    names = dict.fromkeys(job.data for job in jobs if job.is_published)
+    missing = [name for name in names if not has_data(next(j for j in jobs if j.data == name), data_dir)]
+    for name in missing:
+        number = sum(job.is_published and job.data == name for job in jobs)
+        print(f"left out: {number} networks that others trained for {name}: no such data set in {data_dir}")
+    return [job for job in jobs if not (job.is_published and job.data in missing)]
+
+
+def print_verdicts(jobs: list[Job], output: Path) -> None:
+    """The measured score of every network that others trained beside its owner's; InputError if one is missed."""
+    from exp.reproduction.measured import Measured  # with PyTorch behind it, as in main()
+    from exp.reproduction.report.published_networks import evaluated_networks
+
+    networks = evaluated_networks(Measured(output), jobs)
+    for network in networks:
+        print(network.verdict)
+    wrong = [network.name for network in networks if network.is_wrong]
+    if wrong:
+        raise InputError(f"{len(wrong)} network(s) miss their owner's score by more than a point: {', '.join(wrong)}")
+
+
 def main() -> None:
     args = parse_args()
     output = args.output_dir
     jobs = choose_jobs(args.tables, args)
+    if PUBLISHED in args.tables and not args.dry_run:
+        jobs = leave_out(jobs, args.data_dir)
     existing = Existing(output)
     pairs = missing_jobs(jobs, existing)
     data_dir = args.data_dir
@@ -129,6 +169,9 @@ def main() -> None:
         return
     failed = run_local(pairs, runner)
     print(f"{count(jobs)}, {len(jobs) - len(pairs)} done before, {len(pairs) - failed} now, {failed} failed")
+    published = [job for job in jobs if job.is_published]
+    if published:
+        print_verdicts(published, output)
     if failed:
         raise InputError(f"{failed} of {len(pairs)} failed (see above); the same command tries them again")
 

@@ -32,12 +32,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_paths(args: argparse.Namespace, run_folder: Path) -> bool:
+def check_paths(args: argparse.Namespace, run_folder: Path, is_published: bool = False) -> bool:
     """Whether there are weights to resume from, or to evaluate.
 
-    InputError for data or a checkpoint that is not there, said before PyTorch is loaded.
+    is_published: the network is one that others trained, and has its own. InputError for data or a checkpoint that is
+    not there, said before PyTorch is loaded.
     """
     require_data_dir(args.data_dir)
+    if is_published:
+        if not args.test_only:
+            raise InputError(
+                f"--model_yaml {args.model_yaml}: got a network that others trained, expected it together with "
+                "--test-only; to train from its encoder, take a model YAML of your own and model.pretrained="
+                f"{args.model_yaml}"
+            )
+        if args.model_checkpoint is not None:
+            raise InputError(
+                f"--model_checkpoint {args.model_checkpoint}: expected none with a network that others trained; "
+                "--set model.weights=FILE names a local file of it"
+            )
+        return True
     checkpoints, path = run_folder / "checkpoints", args.model_checkpoint
     if path is not None and path != Path("best"):
         if not path.is_file():

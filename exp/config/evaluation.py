@@ -25,6 +25,8 @@ class TestConfig:
     weights: Literal["raw", "ema"] = "raw"  # ema: the moving average of optim.ema_decay
     amp: Literal["off", "bf16", "fp16"] = "off"  # of the forward pass; the softmax is computed in float32 always
     padding: Literal["corner", "centred"] = "corner"  # of images smaller than the window: where, in zeros
+    whole: bool = False  # no windows: every image goes through the network at once
+    short_side: int | None = None  # pixels to which images are resized before, keeping their shape; null: as they are
     scales: tuple[float, ...] = (1.0,)  # of the image; the probabilities of all views are averaged
     flip: bool = False  # every scale also mirrored
     temperature: float | Literal["fitted"] = 1.0  # divides the logits; fitted: that of --fit_temperature
@@ -33,7 +35,7 @@ class TestConfig:
     prob_cache_gb: float = 1.0  # a process keeps that many probabilities for the rules that need a second pass
 
     def __post_init__(self) -> None:
-        require_positive(self, "crop_size", "stride", most=MAX_CROP)
+        require_positive(self, "crop_size", "stride", "short_side", most=MAX_CROP)
         require_area(self, "crop_size")
         require_positive(self, "scales", most=MAX_SCALE)
         require_positive(self, "window_batch", "images_per_forward")
@@ -48,8 +50,13 @@ class TestConfig:
             fits = all(step <= side for step, side in zip(self.stride, self.crop_size))
             require(fits, "stride", self.stride, f"at most the window, {self.crop_size}")
 
+        fits = not self.whole or (self.crop_size is None and self.stride is None)
+        require(fits, "whole", self.whole, "false together with crop_size or stride")
+
     def resolved(self, train_crop: tuple[int, int]) -> "TestConfig":
         """With the window and its stride filled in: the training crop, and ceil(2/3 crop) as in the paper."""
+        if self.whole:
+            return self
         crop = self.crop_size or train_crop
         stride = self.stride or tuple(math.ceil(2 * side / 3) for side in crop)
         return dataclasses.replace(self, crop_size=crop, stride=stride)

@@ -15,6 +15,7 @@ from exp.config.data import NUM_FOLDS, DataConfig
 from exp.config.evaluation import PredictConfig, TestConfig
 from exp.config.loss import LossConfig
 from exp.config.model import ModelConfig
+from exp.config.published import PublishedConfig, choose_variant, is_published, split_variant
 from exp.config.strict_yaml import build_dataclass, closest, load_mapping, parse_value, show
 from exp.config.training import OptimConfig, ScheduleConfig
 from exp.runtime.errors import InputError
@@ -47,7 +48,13 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
     "optim": {"warmup": "from_start"},
     "schedule": {"tf32": "conv"},
 }
-LATER_TEST_KEYS: dict[str, Any] = {"metrics": [], "images_per_forward": 1, "padding": "corner"}
+LATER_TEST_KEYS: dict[str, Any] = {
+    "metrics": [],
+    "images_per_forward": 1,
+    "padding": "corner",
+    "whole": False,
+    "short_side": None,
+}
 LATER_PREDICT_KEYS: dict[str, Any] = {"sees_padding": None, "theta": None, "assignment": None}
 EXCLUSIVE = {("schedule", "train_iters"): "train_epochs", ("schedule", "train_epochs"): "train_iters"}
 VARIANT = re.compile(r"(?P<name>[^=:/]+)=(?P<yaml>[^:]+):(?P<settings>.+)")  # of a rule: NAME=YAML:KEY=VALUE,...
@@ -68,7 +75,7 @@ GROUPS = {
 class ExperimentConfig:
     """One experiment: a YAML of each group (several of predict) and the seed."""
 
-    model: ModelConfig
+    model: ModelConfig | PublishedConfig
     data: DataConfig
     loss: LossConfig
     schedule: ScheduleConfig
@@ -79,9 +86,16 @@ class ExperimentConfig:
     given_test: TestConfig  # as the YAML has it; `test` has the window filled in
 
     @property
+    def is_published(self) -> bool:
+        """Whether the network is one that others trained: there is nothing to train."""
+        return isinstance(self.model, PublishedConfig)
+
+    @property
     def run_name(self) -> str:
         """The run folder's name: what was trained, not how it is evaluated."""
         data = self.data.name if self.data.fold is None else f"{self.data.name}_fold{self.data.fold}"
+        if self.is_published:
+            return f"{self.model.name}.{data}.published"
         return ".".join((self.model.name, data, self.loss.name, self.schedule.name, self.optim.name))
 
     def with_window(self, train_crop: tuple[int, int]) -> "ExperimentConfig":
@@ -100,7 +114,7 @@ class ExperimentConfig:
             for key, default in later.items():
                 if values[key] == default:
                     del values[key]
-        if plain["model"]["init_from"] is None:
+        if not self.is_published and plain["model"]["init_from"] is None:
             del plain["model"]["init_from"]
         return plain
 
@@ -127,13 +141,14 @@ def training_digest(config: Mapping[str, Any]) -> str:
     """A config's plain dict -> 64 hexadecimal digits (SHA-256) that tell which weights come out of it.
 
     YAML names and the keys of FREE_KEYS do not count; of model.pretrained only whether there are pretrained weights,
-    not where they were read from; and of LATER_KEYS only other values than theirs.
+    not where they were read from, unless it names a published network; and of LATER_KEYS only other values than theirs.
     """
     kept, config = {}, with_number_keys(config)
     for group in TRAINING_GROUPS:
         left_out, later = ("name", *FREE_KEYS.get(group, ())), LATER_KEYS.get(group, {}).items()
         kept[group] = {k: v for k, v in config[group].items() if k not in left_out and (k, v) not in later}
-    kept["model"]["pretrained"] = bool(config["model"]["pretrained"])
+    pretrained = config["model"].get("pretrained")
+    kept["model"]["pretrained"] = pretrained if names_network(pretrained) else bool(pretrained)
     if config["model"].get("init_from"):
         kept["model"] |= {"pretrained": False, "init_from": config["model"]["init_from"]}
     text = json.dumps({**kept, "seed": config["seed"]}, sort_keys=True)
@@ -146,6 +161,10 @@ def load_experiment(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]
     InputError names the file or the override, the key, what was got and what was expected.
     """
     groups = load_groups(yamls, overrides)
+    model = groups["model"]
+    if isinstance(model, PublishedConfig):
+        groups["data"] = dataclasses.replace(groups["data"], mean=model.mean, std=model.std)
+        groups["test"] = model.test(groups["test"])
     config = ExperimentConfig(**groups, seed=seed, given_test=groups["test"])
     return config.with_window(config.data.crop_size)
 
@@ -168,7 +187,8 @@ def load_groups(yamls: Mapping[str, Sequence[str]], overrides: Iterable[str]) ->
     for group, files in values.items():
         built = []
         for path, mapping in files:
-            config = build_dataclass(GROUPS[group], {"name": path.stem, **mapping}, path, origins.get(group, {}))
+            values_of, origin = {"name": path.stem, **mapping}, origins.get(group, {})
+            config = build_dataclass(_class_of(group, mapping), values_of, path, origin)
             _check_name(group, config.name, path)
             built.append(config)
         configs[group] = tuple(built) if group == "predict" else built[0]
@@ -188,8 +208,34 @@ def _read_yaml(group: str, name: str) -> tuple[Path, dict[str, Any]]:
         mapping = load_mapping(path) if path.is_file() else {}
         if "fold" in mapping:
             return path, {**mapping, "fold": int(fold[2])}
+    if group == "model" and is_published(name):
+        name, variant = split_variant(name)
+        path = find_yaml(group, name)
+        return path, choose_variant(load_mapping(path), variant, path)
     path = find_yaml(group, name)
     return path, load_mapping(path)
+
+
+def load_published(name: str) -> PublishedConfig:
+    """published/NAME, published/NAME:VARIANT or a path that ends in .yaml -> that network's config."""
+    return require_published(load_groups({"model": [name]}, ())["model"], name)
+
+
+def require_published(config: ModelConfig | PublishedConfig, name: str) -> PublishedConfig:
+    """A model YAML's config; InputError unless it is that of a network that others trained."""
+    if not isinstance(config, PublishedConfig):
+        raise InputError(f"{name}: got a network to be trained, expected a published one (with the key 'source')")
+    return config
+
+
+def names_network(value: Any) -> bool:
+    """Whether a value of model.pretrained or model.init_from names a published network, not a file of weights."""
+    return isinstance(value, str) and is_published(value)
+
+
+def _class_of(group: str, mapping: Mapping[str, Any]) -> type:
+    """The dataclass that a YAML's mapping becomes."""
+    return PublishedConfig if group == "model" and "source" in mapping else GROUPS[group]
 
 
 def _apply_variant(variant: re.Match, mapping: dict) -> None:
@@ -216,10 +262,13 @@ def _check_name(group: str, name: str, path: Path) -> None:
 def check_files(config: ExperimentConfig, *, from_scratch: bool) -> None:
     """InputError for a file that a YAML names and that is not there; from_scratch: no checkpoint has the weights."""
     files = [("predict.thresholds", rule.thresholds) for rule in config.predict]
-    if from_scratch and config.model.init_from is not None:
-        files.append(("model.init_from", config.model.init_from))
-    elif from_scratch and isinstance(config.model.pretrained, str):
-        files.append(("model.pretrained", config.model.pretrained))
+    if from_scratch and not config.is_published:
+        origin = "pretrained" if config.model.init_from is None else "init_from"
+        name = getattr(config.model, origin)
+        if names_network(name):
+            load_published(name)
+        elif isinstance(name, str):
+            files.append((f"model.{origin}", name))
     for key, name in files:
         if name is not None and ("\0" in name or not Path(name).is_file()):
             raise InputError(f"key '{key}': got {show(name)}, which is no file, expected one")
@@ -246,10 +295,10 @@ def _apply_override(text: str, values: dict, origins: dict) -> None:
         raise InputError(f"--set {text}: expected group.key=value")
     if group not in values:
         raise InputError(f"--set {text}: unknown group '{group}'{closest(group, values)}")
-    known = [f.name for f in dataclasses.fields(GROUPS[group]) if f.name != "name"]
+    mappings = [mapping for _, mapping in values[group]]
+    known = [f.name for f in dataclasses.fields(_class_of(group, mappings[0])) if f.name != "name"]
     if key not in known:
         raise InputError(f"--set {text}: unknown key '{key}'{closest(key, known)}")
-    mappings = [mapping for _, mapping in values[group]]
     if group == "predict":
         mappings = [mapping for mapping in mappings if key in mapping]
         if not mappings:

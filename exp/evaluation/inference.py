@@ -31,6 +31,7 @@ class Inference:
     second one, and a resized view a third. InputError where they are non-finite: a network in half precision overflows.
 
     keep_padding, of one scale: the map is that of the padded image, and inside() cuts the image's own out of it.
+    whole: the window is each (resized) image itself, whatever crop_size is. short_side: of the image at scale 1.
     """
 
     crop_size: tuple[int, int]
@@ -42,6 +43,8 @@ class Inference:
     amp: str = "off"
     padding: str = "corner"  # or centred
     keep_padding: bool = False
+    whole: bool = False
+    short_side: int | None = None
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         (prob,) = self.unchecked(model, [image])
@@ -90,7 +93,7 @@ class Inference:
         if self.keep_padding:
             sizes = [tuple(map(max, size, self.crop_size)) for size in sizes]
         for scale in self.scales:
-            resized = [image if scale == 1 else resize(image, scaled(image, scale)) for image in images]
+            resized = [self._resize(image, scale) for image in images]
             for flipped in (False, True) if self.flip else (False,):
                 views = self._slide(model, [image.flip(-1) for image in resized] if flipped else resized, flipped)
                 views = [v if v.shape[-2:] == size else resize(v, size) for v, size in zip(views, sizes)]
@@ -101,6 +104,10 @@ class Inference:
 
         flipped: they are mirrored.
         """
+        if self.whole:
+            sizes = [tuple(image.shape[-2:]) for image in images]
+            windows = [replace(self, whole=False, crop_size=size, stride=size) for size in sizes]
+            return [w._slide(model, [image], flipped)[0] for w, image in zip(windows, images)]
         crop_h, crop_w = self.crop_size
         boxes = [self.place(image.shape[-2], image.shape[-1], flipped) for image in images]
         images = [self._pad(image, box) for image, box in zip(images, boxes)]
@@ -121,6 +128,13 @@ class Inference:
         several = [sum(place[0] == i for place in places) > 1 for i in range(len(images))]
         views = [totals.pop(i).div_(visits[i]) if several[i] else totals.pop(i) for i in range(len(images))]
         return views if self.keep_padding else [view[(..., *box)].contiguous() for view, box in zip(views, boxes)]
+
+    def _resize(self, image: Tensor, scale: float) -> Tensor:
+        """(1, channels, H, W) -> the same in the size of a view."""
+        if self.short_side is not None:
+            scale *= self.short_side / min(image.shape[-2:])
+        size = scaled(image, scale)
+        return image if size == image.shape[-2:] else resize(image, size)
 
     def _pad(self, image: Tensor, box: tuple[slice, slice]) -> Tensor:
         """(1, channels, H, W) and its place in the padded map -> the latter, at least of the window's size."""
@@ -181,20 +195,28 @@ def build_inference(config: TestConfig, keep_padding: bool = False) -> Inference
 
     keep_padding: of the window, for rules that see it.
     """
-    if keep_padding and config.scales != (1,):
+    short = config.short_side
+    is_never_padded = config.whole or (short is not None and max(config.crop_size) <= short)
+    keep_padding = keep_padding and not is_never_padded
+    if keep_padding and (config.scales != (1,) or short is not None):
+        key, value, expected = (
+            ("scales", list(config.scales), "[1]") if short is None else ("short_side", short, "null")
+        )
         raise InputError(
-            f"test.scales: got {list(config.scales)}, expected [1] with a rule that sees the padding of the window "
+            f"test.{key}: got {value}, expected {expected} with a rule that sees the padding of the window "
             "(predict.sees_padding=false turns that off)"
         )
     temperature = None if config.temperature == "fitted" else config.temperature
     return Inference(
-        crop_size=config.crop_size,
-        stride=config.stride,
+        crop_size=(1, 1) if config.whole else config.crop_size,
+        stride=(1, 1) if config.whole else config.stride,
         window_batch=config.window_batch,
         scales=config.scales,
         flip=config.flip,
         temperature=temperature,
         amp=config.amp,
-        padding=config.padding,
+        padding="corner" if is_never_padded else config.padding,  # of maps that have none
         keep_padding=keep_padding,
+        whole=config.whole,
+        short_side=config.short_side,
     )

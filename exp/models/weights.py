@@ -7,6 +7,7 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from exp.config.experiment import load_published, names_network
 from exp.files.tensors import load_tensor_file, read_classes
 from exp.runtime.errors import InputError
 
@@ -18,18 +19,19 @@ CLASSIFIERS = ("head.", "aux_head.4.", "decoder.memory", "decoder.scores.1.")
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Fill an encoder from a local state dict (.pt, .pth, .safetensors), of the encoder alone or of a whole network.
+    """Fill an encoder from a local state dict (.pt, .pth, .safetensors), of the encoder alone or of a whole network, or
+    from a published network (published/NAME).
 
     Every tensor of the encoder must be found: under its own name, with one prefix before all of them ("encoder.",
     say), or else (a file of another library's naming) at its place in the file with the same shape. Tensors after the
     encoder's last, of a classifier, are left aside.
     """
-    weights, _ = _read_weights(Path(path))
+    weights, _ = _read_weights(path)
     model = getattr(encoder, "model", encoder)  # timm's network inside smp's wrapper
     own, given = _counted(model.state_dict()), _counted(weights)
     matched = _match_by_name(own, given)
     if matched is None:
-        if Path(path).suffix == ".safetensors":  # which sorts its names
+        if names_network(path) or Path(path).suffix == ".safetensors":  # which sorts its names
             name = next(iter(own))
             raise InputError(f"{path}: got no tensor '{name}' of the encoder, expected all of its names")
         matched = _match_by_order(own, given, path)
@@ -47,7 +49,7 @@ def load_network_weights(model: nn.Module, path: str | Path, classes: Sequence[s
     A classifier of other classes (by number, and by name where the file has names) stays as it is. What is not taken,
     from the file or by the network, is told line by line. InputError for any other tensor that is not there.
     """
-    weights, known = _read_weights(Path(path))
+    weights, known = _read_weights(path)
     own, given = _counted(model.state_dict()), _counted(weights)
     body = {name: value for name, value in own.items() if not name.startswith(HEADS)}
     prefix = _find_prefix(body, given)
@@ -70,8 +72,13 @@ def load_network_weights(model: nn.Module, path: str | Path, classes: Sequence[s
     model.load_state_dict(taken, strict=False)
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """A file -> the state dict in it, and the names of its classes where it is a checkpoint of this program."""
+def _read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """A file, or the name of a published network -> its state dict, and the names of its classes where it has them."""
+    if names_network(path):
+        from exp.models.published import class_names, network_weights  # which build networks, with this file
+
+        return network_weights(path), class_names(load_published(path))
+    path = Path(path)
     content = load_tensor_file(path, "a state dict")
     classes = read_classes(path) if path.suffix == ".safetensors" else None
     for _ in range(2):  # {"model": {"state_dict": ...}}

@@ -57,6 +57,27 @@ def describe_set(config: DataConfig, data_dir: Path) -> str:
     return f"{'complete' if number == known else 'partial'}: {found}; {number} of {known} {what}"
 
 
+def describe_network(job: Job) -> str:
+    """A network that others trained -> what to fetch, and what its owner says of it."""
+    model = job.config.model
+    stated = "mIoU not stated" if model.miou is None else f"mIoU {model.miou:g}"
+    if model.miou is not None and model.miou_on is not None:
+        stated += f" on {model.miou_on}"
+    size = "size not stated" if model.megabytes is None else f"{model.megabytes:g} MB"
+    licence = f"licence {model.licence or 'not stated'}"
+    like = "no network of the paper" if model.like is None else model.like
+    return f"{model.weights} ({model.source}): {size}, {licence}; its owner: {stated}; of the architecture: {like}"
+
+
+def has_data(job: Job, data_dir: Path) -> bool:
+    """Whether the images that the job evaluates are there, all of them or some."""
+    try:
+        build_dataset(job.config.data, str(data_dir), "val")
+    except InputError:
+        return False
+    return True
+
+
 def count_images(config: DataConfig) -> tuple[int, int] | None:
     """Training and validation images of a data set that is complete; None where their number is not known."""
     splits = DATASETS[config.dataset].totals
@@ -84,7 +105,7 @@ def estimate_hours(job: Job, speeds: Mapping[str, Any]) -> float | None:
     if job.reevaluation is not None and job.reevaluation.true:
         return 0.0
     height, width = config.data.crop_size
-    network = find_speed(job, speeds)
+    network = None if job.is_published else find_speed(job, speeds)
     images = count_images(config.data)
     windows = count_windows(config.data, config.test)
     if network is None or network["amp"] != config.schedule.amp or images is None or windows is None:
@@ -110,6 +131,8 @@ def count_windows(data: DataConfig, test: TestConfig) -> int | None:
     """Windows of all views of one image; None where the size of the images is not known."""
     size = data.test_crop or IMAGE_SIZES.get(data.dataset)
     if size is None:
+        return None
+    if test.whole or test.short_side:
         return None
     windows = 0
     for scale in test.scales:

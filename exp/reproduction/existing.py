@@ -1,5 +1,6 @@
 """What of trainings and results is there already, found by what the files say of their config."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ NO_MATTER = {  # of the config of an evaluation: what changes neither its images
     "data": (*TRAIN_KEYS, "scale_range", "flip_prob", "damaged"),
     "test": ("name", "metric", "metrics", "calibration", "window_batch", "images_per_forward", "prob_cache_gb"),
 }
+PUBLISHED = "published"  # the key of `training` in results of a network that others trained
 # States of a job, from nothing to everything.
 WAITING = "waits for its training"
 MISSING, INTERRUPTED, TRAINED, DONE = "to be trained", "interrupted", "to be evaluated", "done"
@@ -25,7 +27,10 @@ UNTRAINED = "to be evaluated without a network"
 
 @dataclass(frozen=True)
 class State:
-    """What of a job exists, the rules that have no results yet, and the trained weights that these can evaluate."""
+    """What of a job exists, the rules that have no results yet, and the trained weights that these can evaluate.
+
+    weights: None too of a network that others trained, which is not found below the output.
+    """
 
     kind: str
     rules: tuple[str, ...] = ()
@@ -39,12 +44,15 @@ class Existing:
         self.results: dict[str, list[tuple[Path, dict]]] = {}
         self.true: list[tuple[Path, dict]] = []
         self.maps: list[tuple[Path, dict]] = []  # of another program
+        self.published: list[tuple[Path, dict]] = []
         for path in sorted(output.glob("**/results/*.json")):
             content = _read_result(path)
             if content is not None and content.get("probabilities") == "true":
                 self.true.append((path, content))
             elif content is not None and "maps" in content:
                 self.maps.append((path, content))
+            elif content is not None and PUBLISHED in content["training"]:
+                self.published.append((path, content))
             elif content is not None:
                 self.results.setdefault(_digest(content["training"]), []).append((path, content))
         self._begun = {_read_facts(path)[0] for path in output.glob("**/checkpoints/iter_*.pt.json")}
@@ -70,13 +78,20 @@ class Existing:
         test = config["test"]
         if test["temperature"] == "fitted":
             test["temperature"] = self.temperatures.get(job.digest)
-        for path, content in self.results.get(job.digest, []):
+        for path, content in self._results_of(job):
             found = content["config"]
             same = same_settings(found["test"], test) and same_settings(found.get("predict", {}), job.rule_config(rule))
-            same &= all(found["data"].get(key) == config["data"].get(key) for key in IMAGE_KEYS)
-            if same and self._is_finished(job.digest, content["training"]["iteration"]):
+            if same and all(found["data"].get(key) == config["data"].get(key) for key in IMAGE_KEYS):
                 return path
         return None
+
+    def _results_of(self, job: Job) -> list[tuple[Path, dict]]:
+        """The results of the finished training of a job, or of the network that others trained."""
+        if job.is_published:
+            network = json.loads(json.dumps(job.config.model.identity))  # tuples are lists there
+            return [pair for pair in self.published if pair[1]["training"][PUBLISHED] == network]
+        pairs = self.results.get(job.digest, [])
+        return [pair for pair in pairs if self._is_finished(job.digest, pair[1]["training"]["iteration"])]
 
     def _find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
         """The JSON of a rule on the true probabilities of a data config's validation images."""
@@ -105,6 +120,8 @@ class Existing:
             return State(DONE)
         if job.reevaluation is not None and job.reevaluation.true:
             return State(UNTRAINED, job.rules)
+        if job.is_published:
+            return State(TRAINED, job.rules)
         if job.digest in self._trained:
             return State(TRAINED, job.rules, self._trained[job.digest])
         if job.reevaluation is not None:
@@ -125,7 +142,7 @@ def _read_result(path: Path) -> dict | None:
         named = [content["config"][group]["name"] for group in groups]
         if is_maps:
             named.append(content["maps"]["prob_dir"])
-        elif not is_true:
+        elif not is_true and PUBLISHED not in content["training"]:
             training = content["training"]
             named += [training[group]["name"] for group in TRAINING_GROUPS]
             named += [str(int(training[key])) for key in ("seed", "iteration")]

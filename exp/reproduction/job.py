@@ -66,6 +66,11 @@ class Job:
         return training_digest(self.config.to_dict())
 
     @property
+    def is_published(self) -> bool:
+        """Whether others trained the network: there is an evaluation alone."""
+        return self.config.is_published
+
+    @property
     def name(self) -> str:
         """The folder below OUTPUT that is --output_dir of this training alone: readable, and unlike any other's."""
         seed = f".seed{self.seed}" if self.seed else ""
@@ -73,7 +78,7 @@ class Job:
         return f"{self.config.run_name}{seed}.{self.digest[:8]}{again}"
 
     def flags(self, data_dir: Path, output: Path, rules: Sequence[str] | None = None) -> list[str]:
-        """The flags of exp/main.py that train this job and evaluate it by `rules` (None: by all).
+        """The flags of exp/main.py that train this job, unless others did, and evaluate it by `rules` (None: by all).
 
         Of a reevaluation: without --test-only and the checkpoint, or those of scripts/evaluate_probabilities.py.
         """
@@ -84,8 +89,8 @@ class Job:
             flags = ["--true_of", self.data, *folder, "--metric", self.config.test.metric]
             settings = [text for text in settings if text.startswith(("data.", "predict."))]
             return [*flags, "--set", *settings] if settings else flags
-        flags = ["--data_dir", str(data_dir)]
-        for group in GROUPS:
+        flags = ["--data_dir", str(data_dir), *(["--test-only"] if self.is_published else [])]
+        for group in ("model", "data", "test") if self.is_published else GROUPS:
             flags += [f"--{group}_yaml", getattr(self, group)]
         flags += [*folder, *(["--seed", str(self.seed)] if self.seed else [])]
         if again is None:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from exp.config.strict_yaml import closest
+from exp.config.experiment import CONFIG_DIR, load_published
+from exp.config.published import FOLDER
+from exp.config.strict_yaml import closest, load_mapping
 from exp.reproduction.job import Job, join_jobs
 from exp.reproduction.laptop import laptop_jobs
 from exp.reproduction.published import PublishedValue, load_tables
@@ -35,7 +37,17 @@ OURS = {"rankseg_rma_paper": "rankseg_rma"}  # the rule that this project ships 
 LETTER = ("data.augmentation=letter", "test.padding=centred")  # where the defaults are not the paper's
 # Scores of the medical tables that the paper's code takes within each case: its name -> the name of that here.
 WITHIN_CASES = {"Acc": "mAcc3D", "mAccD": "mAcc3D", "mIoUD": "mIoU3D", "mDiceD": "mDice3D"}
-ALL, LAPTOP = "all", "laptop"
+ALL, LAPTOP, PUBLISHED = "all", "laptop", "published"
+# Of networks that others trained: all rules that decide on many classes and look at an image once.
+ONE_PASS = (
+    "argmax",
+    "rankseg_rma_paper",
+    "rankseg_rma_iou",
+    "rankseg_levelset",
+    "rankseg_dep",
+    "rankseg_dep_iou",
+    "rankseg_rma",
+)
 
 
 @dataclass(frozen=True)
@@ -107,14 +119,30 @@ def ours_beside(found: Counterpart) -> Counterpart | None:
 
 
 def table_jobs(name: str) -> list[Job]:
-    """The trainings of a table, of `all` of them, or of `laptop`, each once."""
+    """The trainings of a table, of `all` of them, or of `laptop`, each once; or the networks that others trained."""
     tables = load_tables()
+    if name == PUBLISHED:
+        return join_jobs(map(published_job, published_networks()))
     if name == LAPTOP:
         return join_jobs(laptop_jobs())
     if name != ALL and name not in tables:
-        raise InputError(f"{name}: unknown table{closest(name, [*tables, ALL, LAPTOP])}")
+        raise InputError(f"{name}: unknown table{closest(name, [*tables, ALL, LAPTOP, PUBLISHED])}")
     chosen = tables.values() if name == ALL else [tables[name]]
     return join_jobs(job for table in chosen for published in table.values for job in jobs_behind(published))
+
+
+def published_networks() -> list[str]:
+    """The networks of configs/model/published that a data set is known for, as --model_yaml has them."""
+    names = []
+    for path in sorted((CONFIG_DIR / "model" / FOLDER).glob("*.yaml")):
+        variants = load_mapping(path).get("variants", {})
+        names += [f"{FOLDER}/{path.stem}:{variant}" for variant in variants] or [f"{FOLDER}/{path.stem}"]
+    return [name for name in names if load_published(name).data is not None]
+
+
+def published_job(name: str) -> Job:
+    """The evaluation of a network that others trained, on the data set that its YAML names."""
+    return Job(name, load_published(name).data, "quickstart", "adamw_lr6e-4", ONE_PASS)
 
 
 def with_settings(jobs: Iterable[Job], overrides: Sequence[str], weights: str | None) -> list[Job]:

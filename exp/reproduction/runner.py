@@ -46,7 +46,7 @@ class Runner:
     def flags(self, job: Job, state: State) -> list[str]:
         """The flags of exp/main.py that do what is missing: train and evaluate, or evaluate alone."""
         flags = job.flags(self.data_dir, self.output, state.rules or job.rules)
-        if state.kind == TRAINED:
+        if state.kind == TRAINED and state.weights is not None:
             flags = ["--test-only", "--model_checkpoint", str(state.weights), *flags]
         if state.kind == WAITING:
             flags = ["--test-only", "--model_checkpoint", "WEIGHTS", *flags]  # for a person to read

@@ -185,3 +185,43 @@ def test_a_padded_map_has_one_scale():
     config = TestConfig("t", "mIoUI", scales=(0.5, 1.0)).resolved((32, 32))
     with pytest.raises(InputError, match=r"test\.scales: got \[0\.5, 1\.0\], expected \[1\] with a rule that sees"):
         build_inference(config, keep_padding=True)
+
+
+@pytest.mark.parametrize("short_side", [None, 12, 40])
+def test_whole_images_go_through_the_network_at_once(short_side: int | None):
+    """Several of different sizes, each resized by its shorter side before, and its logits back after."""
+    images = [torch.randn(1, 3, 20, 31), torch.randn(1, 3, 25, 17)]
+    inference = build_inference(TestConfig("t", "mIoUI", whole=True, short_side=short_side).resolved((8, 8)))
+    for image, prob in zip(images, inference.unchecked(WindowMean(), images)):
+        size = tuple(image.shape[-2:])
+        new = size if short_side is None else tuple(round(side * short_side / min(size)) for side in size)
+        seen = image if new == size else resize(image, new)
+        logits = WindowMean()(seen)
+        expected = (logits if new == size else resize(logits, size)).softmax(1)
+        torch.testing.assert_close(prob, expected)
+
+
+def test_windows_slide_over_the_resized_image():
+    network = Position()
+    inference = build_inference(
+        TestConfig("t", "mIoUI", crop_size=(10, 10), stride=(10, 10), short_side=20).resolved((8, 8))
+    )
+    assert inference(network, torch.randn(1, 3, 10, 15)).shape == (1, 4, 10, 15)
+    assert network.windows == 2 * 3
+
+
+def test_where_nothing_is_padded_a_rule_sees_no_padding():
+    """Of an image that is smaller than the window before it is resized, too."""
+    for keys in ({"whole": True}, {"crop_size": (32, 32), "short_side": 32}, {"whole": True, "scales": (0.5, 1.0)}):
+        config = TestConfig("t", "mIoUI", padding="centred", **keys).resolved((32, 32))
+        inference = build_inference(config, keep_padding=True)
+        prob = inference(Position(), torch.randn(1, 3, 20, 24))
+        assert prob[(..., *inference.place(20, 24))].shape == prob.shape == (1, 4, 20, 24)
+    config = TestConfig("t", "mIoUI", short_side=20).resolved((32, 32))
+    with pytest.raises(InputError, match=r"test\.short_side: got 20, expected null with a rule that sees"):
+        build_inference(config, keep_padding=True)
+
+
+def test_a_window_and_the_whole_image_exclude_each_other():
+    with pytest.raises(InputError, match="key 'whole': got True, expected false together with crop_size or stride"):
+        TestConfig("t", "mIoUI", whole=True, crop_size=(8, 8))

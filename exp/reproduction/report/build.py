@@ -7,6 +7,7 @@ from exp.reproduction.measured import Measured
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.page import html
 from exp.reproduction.report.paper import csv_text, published_section, summary, table_lines
+from exp.reproduction.report.published_networks import evaluated_networks, published_sections
 from exp.reproduction.report.training_sections import (
     describe_run,
     other_sections,
@@ -38,7 +39,8 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     paper = [*map(published_section, tables, by_table), *paper_sections(trained)]
     parts = [paper, other_sections(others)]
     first, second = parts if any(line.measured is not None for line in lines) else parts[::-1]
-    sections, lead = [*first, *second], summary(lines, others)
+    networks = published_sections(evaluated_networks(measured))
+    sections, lead = [*networks, *first, *second], summary(lines, others)
     folder = output / "report"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "tables.md", markdown(sections, lead))
