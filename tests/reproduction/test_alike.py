@@ -9,7 +9,7 @@ import pytest
 from exp.reproduction.existing import differences
 from exp.reproduction.job import Job
 from exp.reproduction.measured import Measured
-from exp.reproduction.report.illustrations import illustrate
+from exp.reproduction.report.pictures.illustrations import illustrate
 from exp.reproduction.report.training_sections import training_section
 from tests.conftest import TINY
 from tests.reproduction.test_folds import save_fold

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from exp.reproduction.report.illustrations import Picture, illustrate
+from exp.reproduction.report.pictures.illustrations import Picture, illustrate
 from exp.reproduction.report.sections import Cell, Section
 
 STYLES = Path(__file__).with_name("page.css")

@@ -13,7 +13,7 @@ from exp.evaluation.results import load_confusion
 from exp.files.images import open_image
 from exp.reproduction.existing import differences
 from exp.reproduction.measured import Training, read_times
-from exp.reproduction.report import plots
+from exp.reproduction.report.pictures import plots
 from exp.runtime.errors import passing_over
 
 PANEL_WIDTH = 1000  # pixels
