@@ -17,8 +17,8 @@ from exp.evaluation.results import load_result, save_results
 from exp.reproduction.measured import Training
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.build import write_report
-from exp.reproduction.report.pictures.illustrations import read_log
 from exp.reproduction.report.page import html
+from exp.reproduction.report.pictures.illustrations import read_log
 from exp.reproduction.report.training_sections import training_section
 from tests.reproduction.test_report import without_details, write_results
 from tests.reproduction.test_reproduce import SMALL
