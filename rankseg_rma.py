@@ -881,11 +881,7 @@ def rankseg_levelset(
         for i, image in enumerate(maps):
             rows = image.reshape(len(image), -1)
             inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
-            high = _highest(rows, inside)
-            _check_range(
-                rows.amin().item(), rows.amax().item() if within is not None else high.amax().item(), maps.dtype
-            )
-            high = high.to(_working(maps.dtype))
+            high = _highest(rows, inside).to(_working(maps.dtype))
             if allow_overlap:
                 out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
             elif len(image) == 2:
@@ -899,9 +895,14 @@ def rankseg_levelset(
 
 
 def _highest(rows: Tensor, inside: Tensor | None) -> Tensor:
-    """(C, d), the indices of valid pixels or None -> (C,) largest probabilities, 0 without any pixel."""
+    """(C, d), the indices of valid pixels or None -> (C,) largest probabilities, 0 without any pixel; or ValueError."""
+    if _on_cpu(rows):
+        high = torch.tensor([_high(row) for row in rows], dtype=rows.dtype)
+    else:
+        high = rows.amax(1)
+        _check_range(rows.amin().item(), high.amax().item(), rows.dtype)
     if inside is None:
-        return rows.amax(1)
+        return high
     parts = inside.split(max(1, _level_piece(rows) // len(rows))) if len(inside) else ()
     return torch.stack([rows.new_zeros(len(rows)), *(rows.index_select(1, part).amax(1) for part in parts)]).amax(0)
 
