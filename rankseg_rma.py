@@ -389,7 +389,7 @@ def _gain(p: Tensor, n: Tensor, s: Tensor, mu: Tensor, rule: _Rule) -> Tensor:
         return p / (1 + n)
     if rule.metric == "dice":
         size = n + mu + 1
-        return (p - s / size) * (2 / (size + 1))
+        return (p - s / size).mul_(2 / (size + 1))
     size = n + mu - s
     ratio = torch.where(size > 0, s / size, 0.0)  # 0 / 0, the empty set of an impossible class, is 0
     return (p - ratio * (1 - p)) / (size + (1 - p)).clamp_min(1e-30)
@@ -410,7 +410,8 @@ def _pick(
     if rule.unassigned == "max_score":
         eligible = eligible + kept * torch.eq(count, 0, out=torch.empty_like(count))
     others = torch.eq(eligible, 0, out=torch.empty_like(eligible)).to(score.dtype)
-    label = names.take(_first_largest(torch.sub(score, others, alpha=torch.finfo(score.dtype).max / 4)))
+    score = torch.sub(score, others, alpha=torch.finfo(score.dtype).max / 4, out=others)
+    label = names.take(_first_largest(score))
     if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
     return label
@@ -606,8 +607,8 @@ class _Stream:
         """A (B, C, *spatial) map, (d,) bool: the pixels that count, and (d,) or (0,) memory that may be used."""
         self.dtype, size = _working(prob.dtype), prob[0, 0].numel()
         self.valid, self.copies = valid, valid is not None or prob.dtype != self.dtype
-        # A 12th of the input for a buffer, or a 24th for each of two.
-        share = 24 if self.copies and not len(spare) else 12
+        # A 14th of the input for a buffer, or a 28th for each of two.
+        share = 28 if self.copies and not len(spare) else 14
         budget = prob.numel() * prob.element_size() // (torch.finfo(self.dtype).bits // 8 * share)
         self.step = max(1, min(TILE, size, budget) // BLOCK) * BLOCK  # pixels of a tile
         self.inside = torch.empty(self.step, dtype=self.dtype)
@@ -702,8 +703,8 @@ def _solve_streamed(
 ) -> Found:
     """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets.
 
-    For labels, a code per pixel starts as -(C + 1), and the set of class c adds C + 1 + c: the pixel is then in no set
-    where the code is negative, in several where it is C or more; else it is its label.
+    For labels, a code per pixel starts as -(C + 1) - C // 2, and the set of class c adds C + 1 + c: the pixel is then
+    in no set or in several where the code is farther than C / 2 from 0; else it is its label less C // 2.
     """
     batch, classes, size = *prob.shape[:2], prob[0, 0].numel()
     limit = _limit(rule, prob).item()
@@ -717,7 +718,7 @@ def _solve_streamed(
         codes, spare = None, torch.empty(0)
         if not (masks or binary):  # in the memory of the labels, at its end: labels replace codes from the front
             spare, codes = out[b].view(_working(prob.dtype)).tensor_split([-size])
-            codes.fill_(-classes - 1)
+            codes.fill_(-(classes + 1) - classes // 2)
         stream = _Stream(prob, seen, spare)
         for c, row in _rows(prob[b], prob.numel() // 8):
             if _high(row) <= limit or (binary and c == 0 and not want_tau):
@@ -765,18 +766,18 @@ def _copy(x: Tensor, target: Tensor) -> None:
 def _label(codes: Tensor, classes: int, buffer: Tensor, out: Tensor) -> Tensor:
     """(d,) codes, which are overwritten -> their labels, written to `out`, and the pixels that have none yet."""
     found, numbers = [], buffer.view(torch.int32)  # by way of these to int64, for both steps are vectorised
-    flags = torch.zeros(len(buffer), dtype=torch.int8)  # far faster to write than bool
+    flags = torch.zeros(-(-len(buffer) // 8) * 8, dtype=torch.bool)
     for start, piece in zip(range(0, len(codes), len(buffer)), codes.split(len(buffer))):
         size = len(piece)
-        torch.ne(piece, torch.clamp(piece, 0, classes - 1, out=buffer[:size]), out=flags[:size])
+        flags[:size].copy_(torch.hardshrink(piece, classes / 2 + 0.25, out=buffer[:size]))
         flags[size:].zero_()
         found.append(_nonzero(flags) + start)
-        out[start : start + size].copy_(numbers[:size].copy_(piece))
+        out[start : start + size].copy_(numbers[:size].copy_(piece.add_(classes // 2)))
     return torch.cat(found)
 
 
 def _nonzero(flags: Tensor) -> Tensor:
-    """(8 m,) flags of a byte, few of them set -> their indices; eight at a time are seen to be zero."""
+    """(8 m,) bool, few of them set -> their indices; eight at a time are seen to be zero."""
     words = flags.view(torch.int64).nonzero().squeeze(1)
     word, place = flags.view(-1, 8).index_select(0, words).nonzero().unbind(1)
     return words.take(word).mul_(8).add_(place)
