@@ -877,7 +877,7 @@ def rankseg_levelset(
             elif len(image) == 2:
                 out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
             else:
-                out[i] = _level_labels(rows, inside, high, opt_metric, pruning_prob).view(out[i].shape)
+                _level_labels(rows, inside, high, opt_metric, pruning_prob, out[i].view(-1))
     if within is not None and allow_overlap:
         out &= within.unsqueeze(1)
     out = out if in_batch else out[0]
@@ -924,13 +924,16 @@ def _level_masks(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str,
     return rows >= cut.masked_fill(empty, torch.inf)[:, None]
 
 
-def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float) -> Tensor:
-    """(C, d) -> (d,) int64."""
+def _level_labels(
+    rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float, out: Tensor
+) -> None:
+    """(C, d) -> labels, written to (d,) `out`."""
     largest = high.max().item()
     names = (high > (pruning_prob if largest > pruning_prob else largest / 2)).nonzero()[:, 0]
     classes = len(names)
     if classes < 2:
-        return (names if classes else names.new_zeros(1)).expand(rows.shape[1])
+        out.copy_(names if classes else names.new_zeros(1))
+        return
     step = max(1, _level_piece(rows) // classes)
     weight = high[names].float()[:, None]
     floor = torch.full((), LEVEL_FLOOR, device=rows.device)
@@ -959,11 +962,9 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
     rank[order] = torch.arange(len(order), dtype=torch.int32, device=rows.device)
     label_of = names[order // LEVELS]
     found = torch.empty_like(room, dtype=torch.int32)
-    out = torch.empty(rows.shape[1], dtype=torch.int64, device=rows.device)
     for part, label in zip(rows.split(step, 1), out.split(step)):
         best = torch.index_select(rank, 0, look(part), out=found[: classes * len(label)]).view(classes, -1).amax(0)
         torch.index_select(label_of, 0, best, out=label)
-    return out
 
 
 def _level_edges(like: Tensor) -> Tensor:
