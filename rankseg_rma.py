@@ -642,29 +642,29 @@ class _Stream:
                 self.highs.append(x[whole:].amax().item())
         return max(self.highs)
 
-    def members(self, cut: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def members(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tiles, and where in them p > `cut`: 1.0 or 0.0, far faster to write and sum than bool on a CPU.
 
         Blocks before the first and after the last with such a pixel are left out.
         """
-        self.cut.fill_(cut)
+        cut = self.cut.item()
         first = next((k for k, high in enumerate(self.highs) if high > cut), len(self.highs))
         end = next((k for k in range(len(self.highs), first, -1) if self.highs[k - 1] > cut), first)
         for span, x in self.tiles(first * BLOCK, min(end * BLOCK, len(self.row))):
             yield span, x, torch.gt(x, self.cut, out=self.inside[: len(x)])
 
-    def measure(self, cut: float) -> tuple[float, float]:
+    def measure(self) -> tuple[float, float]:
         """Size and mass of {p > cut}."""
         n = s = 0.0
-        for _, x, inside in self.members(cut):
+        for _, x, inside in self.members():
             n += inside.sum().item()
             s += inside.mul_(x).sum().item()
         return n, s
 
-    def place(self, cut: float, target: Tensor, code: int) -> float:
+    def place(self, target: Tensor, code: int) -> float:
         """Write {p > cut} into `target`, added with weight `code` if that is not 0 -> its size."""
         n = 0.0
-        for span, _, inside in self.members(cut):
+        for span, _, inside in self.members():
             n += inside.sum().item()
             if code:
                 target[span].add_(inside, alpha=code)
@@ -676,26 +676,26 @@ class _Stream:
         """The set of the class, which is written into `target` as `place` does."""
         high = max(self.highs)
         # No fixed point exceeds high / (1 + high). A sample, as `_start` takes it, costs as much as the pass it saves.
-        n, s = self.measure(self._cut(0.95 * high / (1 + high)))
+        self._cut_at(0.95 * high / (1 + high))
+        n, s = self.measure()
         t, settled = s / max(n + self.mu + offset, 1e-30), False
-        cut = self._cut(t)
+        self._cut_at(t)
         while not settled:
-            n, s = self.measure(cut)
+            n, s = self.measure()
             before, t = t, max(t, s / max(n + self.mu + offset, 1e-30))  # it climbs, but for rounding
-            cut = self._cut(t)
+            self._cut_at(t)
             if (t - before) * len(self.row) < 2:  # so close that as a rule no pixel lies between
-                settled = self.place(cut, target, code) == n
+                settled = self.place(target, code) == n
                 if not settled and code:
-                    self.place(cut, target, -code)
+                    self.place(target, -code)
                 elif not settled:
                     target.zero_()
-        return _Set(n, s, self.mu, cut)
+        return _Set(n, s, self.mu, self.cut.item())
 
-    def _cut(self, t: float) -> float:
-        """As `_round_down`."""
+    def _cut_at(self, t: float) -> None:
+        """`cut` becomes what `_round_down` gives."""
         if self.cut.fill_(t).item() > t:
             torch.nextafter(self.cut, self.zero, out=self.cut)
-        return self.cut.item()
 
 
 def _solve_streamed(
@@ -727,13 +727,15 @@ def _solve_streamed(
                 continue
             target = codes if codes is not None else out[b, c] if masks else out[b]
             sets[c] = stream.solve(rule.offset, target, 0 if codes is None else classes + 1 + c)
-            tau[b, c] = int(sets[c].n)
             if binary and c == 0:  # solved for its size alone
                 out[b].zero_()
+        sizes = {c: int(found.n) for c, found in sets.items()}
         if codes is not None:
             sets = _candidates(prob[b], sets, rule, stream)
             index = _label(codes, classes, stream.inside, out[b])
         del stream  # its buffers, too
+        if want_tau:
+            tau[b, list(sizes)] = torch.tensor(list(sizes.values()), dtype=torch.int64)
         if codes is not None and len(index):
             _settle(prob[b], index, sets, rule, seen, out[b])
     return out, tau
@@ -742,9 +744,11 @@ def _solve_streamed(
 def _rows(prob: Tensor, spare: int) -> Iterator[tuple[int, Tensor]]:
     """(C, *spatial) -> its classes c and their contiguous (d,) maps; copies take up to `spare` elements at a time."""
     size = prob[0].numel()
-    group = 1 if prob[0].is_contiguous() else max(1, min(16, spare // size))
+    whole = prob[0].is_contiguous()
+    group = len(prob) if whole else max(1, min(16, spare // size))
     for first in range(0, len(prob), group):
-        yield from enumerate(prob[first : first + group].reshape(-1, size).contiguous(), first)
+        rows = prob[first : first + group].reshape(-1, size)
+        yield from enumerate(rows if whole else rows.contiguous(), first)
 
 
 def _high(row: Tensor) -> float:
