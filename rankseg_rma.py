@@ -389,7 +389,7 @@ def _gain(p: Tensor, n: Tensor, s: Tensor, mu: Tensor, rule: _Rule) -> Tensor:
         return p / (1 + n)
     if rule.metric == "dice":
         size = n + mu + 1
-        return (p - s / size) * (2 / (size + 1))
+        return (p - s / size).mul_(2 / (size + 1))
     size = n + mu - s
     ratio = torch.where(size > 0, s / size, 0.0)  # 0 / 0, the empty set of an impossible class, is 0
     return (p - ratio * (1 - p)) / (size + (1 - p)).clamp_min(1e-30)
@@ -402,14 +402,16 @@ def _pick(
     n, s, mu = (value.unsqueeze(-1) for value in stats)
     score = _gain(p.to(n.dtype), n, s, mu, rule)
     count = own.sum(1, keepdim=True)
-    kept = kept.unsqueeze(-1)
-    eligible = own.to(torch.bool)
+    kept = kept.unsqueeze(-1).to(own.dtype)
+    eligible = own  # where it is above 0; bool and `where` are several times slower on a CPU
     if rule.contested == "all":
-        score = torch.where(kept, score, 0.0) if rule.method == "rma_score" else score
-        eligible = eligible | (count > 1)
+        score = score * kept if rule.method == "rma_score" else score
+        eligible = eligible + torch.gt(count, 1, out=torch.empty_like(count))
     if rule.unassigned == "max_score":
-        eligible = eligible | ((count == 0) & kept)
-    label = names.take(_first_largest(torch.where(eligible, score, -torch.inf)))
+        eligible = eligible + kept * torch.eq(count, 0, out=torch.empty_like(count))
+    others = torch.eq(eligible, 0, out=torch.empty_like(eligible)).to(score.dtype)
+    score = torch.sub(score, others, alpha=torch.finfo(score.dtype).max / 4, out=others)
+    label = names.take(_first_largest(score))
     if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
     return label
@@ -438,7 +440,8 @@ def _assign(
     shared_n, shared_s = torch.zeros_like(n), torch.zeros_like(n, dtype=torch.int64)
     for piece in pieces:
         p, own = look_up(piece)
-        shared = own * (own.sum(1, keepdim=True) > 1).to(own.dtype)
+        count = own.sum(1, keepdim=True)
+        shared = own * torch.gt(count, 1, out=count)
         shared_n += shared.sum(-1)
         # In multiples of 2^-32, whose sum has no rounding and therefore does not depend on the pieces.
         shared_s += shared.mul_(p).mul_(2.0**32).round_().to(torch.int64).sum(-1)
@@ -597,137 +600,102 @@ class _Set(NamedTuple):
     cut: float
 
 
-class _Blocks:
-    """A contiguous (d,) map as its whole blocks, (n, BLOCK), and what remains of it, (1, rest)."""
-
-    def __init__(self, row: Tensor) -> None:
-        whole = len(row) // BLOCK
-        self.row = row
-        self.whole, self.rest = row[: whole * BLOCK].view(whole, BLOCK), row[whole * BLOCK :].unsqueeze(0)
-
-    def __getitem__(self, span: slice) -> Tensor:
-        """Some of the whole blocks, or the rest, which comes after them."""
-        return self.whole[span] if span.start < len(self.whole) else self.rest
-
-
 class _Stream:
-    """Passes over one class map at a time, on a CPU, in tiles of blocks that stay in the cache."""
+    """Passes over one class map at a time, on a CPU, in few and long steps: a call costs as much as 30,000 pixels."""
 
-    def __init__(self, prob: Tensor, valid: Tensor | None) -> None:
-        """A (B, C, *spatial) map, and (d,) bool: the pixels of an image that count."""
+    def __init__(self, prob: Tensor, valid: Tensor | None, spare: Tensor) -> None:
+        """A (B, C, *spatial) map, (d,) bool: the pixels that count, and (d,) or (0,) memory that may be used."""
         self.dtype, size = _working(prob.dtype), prob[0, 0].numel()
-        # Of the input for a buffer, or for each of two.
-        share = 12 if valid is None and prob.dtype == self.dtype else 24
+        self.valid, self.copies = valid, valid is not None or prob.dtype != self.dtype
+        # A 14th of the input for a buffer, or a 28th for each of two.
+        share = 28 if self.copies and not len(spare) else 14
         budget = prob.numel() * prob.element_size() // (torch.finfo(self.dtype).bits // 8 * share)
-        self.rest = size % BLOCK
-        self.whole, self.count = size // BLOCK, -(-size // BLOCK)  # whole blocks, and all
-        self.step = max(1, min(TILE, size, budget) // BLOCK)  # blocks of a tile
-        self.inside = self._buffer()
-        self.parts = torch.empty(2, self.count, dtype=self.dtype)
-        self.sizes, self.masses = self.parts.unbind()
+        self.step = max(1, min(TILE, size, budget) // BLOCK) * BLOCK  # pixels of a tile
+        self.inside = torch.empty(self.step, dtype=self.dtype)
+        self.copy = spare if len(spare) or not self.copies else torch.empty(self.step, dtype=self.dtype)
         self.cut, self.zero = torch.zeros(2, dtype=self.dtype).unbind()
-        self.map: _Blocks  # of the class
-        self.valid = None if valid is None else _Blocks(valid)
+        self.row, self.ready = self.inside, False  # the map of the class, and whether it is as `tiles` gives it
         self.mu, self.highs = 0.0, [0.0]  # mass of the class, and the largest value of each of its blocks
 
-    def _buffer(self) -> _Blocks:
-        return _Blocks(torch.empty(self.step * BLOCK + self.rest, dtype=self.dtype))
+    def tiles(self, first: int, end: int) -> Iterator[tuple[slice, Tensor]]:
+        """Pixels first..end-1 of the class map, tile by tile, in working precision and zero outside `valid`."""
+        for a in range(first, end, self.step):
+            span = slice(a, min(a + self.step, end))
+            x = self.row[span]
+            yield span, x if self.ready else self._read(x, span)
 
-    @functools.cached_property
-    def copy(self) -> _Blocks:
-        """A second buffer, where one is needed."""
-        return self._buffer()
-
-    def _use(self, buffer: _Blocks, span: slice) -> Tensor:
-        """The part of a buffer for a tile."""
-        return buffer.whole[: span.stop - span.start] if span.start < self.whole else buffer.rest
-
-    def tiles(self, first: int, end: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks first..end-1 of the class map, tile by tile, in working precision and zero outside `valid`."""
-        spans = [slice(a, min(a + step, end, self.whole)) for a in range(first, min(end, self.whole), step)]
-        for span in [*spans, slice(self.whole, self.count)] if end > self.whole else spans:
-            x = self.map[span]
-            if self.valid is not None:
-                x = self._use(self.copy, span).copy_(self.valid[span]).mul_(x)
-            elif x.dtype != self.dtype:
-                x = self._use(self.copy, span).copy_(x)
-            yield span, x
+    def _read(self, x: Tensor, span: slice) -> Tensor:
+        to = self.copy[: len(x)]
+        return to.copy_(x) if self.valid is None else torch.mul(x, self.valid[span], out=to)
 
     def load(self, row: Tensor) -> float:
         """The (d,) map of a class, whose turn it is -> its largest value."""
-        self.map = _Blocks(row)
-        needs_copy = self.valid is not None or row.dtype != self.dtype
-        for span, x in self.tiles(0, self.count, self.step if needs_copy else self.count):
-            torch.sum(x, 1, out=self.masses[span])
-            torch.amax(x, 1, out=self.sizes[span])
-        self.mu, self.highs = _block_sum(self.masses.to(torch.float64)).item(), self.sizes.tolist()
+        self.row, self.ready = row, not self.copies
+        if self.copies and len(self.copy) >= len(row):
+            self.row, self.ready = self._read(row, slice(None)), True
+        self.mu, self.highs = 0.0, []
+        for _, x in [(None, self.row)] if self.ready else self.tiles(0, len(row)):
+            self.mu += x.sum().item()
+            whole = len(x) // BLOCK * BLOCK
+            self.highs += x[:whole].view(-1, BLOCK).amax(1).tolist()
+            if whole < len(x):
+                self.highs.append(x[whole:].amax().item())
         return max(self.highs)
 
-    def members(self, cut: float, skip: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def members(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tiles, and where in them p > `cut`: 1.0 or 0.0, far faster to write and sum than bool on a CPU.
 
-        skip: leave out the blocks before the first and after the last with such a pixel. The blocks' sizes are left in
-        `sizes`, and zeros in `masses`.
+        Blocks before the first and after the last with such a pixel are left out.
         """
-        self.parts.zero_()
-        self.cut.fill_(cut)
-        first, end = 0, self.count
-        if skip:
-            first = next((k for k in range(end) if self.highs[k] > cut), end)
-            end = next((k for k in range(end, first, -1) if self.highs[k - 1] > cut), first)
-        for span, x in self.tiles(first, end, self.step):
-            inside = torch.gt(x, self.cut, out=self._use(self.inside, span))
-            torch.sum(inside, 1, out=self.sizes[span])
-            yield span, x, inside
+        cut = self.cut.item()
+        first = next((k for k, high in enumerate(self.highs) if high > cut), len(self.highs))
+        end = next((k for k in range(len(self.highs), first, -1) if self.highs[k - 1] > cut), first)
+        for span, x in self.tiles(first * BLOCK, min(end * BLOCK, len(self.row))):
+            yield span, x, torch.gt(x, self.cut, out=self.inside[: len(x)])
 
-    def measure(self, cut: float) -> list[float]:
+    def measure(self) -> tuple[float, float]:
         """Size and mass of {p > cut}."""
-        for span, x, inside in self.members(cut):
-            torch.sum(inside.mul_(x), 1, out=self.masses[span])
-        return _block_sum(self.parts.to(torch.float64)).tolist()
+        n = s = 0.0
+        for _, x, inside in self.members():
+            n += inside.sum().item()
+            s += inside.mul_(x).sum().item()
+        return n, s
 
-    def place(self, cut: float, target: _Blocks, code: int) -> float:
+    def place(self, target: Tensor, code: int) -> float:
         """Write {p > cut} into `target`, added with weight `code` if that is not 0 -> its size."""
-        for span, _, inside in self.members(cut, skip=code != 0):
+        n = 0.0
+        for span, _, inside in self.members():
+            n += inside.sum().item()
             if code:
                 target[span].add_(inside, alpha=code)
             else:
                 _copy(inside, target[span])
-        return _block_sum(self.sizes.to(torch.float64)).item()
+        return n
 
-    def start(self, offset: float) -> float:
-        """As `_start`: the first threshold."""
-        high, stride = max(self.highs), _stride(len(self.map.row))
-        t = 0.8 * high / (1 + high)
-        if stride >= 16:
-            x = self.map.row[::stride].to(self.dtype)
-            x = x.contiguous() if self.valid is None else x * self.valid.row[::stride]
-            inside = torch.empty_like(x)
-            for _ in range(2):
-                n = torch.gt(x, self.cut.fill_(t), out=inside).sum().item()
-                t = inside.mul_(x).sum().item() / max(n + (self.mu + offset) / stride, 1e-30) or t
-        return t
-
-    def solve(self, offset: float, target: _Blocks, code: int) -> _Set:
+    def solve(self, offset: float, target: Tensor, code: int) -> _Set:
         """The set of the class, which is written into `target` as `place` does."""
-        n, s = self.measure(self._cut(self.start(offset)))
+        high = max(self.highs)
+        # No fixed point exceeds high / (1 + high). A sample, as `_start` takes it, costs as much as the pass it saves.
+        self._cut_at(0.95 * high / (1 + high))
+        n, s = self.measure()
         t, settled = s / max(n + self.mu + offset, 1e-30), False
-        cut = self._cut(t)
+        self._cut_at(t)
         while not settled:
-            n, s = self.measure(cut)
+            n, s = self.measure()
             before, t = t, max(t, s / max(n + self.mu + offset, 1e-30))  # it climbs, but for rounding
-            cut = self._cut(t)
-            if (t - before) * len(self.map.row) < 2:  # so close that as a rule no pixel lies between
-                settled = self.place(cut, target, code) == n
-                if code and not settled:
-                    self.place(cut, target, -code)
-        return _Set(n, s, self.mu, cut)
+            self._cut_at(t)
+            if (t - before) * len(self.row) < 2:  # so close that as a rule no pixel lies between
+                settled = self.place(target, code) == n
+                if not settled and code:
+                    self.place(target, -code)
+                elif not settled:
+                    target.zero_()
+        return _Set(n, s, self.mu, self.cut.item())
 
-    def _cut(self, t: float) -> float:
-        """As `_round_down`."""
+    def _cut_at(self, t: float) -> None:
+        """`cut` becomes what `_round_down` gives."""
         if self.cut.fill_(t).item() > t:
             torch.nextafter(self.cut, self.zero, out=self.cut)
-        return self.cut.item()
 
 
 def _solve_streamed(
@@ -740,39 +708,47 @@ def _solve_streamed(
     """
     batch, classes, size = *prob.shape[:2], prob[0, 0].numel()
     limit = _limit(rule, prob).item()
-    out = torch.zeros(batch, classes, size, dtype=torch.bool) if masks else torch.zeros(batch, size, dtype=torch.int64)
+    out = torch.zeros(batch, classes, size, dtype=torch.bool) if masks else torch.empty(batch, size, dtype=torch.int64)
+    if binary:
+        out.zero_()
     tau = torch.zeros(batch, classes, dtype=torch.int64)
     for b in range(batch):
-        stream = _Stream(prob, None if valid is None else valid[b].reshape(-1))
+        seen = None if valid is None else valid[b].reshape(-1)
         sets: dict[int, _Set] = {}
-        codes = None
+        codes, spare = None, torch.empty(0)
         if not (masks or binary):  # in the memory of the labels, at its end: labels replace codes from the front
-            codes = _Blocks(out[b].view(stream.dtype)[-size:].fill_(-(classes + 1) - classes // 2))
+            spare, codes = out[b].view(_working(prob.dtype)).tensor_split([-size])
+            codes.fill_(-(classes + 1) - classes // 2)
+        stream = _Stream(prob, seen, spare)
         for c, row in _rows(prob[b], prob.numel() // 8):
             if _high(row) <= limit or (binary and c == 0 and not want_tau):
                 continue
             if stream.load(row) <= limit:  # inside `valid`
                 continue
-            target = codes if codes is not None else _Blocks(out[b, c] if masks else out[b])
+            target = codes if codes is not None else out[b, c] if masks else out[b]
             sets[c] = stream.solve(rule.offset, target, 0 if codes is None else classes + 1 + c)
-            tau[b, c] = int(sets[c].n)
             if binary and c == 0:  # solved for its size alone
                 out[b].zero_()
+        sizes = {c: int(found.n) for c, found in sets.items()}
         if codes is not None:
-            index = _label(codes.row, classes, stream.inside.row, out[b])
-            sets, seen = _candidates(prob[b], sets, rule, stream), None if valid is None else valid[b].reshape(-1)
-            del stream  # its buffers, too
-            if len(index):
-                _settle(prob[b], index, sets, rule, seen, out[b])
+            sets = _candidates(prob[b], sets, rule, stream)
+            index = _label(codes, classes, stream.inside, out[b])
+        del stream  # its buffers, too
+        if want_tau:
+            tau[b, list(sizes)] = torch.tensor(list(sizes.values()), dtype=torch.int64)
+        if codes is not None and len(index):
+            _settle(prob[b], index, sets, rule, seen, out[b])
     return out, tau
 
 
 def _rows(prob: Tensor, spare: int) -> Iterator[tuple[int, Tensor]]:
     """(C, *spatial) -> its classes c and their contiguous (d,) maps; copies take up to `spare` elements at a time."""
     size = prob[0].numel()
-    group = 1 if prob[0].is_contiguous() else max(1, min(16, spare // size))
+    whole = prob[0].is_contiguous()
+    group = len(prob) if whole else max(1, min(16, spare // size))
     for first in range(0, len(prob), group):
-        yield from enumerate(prob[first : first + group].reshape(-1, size).contiguous(), first)
+        rows = prob[first : first + group].reshape(-1, size)
+        yield from enumerate(rows if whole else rows.contiguous(), first)
 
 
 def _high(row: Tensor) -> float:
@@ -832,7 +808,10 @@ def _settle(prob: Tensor, index: Tensor, sets: dict[int, _Set], rule: _Rule, val
     cut = cuts.to(_working(prob.dtype)).unsqueeze(-1)
 
     def gather(index: Tensor) -> Tensor:
-        return torch.stack([prob[c].reshape(-1).index_select(0, index) for c in sets])
+        p = prob.new_empty(len(sets), len(index))
+        for c, row in zip(sets, p):
+            torch.index_select(prob[c].reshape(-1), 0, index, out=row)
+        return p
 
     gathered = gather(index) if len(index) * len(sets) <= prob.numel() // 32 else None
 
@@ -841,7 +820,7 @@ def _settle(prob: Tensor, index: Tensor, sets: dict[int, _Set], rule: _Rule, val
         own = torch.gt(p, cut, out=torch.empty_like(p))
         return p, own if valid is None else own * valid[index[piece]]
 
-    step = max(2**13, prob.numel() * prob.element_size() // 400) // len(sets) + 1  # about 25 bytes per element
+    step = max(2**13, prob.numel() * prob.element_size() // 400) // len(sets) + 1  # about 32 bytes per element
     pieces = [slice(a, a + step) for a in range(0, len(index), step)]
     for piece, label in _assign(pieces, look_up, (n, s, mu), cuts.isfinite(), torch.tensor(list(sets)), rule):
         out.index_copy_(0, index[piece], label[0])
@@ -900,17 +879,13 @@ def rankseg_levelset(
         for i, image in enumerate(maps):
             rows = image.reshape(len(image), -1)
             inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
-            high = _highest(rows, inside)
-            _check_range(
-                rows.amin().item(), rows.amax().item() if within is not None else high.amax().item(), maps.dtype
-            )
-            high = high.to(_working(maps.dtype))
+            high = _highest(rows, inside).to(_working(maps.dtype))
             if allow_overlap:
                 out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
             elif len(image) == 2:
                 out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
             else:
-                out[i] = _level_labels(rows, inside, high, opt_metric, pruning_prob).view(out[i].shape)
+                _level_labels(rows, inside, high, opt_metric, pruning_prob, out[i].view(-1))
     if within is not None and allow_overlap:
         out &= within.unsqueeze(1)
     out = out if in_batch else out[0]
@@ -918,9 +893,14 @@ def rankseg_levelset(
 
 
 def _highest(rows: Tensor, inside: Tensor | None) -> Tensor:
-    """(C, d), the indices of valid pixels or None -> (C,) largest probabilities, 0 without any pixel."""
+    """(C, d), the indices of valid pixels or None -> (C,) largest probabilities, 0 without any pixel; or ValueError."""
+    if _on_cpu(rows):
+        high = torch.tensor([_high(row) for row in rows], dtype=rows.dtype)
+    else:
+        high = rows.amax(1)
+        _check_range(rows.amin().item(), high.amax().item(), rows.dtype)
     if inside is None:
-        return rows.amax(1)
+        return high
     parts = inside.split(max(1, _level_piece(rows) // len(rows))) if len(inside) else ()
     return torch.stack([rows.new_zeros(len(rows)), *(rows.index_select(1, part).amax(1) for part in parts)]).amax(0)
 
@@ -952,13 +932,16 @@ def _level_masks(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str,
     return rows >= cut.masked_fill(empty, torch.inf)[:, None]
 
 
-def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float) -> Tensor:
-    """(C, d) -> (d,) int64."""
+def _level_labels(
+    rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float, out: Tensor
+) -> None:
+    """(C, d) -> labels, written to (d,) `out`."""
     largest = high.max().item()
     names = (high > (pruning_prob if largest > pruning_prob else largest / 2)).nonzero()[:, 0]
     classes = len(names)
     if classes < 2:
-        return (names if classes else names.new_zeros(1)).expand(rows.shape[1])
+        out.copy_(names if classes else names.new_zeros(1))
+        return
     step = max(1, _level_piece(rows) // classes)
     weight = _level_weights(high)[names][:, None]
     floor = torch.full((), LEVEL_FLOOR, device=rows.device)
@@ -987,11 +970,9 @@ def _level_labels(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str
     rank[order] = torch.arange(len(order), dtype=torch.int32, device=rows.device)
     label_of = names[order // LEVELS]
     found = torch.empty_like(room, dtype=torch.int32)
-    out = torch.empty(rows.shape[1], dtype=torch.int64, device=rows.device)
     for part, label in zip(rows.split(step, 1), out.split(step)):
         best = torch.index_select(rank, 0, look(part), out=found[: classes * len(label)]).view(classes, -1).amax(0)
         torch.index_select(label_of, 0, best, out=label)
-    return out
 
 
 def _level_weights(high: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rankseg_rma as module
 from rankseg_rma import rankseg_levelset, rankseg_rma
-from tests.rules.test_rankseg_rma import CountThreads, smooth_map, softmax_map
+from tests.rules.test_rankseg_rma import CountThreads, peak_bytes, smooth_map, softmax_map
 
 
 def expected_score(p: list[float], chosen: tuple[int, ...], metric: str) -> float:
@@ -301,3 +301,12 @@ def test_a_call_stays_on_its_thread_and_leaves_the_setting_alone():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_memory_beyond_the_labels_does_not_grow_with_the_image(half):
+    for height in (360, 1440):
+        prob = smooth_map(1, 11, height, 480)
+        prob = prob.half() if half else prob
+        extra = peak_bytes(lambda prob=prob: rankseg_levelset(prob)) - 8 * prob[:, 0].numel()
+        assert 0 < extra < 2.5e6

@@ -375,7 +375,9 @@ def peak_bytes(function) -> int:
     return peak
 
 
-@pytest.mark.parametrize("shape", [(1, 21, 512, 512), (1, 150, 256, 341), (1, 19, 512, 1024), (8, 2, 512, 512)])
+@pytest.mark.parametrize(
+    "shape", [(1, 21, 512, 512), (1, 150, 256, 341), (1, 19, 512, 1024), (8, 2, 512, 512), (1, 11, 360, 480)]
+)
 @pytest.mark.parametrize("half", [False, True])
 def test_memory_stays_below_an_eighth_of_the_input(shape, half, monkeypatch):
     monkeypatch.setattr(module, "SMALL", STREAMED)
