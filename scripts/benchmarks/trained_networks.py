@@ -16,11 +16,11 @@ Each network is evaluated by scripts/evaluate_probabilities.py or exp/main.py, w
 of its own below OUTPUT. A training is looked for below --runs (default: OUTPUT) by its config, and run if it is not
 there; interrupted, it resumes. What the same code has evaluated under the same rules is not evaluated again.
 
-Written: OUTPUT/table.md and table.json (with --half: table.even.md), and with --write the table between two marks of a
-text. The first rule stands in full; of the others the differences from it in percent points, +- 1.96 standard errors of
-the paired difference (jackknife over images, or volumes). Scores of the data set (D) are means over the classes that
-are in the labels. --half shows every other image (volume) by name, to choose
-rules on the one half and to confirm them on the other.
+Written: OUTPUT/table.md and table.json (with --half: table.even.md), with --write the table between two marks of a
+text, with --plot the gains of two rules in mIoUI as an SVG. The first rule stands in full; of the others the
+differences from it in percent points, +- 1.96 standard errors of the paired difference (jackknife over images, or
+volumes). Scores of the data set (D) are means over the classes that are in the labels. --half shows every other image
+(volume) by name, to choose rules on the one half and to confirm them on the other.
 """
 
 import argparse
@@ -50,6 +50,7 @@ PRUNINGS = [f"rankseg_rma_{p}=rankseg_rma:pruning_prob={p}" for p in (0.3, 0.5)]
 RULES = ["argmax", "rankseg_rma", *PRUNINGS, "rankseg_dep", "rankseg_dep_iou", "rankseg_levelset"]
 SCORES = ("mIoUI", "mDiceI", "mIoUD", "mDiceD", "Acc")
 PER_UNIT = ("mIoUI", "mDiceI")
+PLOTTED = ("rankseg_rma", "rankseg_levelset")
 NORMAL = 1.96
 BEGIN = (
     "<!-- trained networks: written by `python scripts/benchmarks/trained_networks.py --write FILE`; do not edit -->"
@@ -116,6 +117,7 @@ def parse_args() -> argparse.Namespace:
     add("--runs", type=Path, metavar="DIR", help="where finished trainings are looked for (default: OUTPUT)")
     add("--weights", metavar="FILE", help="MobileNetV2's weights for the training on CamVid, where no hub is reached")
     add("--half", choices=("even", "odd"), help="every other image (volume) by name, from the first or the second")
+    add("--plot", type=Path, metavar="FILE", help="an SVG of the gains of rankseg_rma and rankseg_levelset in mIoUI")
     add("--write", type=Path, metavar="FILE", help="a text in which the table between two marks is renewed")
     args = parser.parse_args()
     require_data_dir(args.data_dir)
@@ -130,6 +132,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     rules = [config.name for config in load_groups({"predict": args.predict_yaml}, [])["predict"]]
+    if args.plot is not None and not set(PLOTTED) <= set(rules[1:]):
+        raise InputError(f"--plot: got the rules {', '.join(rules)}, expected {' and '.join(PLOTTED)} after another")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     networks = [network for name in args.networks if (network := evaluate(name, args)) is not None]
     networks += [evaluate_maps(name, *rest, args) for name, *rest in args.maps]
@@ -309,9 +313,23 @@ def save_table(rows: Sequence[dict], args: argparse.Namespace) -> None:
     text, half = format_table(rows), f".{args.half}" if args.half else ""
     write_atomically(args.output_dir / f"table{half}.md", text)
     write_atomically(args.output_dir / f"table{half}.json", json.dumps(rows, indent=2) + "\n")
+    if args.plot is not None:
+        write_atomically(args.plot, draw_gains(rows).decode())
     print(f"\n{text}\ntable: {args.output_dir / f'table{half}.md'}")
     if args.write is not None:
         write_between(args.write, BEGIN, END, text)
+
+
+def draw_gains(rows: Sequence[dict]) -> bytes:
+    """Rows -> an SVG of the gains of PLOTTED by network."""
+    from exp.reproduction.report.pictures.plots import gains
+
+    networks: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        if row["rule"] in PLOTTED and "differences" in row:
+            values = row["differences"]["mIoUI"], NORMAL * row["errors"]["mIoUI"]
+            networks.setdefault(row["network"], {})[row["rule"]] = values
+    return gains(networks, "mIoUI")
 
 
 def format_table(rows: Sequence[dict]) -> str:

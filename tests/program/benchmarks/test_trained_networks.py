@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,16 @@ def test_runs_of_several_folds_are_one_network(script, tmp_path: Path, data_dir:
         (results / "argmax.json").write_text(rest.read_text())
         times = {"decision_milliseconds_per_image": {"argmax": len(part)}}
         (results / "timing.json").write_text(json.dumps(times))
-    flags += ["--output_dir", tmp_path / "joined", "--networks", "--run", "two folds", tmp_path / "b"]
+    flags += [
+        "--output_dir",
+        tmp_path / "joined",
+        "--plot",
+        tmp_path / "gains.svg",
+        "--networks",
+        "--run",
+        "two folds",
+        tmp_path / "b",
+    ]
     status, _, err = script(NAME, *flags, tmp_path / "a")
     assert status == 0, err
     (joined,) = json.loads((tmp_path / "joined" / "table.json").read_text())
@@ -93,6 +103,17 @@ def test_runs_of_several_folds_are_one_network(script, tmp_path: Path, data_dir:
     status, _, err = script(NAME, *flags, tmp_path / "b")
     assert status == 2
     assert "in two of the folders, expected it in one" in err
+
+
+def test_the_plot_has_a_bar_per_network_and_rule():
+    def row(network: str, rule: str, gain: float) -> dict:
+        return {"network": network, "rule": rule, "differences": {"mIoUI": gain}, "errors": {"mIoUI": 0.5}}
+
+    rows = [row(n, r, g) for n in ("a", "b", "c") for r, g in (("rankseg_rma", -1.0), ("rankseg_levelset", 0.5))]
+    plot = trained_networks.draw_gains([*rows, row("a", "rankseg_dep", 3.0)])
+    bars = re.findall(rb'<g id="LineCollection_\d+">(.*?)</g>', plot, re.DOTALL)
+    assert [bar.count(b"<path") for bar in bars][:2] == [3, 3], "one of each network for either rule"
+    assert plot != trained_networks.draw_gains([*rows[:-1], row("c", "rankseg_levelset", 0.1)])
 
 
 CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat")
@@ -114,6 +135,10 @@ def test_halves_are_by_name_and_keep_volumes_whole():
     [
         (["--networks", "voc_deeplabv3_mobilenetv2"], "got nothing of the networks asked for, expected some"),
         (["--write", "nowhere.md"], "nowhere.md: no such file, expected one"),
+        (
+            ["--plot", "gains.svg", "--predict_yaml", "argmax", "rankseg_rma"],
+            "expected rankseg_rma and rankseg_levelset",
+        ),
         (["--predict_yaml", "argmaxx"], "did you mean 'argmax'"),
     ],
 )
