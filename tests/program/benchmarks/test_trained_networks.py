@@ -88,8 +88,6 @@ def test_runs_of_several_folds_are_one_network(script, tmp_path: Path, data_dir:
     flags += [
         "--output_dir",
         tmp_path / "joined",
-        "--plot",
-        tmp_path / "gains.svg",
         "--networks",
         "--run",
         "two folds",
