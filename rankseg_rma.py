@@ -976,28 +976,28 @@ def _level_labels(
 
 
 def _level_weights(high: Tensor) -> Tensor:
-    """(C,) largest probabilities m -> (C,) float32 factors of the classes' probabilities: presence / m.
+    """(..., C) largest probabilities m -> (..., C) float32 factors of the classes' probabilities: presence / m.
 
     Presence is the larger of m^2 and `_presence`: classes that the image seems to lack are no evidence against others.
     """
-    m = high.cpu().double().clamp(PRESENCE_FLOOR, 1 - PRESENCE_FLOOR)
-    return (torch.maximum(m.square(), _presence(m)) / m).float().to(high.device)
+    m = high.to(_wide(high.device)).clamp(PRESENCE_FLOOR, 1 - PRESENCE_FLOOR)
+    return (torch.maximum(m.square(), _presence(m)) / m).float()
 
 
 def _presence(m: Tensor) -> Tensor:
-    """(C,) float64 largest probabilities in (0, 1) -> (C,) how probable each class is in the image, given all of them.
+    """(..., C) largest probabilities in (0, 1) -> (..., C) how probable each class is in the image, given all of them.
 
     The share pi of the C classes that are in the image is unknown and uniform on [0, 1]; given pi, each class is in it
     with that probability, and m is what one would think with pi = 1/2: the evidence is m / (1 - m). The posterior is a
     polynomial in pi; it is summed over 256 values at equal distances of arcsin(sqrt(pi)), at which it is about as wide
     everywhere, 1 / (2 sqrt(C)).
     """
-    angle = (torch.arange(PRESENCE_SHARES, dtype=torch.float64) + 0.5) * (torch.pi / 2 / PRESENCE_SHARES)
-    share = angle.sin().square()[:, None]
+    angle = (torch.arange(PRESENCE_SHARES, dtype=m.dtype, device=m.device) + 0.5) * (torch.pi / 2 / PRESENCE_SHARES)
+    share, m = angle.sin().square()[:, None], m.unsqueeze(-2)
     there = share * m
     either = there + (1 - share) * (1 - m)
-    weight = (either.log().sum(1) + (2 * angle).sin().log()).softmax(0)
-    return weight @ (there / either)
+    weight = (either.log().sum(-1) + (2 * angle).sin().log()).softmax(-1)
+    return (weight.unsqueeze(-1) * there / either).sum(-2)
 
 
 def _level_edges(like: Tensor) -> Tensor:
@@ -1168,7 +1168,7 @@ def _trace_levelset(prob: Tensor, rule: _Rule, masks: bool, binary: bool) -> Ten
         return own if masks else own[:, 0].to(torch.int64)
     largest = high.amax(1, keepdim=True)
     kept = high > torch.where(largest > rule.pruning_prob, rule.pruning_prob, largest / 2)
-    q = rows.float() * (high.float() * kept).unsqueeze(-1)
+    q = rows.float() * (_level_weights(high) * kept).unsqueeze(-1)
     level = _trace_level(LEVEL_FLOOR + q * q.sum(1, keepdim=True).clamp_min(1e-30).reciprocal())
     stride = max(1, rows.shape[2] // LEVEL_SAMPLES - 1) | 1  # as in _grid
     sizes, N, du = _trace_counts(level, stride)
