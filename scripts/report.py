@@ -3,7 +3,7 @@
 
     python scripts/report.py OUTPUT_DIR
     python scripts/report.py OUTPUT_DIR/RUN
-    python scripts/report.py OUTPUT_DIR --readme docs/results.md
+    python scripts/report.py OUTPUT_DIR --readme FILE
     python scripts/report.py --folds OUTPUT/*fold* --output folds.json
 
 OUTPUT_DIR is that of scripts/reproduce.py, or any folder with runs below it. Writes OUTPUT_DIR/report/tables.md, .tex
