@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exp.config.cli import check_paths, parse_args, requested_yamls
 from exp.config.experiment import check_files, dump_config, load_experiment
-from exp.runtime.errors import memory_named, run_and_report
+from exp.runtime.errors import InputError, memory_named, run_and_report
 
 
 def main() -> None:
@@ -17,6 +17,8 @@ def main() -> None:
     if args.print_config:
         print(dump_config(config), end="")
         return
+    if args.save_page and "argmax" not in {rule.name for rule in config.predict}:
+        raise InputError("--save_page: got no argmax among --predict_yaml, expected it: the page sets rules beside it")
     folder = args.output_dir / config.run_name
     trained = check_paths(args, folder, config.is_published)
     check_files(config, from_scratch=not trained)

@@ -170,7 +170,7 @@ def main() -> None:
     write_atomically(args.output_dir / "timing.json", json.dumps(timing, indent=2) + "\n")
     print("milliseconds per unit: " + ", ".join(f"{rule} {value:.2f}" for rule, value in times.items()))
     print(f"results: {args.output_dir / 'results'}")
-    if not args.multilabel:
+    if not args.multilabel and "argmax" in times:  # the page sets rules beside it
         print(f"page: {page_command(args.output_dir)}")
 
 

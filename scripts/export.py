@@ -99,6 +99,8 @@ def main() -> None:
         options = {key: value for key, value in config.options().items() if key != "sees_padding"}
         traced = RankSEG(config.rule, traceable=True, **options)
     temperature = predictor.inference.temperature
+    if args.size is None and predictor.inference.whole:
+        raise InputError("--size: got none, expected the images' height and width: the run was evaluated on whole ones")
     shape = (predictor.channels, *(args.size or predictor.inference.crop_size))
     graph = Graph(predictor.model, traced, temperature)
     free_batch = not (config and config.rule == "rankseg_levelset" and config.opt_metric == "dice")
@@ -111,6 +113,7 @@ def main() -> None:
         "output": graph.output,
         "classes": predictor.classes,
         "temperature": temperature,
+        "short_side": predictor.inference.short_side,  # to which the run's evaluation resized images
         "rule": {key: value for key, value in asdict(config).items() if value is not None} if config else None,
         "checkpoint": args.checkpoint.name,
         "weights_checksum": weights_checksum(predictor.model),

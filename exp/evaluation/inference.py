@@ -196,7 +196,7 @@ def build_inference(config: TestConfig, keep_padding: bool = False) -> Inference
     keep_padding: of the window, for rules that see it.
     """
     short = config.short_side
-    is_never_padded = config.whole or (short is not None and max(config.crop_size) <= short)
+    is_never_padded = config.whole or (short is not None and max(config.crop_size) <= round(short * min(config.scales)))
     keep_padding = keep_padding and not is_never_padded
     if keep_padding and (config.scales != (1,) or short is not None):
         key, value, expected = (

@@ -217,9 +217,10 @@ def test_where_nothing_is_padded_a_rule_sees_no_padding():
         inference = build_inference(config, keep_padding=True)
         prob = inference(Position(), torch.randn(1, 3, 20, 24))
         assert prob[(..., *inference.place(20, 24))].shape == prob.shape == (1, 4, 20, 24)
-    config = TestConfig("t", "mIoUI", short_side=20).resolved((32, 32))
-    with pytest.raises(InputError, match=r"test\.short_side: got 20, expected null with a rule that sees"):
-        build_inference(config, keep_padding=True)
+    for keys in ({}, {"crop_size": (20, 20), "scales": (0.5, 1.0)}):  # padded, in one of the views
+        config = TestConfig("t", "mIoUI", short_side=20, **keys).resolved((32, 32))
+        with pytest.raises(InputError, match=r"test\.short_side: got 20, expected null with a rule that sees"):
+            build_inference(config, keep_padding=True)
 
 
 def test_a_window_and_the_whole_image_exclude_each_other():

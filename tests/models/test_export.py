@@ -156,3 +156,15 @@ def test_a_network_that_cannot_be_traced_is_told_in_one_line(tmp_path: Path):
         export_graph(graph, graph, tmp_path / "graph.pt2", "torch_export", (3, 8, 8), True)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_whole_images_needs_a_size(script, checkpoint: Path, tmp_path: Path, monkeypatch):
+    predictor = build_predictor(checkpoint, [], TestConfig("own", "mIoUI", whole=True), torch.device("cpu"))
+    monkeypatch.setattr("exp.predict_images.build_predictor", lambda *_: predictor)
+    flags = [checkpoint, "--format", "torch_export", "--output", tmp_path / "network.pt2"]
+    status, _, err = script("export", *flags)
+    assert status == 2
+    assert "--size: got none, expected the images' height and width" in err
+    status, printed, err = script("export", *flags, "--size", "24", "40")
+    assert status == 0, err
+    assert "logits of images of 24 x 40" in printed

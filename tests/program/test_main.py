@@ -328,6 +328,7 @@ def test_a_checkpoint_of_other_classes_is_refused(program, tmp_path: Path, camvi
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--save_page", "--predict_yaml", "rankseg_rma"], "--save_page: got no argmax among --predict_yaml"),
         (["--test-only"], "got no checkpoint, expected one: train first"),
         (["--test-only", "--model_checkpoint", "nowhere.pt"], "nowhere.pt: no such file, expected a checkpoint"),
         (["--model_checkpoint", "some.pt"], "some.pt: no such file, expected a checkpoint"),
