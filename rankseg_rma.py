@@ -410,7 +410,7 @@ def _pick(
     if rule.unassigned == "max_score":
         eligible = eligible + kept * torch.eq(count, 0, out=torch.empty_like(count))
     others = torch.eq(eligible, 0, out=torch.empty_like(eligible)).to(score.dtype)
-    score = torch.sub(score, others, alpha=torch.finfo(score.dtype).max / 4, out=others)
+    score = torch.sub(score, others, alpha=1e37, out=others)  # of graphs such numbers are in single precision
     label = names.take(_first_largest(score))
     if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
