@@ -164,6 +164,17 @@ def test_masks_of_images_of_ones_own(script, shapes_network, tmp_path: Path):
     assert status == 0, err
     classes = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert [row["name"] for row in classes] == list("abcdef")
+    keys = {"label_map": {10 * i: i for i in range(6)}, "palette": [[i, 0, 9] for i in range(6)]}
+    own = {"dataset": "folder", "images": "images", "labels": "labels", "classes": list("abcdef"), **keys}
+    own |= {"train_split": "train", "val_split": "val", "crop_size": [64, 64]}
+    (tmp_path / "folder.yaml").write_text(yaml.safe_dump(own))
+    other = ("--set", 'model.classes=["a","b","c","d","e","f"]', f"model.data={tmp_path / 'folder.yaml'}")
+    status, _, err = script("predict", *flags, *other, "--overwrite")
+    assert status == 0, err
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())[2] == {
+        "value": 20, "name": "c", "colour": [2, 0, 9],
+    }  # fmt: skip
+    assert (np.array(Image.open(tmp_path / "out" / "masks" / "argmax" / "photo.png")) == 10 * mask).all()
 
 
 def test_a_training_starts_from_the_encoder(tmp_path: Path, monkeypatch):
