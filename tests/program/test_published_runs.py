@@ -101,6 +101,9 @@ def test_windows_of_the_owner_give_way_to_those_of_the_user(program, shapes_netw
         test = yaml.safe_load(program(*flags, *settings)[1])["test"]
         assert {key: test[key] for key in expected} == expected
         assert ("whole" in test) == ("whole" in expected)
+    for settings, expected in ((("test.short_side=null",), 64), (("model.short_side=null",), None)):
+        test = yaml.safe_load(program(*flags, "model.short_side=64", *settings)[1])["test"]
+        assert test.get("short_side") == expected
 
 
 def test_training_such_a_network_is_refused(program, shapes_network, tmp_path: Path):
