@@ -4,7 +4,7 @@
     python examples/transformers_network.py my_network/ photo.jpg mask.png     # a folder that save_pretrained wrote
 
 `post_process_semantic_segmentation` below takes the place of the image processor's method of that name. Writes a PNG of
-class numbers. Needs transformers.
+class numbers. Needs transformers. Weights are read as data: safetensors, or a pytorch_model.bin with weights_only.
 """
 
 import sys
@@ -46,7 +46,7 @@ def main() -> None:
 
     source, photo, mask = sys.argv[1:]
     processor = AutoImageProcessor.from_pretrained(source)
-    model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True).eval()
+    model = AutoModelForSemanticSegmentation.from_pretrained(source, weights_only=True).eval()
     with Image.open(photo) as file:
         image = file.convert("RGB")
     with torch.inference_mode():

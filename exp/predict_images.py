@@ -256,10 +256,8 @@ def build_predictor(
     checkpoint = load_checkpoint(path)
     data = _config_of(checkpoint, "data", DataConfig)
     test = (test or _config_of(checkpoint, "test", TestConfig)).resolved(data.crop_size)
-    cls = DATASETS[data.dataset]
-    facts = {name: getattr(cls, name, None) for name in ("classes", "palette", "label_map", "channels", "window")}
-    facts |= dataset_facts(data)
-    classes, volumes = list(facts["classes"]), getattr(cls, "volumes", None)
+    facts = _facts_of(data)
+    classes, volumes = list(facts["classes"]), facts["volumes"]
     if volumes is not None:
         if checkpoint.orientation is None:
             said = (
@@ -295,6 +293,12 @@ def build_predictor(
     )
 
 
+def _facts_of(data: DataConfig) -> dict[str, Any]:
+    """What a data set says of images and label files: the YAML where it says so, or else the code."""
+    names = ("classes", "palette", "label_map", "channels", "window", "volumes")
+    return {name: getattr(DATASETS[data.dataset], name, None) for name in names} | dataset_facts(data)
+
+
 def _refuse_cases(predict: Sequence[PredictConfig]) -> None:
     for config in predict:
         if config.scope == "case":
@@ -315,8 +319,8 @@ def build_published_predictor(
     classes, label_map = tuple(class_names(config)), {}
     palette = numbered_colours(len(classes))
     if config.data is not None:
-        facts = DATASETS[load_groups({"data": [config.data]}, ())["data"].dataset]
-        classes, palette, label_map = facts.classes, facts.palette, facts.label_map
+        facts = _facts_of(load_groups({"data": [config.data]}, ())["data"])
+        classes, palette, label_map = facts["classes"], facts["palette"], facts["label_map"]
     model = build_published(config, classes).to(device).eval()
     rules = {c.name: build_rule(c, len(classes), list(classes)) for c in predict}
     return Predictor(

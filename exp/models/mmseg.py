@@ -130,9 +130,15 @@ def load_mmseg(path: Path, architecture: str) -> tuple[nn.Module, list[str] | No
             got, expected = tuple(value.shape), tuple(own[name].shape)
             raise InputError(f"{path}: got shape {got} for '{name}', expected {expected}, of a {architecture}")
     network.load_state_dict(weights, strict=False)
-    meta = content.get("meta")
-    classes = meta.get("CLASSES") if isinstance(meta, dict) else None
-    return network, [*map(str, classes)] if isinstance(classes, (list, tuple)) else None
+    return network, _class_names(content.get("meta"))
+
+
+def _class_names(meta: Any) -> list[str] | None:
+    """What stands beside the tensors -> the classes: `CLASSES`, or since mmsegmentation 1 `dataset_meta.classes`."""
+    meta = meta if isinstance(meta, dict) else {}
+    newer = meta.get("dataset_meta")
+    classes = newer.get("classes") if isinstance(newer, dict) else meta.get("CLASSES")
+    return [*map(str, classes)] if isinstance(classes, (list, tuple)) else None
 
 
 def _build(config: ModelConfig, num_classes: int) -> Segmentor:

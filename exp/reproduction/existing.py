@@ -142,7 +142,9 @@ def _read_result(path: Path) -> dict | None:
         named = [content["config"][group]["name"] for group in groups]
         if is_maps:
             named.append(content["maps"]["prob_dir"])
-        elif not is_true and PUBLISHED not in content["training"]:
+        elif not is_true and PUBLISHED in content["training"]:
+            named += [content["training"][PUBLISHED][key] for key in ("source", "weights")]
+        elif not is_true:
             training = content["training"]
             named += [training[group]["name"] for group in TRAINING_GROUPS]
             named += [str(int(training[key])) for key in ("seed", "iteration")]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from exp.evaluation.comparison import (
 from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores
 from exp.evaluation.results import CALIBRATION, load_result
 from exp.files.text import read_json
-from exp.reproduction.existing import Existing, differences
+from exp.reproduction.existing import PUBLISHED, Existing, differences
 from exp.reproduction.job import Job
 from exp.reproduction.plans import ALL, Counterpart, table_jobs
 from exp.runtime.errors import InputError, passing_over
@@ -64,9 +64,9 @@ class Measured:
 
     def trainings(self) -> tuple[list["Training"], list["Training"]]:
         """Evaluations by argmax and perhaps other rules, one per folder: those of the paper's trainings, and others,
-        with those of true probabilities and of other programs' maps behind them."""
+        with those of networks that others trained, true probabilities and other programs' maps behind them."""
         digests = {job.digest for job in table_jobs(ALL)}
-        paper, others = [], list(self._by_folder(self.existing.without_training))
+        paper, others = [], list(self._by_folder([*self.existing.published, *self.existing.without_training]))
         for digest, entries in self.existing.results.items():
             (paper if digest in digests else others).extend(self._by_folder(entries))
         return sorted(paper, key=_order), sorted(others, key=_order)
@@ -74,7 +74,8 @@ class Measured:
     def run(self) -> "Training | None":
         """The evaluation whose results lie in `output` itself, the folder of a run; None without results of argmax."""
         folder = self.output / "results"
-        entries = [*self.existing.without_training, *chain.from_iterable(self.existing.results.values())]
+        own = self.existing
+        entries = chain(own.published, own.without_training, *own.results.values())
         return next(self._by_folder([entry for entry in entries if entry[0].parent == folder]), None)
 
     def _by_folder(self, entries: Iterable[tuple[Path, dict]]) -> Iterator["Training"]:
@@ -113,6 +114,8 @@ class Measured:
                 "iteration": 0,
             }
             config = content.get("training", no_training)
+            if PUBLISHED in config:
+                config = {**no_training, **config}
             run = folder.parent
             place = run.resolve().name if run == self.output else run.relative_to(self.output).as_posix()
             yield Training(
@@ -260,8 +263,12 @@ class Training:
     def name(self) -> str:
         if "maps" in self.content:
             return f"maps in {Path(self.content['maps']['prob_dir']).name}"
-        groups = ("data",) if self.is_true else ("model", "data", "loss")
+        groups = ("model", "data", "loss") if self.is_trained else ("data",)
         parts = ["true probabilities"] if self.is_true else []
+        if PUBLISHED in self.config:
+            network = self.config[PUBLISHED]
+            words = (network["source"], network.get("architecture"), PurePath(network["weights"]).name)
+            parts = [" ".join(word for word in words if word)]
         parts += [self.config[group]["name"] for group in groups]
         fold, noise = (self.config["data"].get(key) for key in ("fold", "label_noise"))
         parts += [] if fold is None else [f"fold {fold}"]
@@ -270,7 +277,7 @@ class Training:
 
     @property
     def long_name(self) -> str:
-        return f"{self.name}, {self.iteration} iterations" if self.has_network else self.name
+        return f"{self.name}, {self.iteration} iterations" if self.is_trained else self.name
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -300,13 +307,13 @@ class Training:
         return self.content.get("probabilities") == "true"
 
     @property
-    def has_network(self) -> bool:
-        """Whether `config` is that of a training: neither of true probabilities nor of another program's maps."""
+    def is_trained(self) -> bool:
+        """Whether `config` is that of a training: of no network of others, true probabilities or other maps."""
         return "model" in self.config
 
     @property
     def title(self) -> str:
-        if not self.has_network:
+        if not self.is_trained:
             return self.name
         return f"{self.name}, seed {self.config['seed']}, {self.iteration} iterations"
 
@@ -362,7 +369,7 @@ class Training:
 
 def _order(training: Training) -> tuple:
     seed = training.config["seed"]
-    return not training.has_network, training.name, training.iteration, seed, len(training.place), training.place
+    return not training.is_trained, training.name, training.iteration, seed, len(training.place), training.place
 
 
 def group_seeds(trainings: Iterable[Training]) -> list[list[Training]]:

@@ -199,6 +199,20 @@ def test_the_logits_are_those_of_mmsegmentation(architecture: str, tmp_path: Pat
     assert classes == ["a", "b", "c", "d", "e"]
 
 
+def test_classes_of_either_version(tmp_path: Path):
+    """mmsegmentation 0 writes meta.CLASSES, mmsegmentation 1 meta.dataset_meta.classes."""
+    path, names = write(tmp_path / "zoo.pth", SMALL), ("v", "w", "x", "y", "z")
+    state = torch.load(path)["state_dict"]
+    for meta, expected in (
+        ({"dataset_meta": {"classes": names, "palette": None}}, list(names)),
+        ({"CLASSES": names}, list(names)),
+        ({"dataset_meta": None}, None),
+        ({}, None),
+    ):
+        torch.save({"meta": meta, "state_dict": state}, path)
+        assert load_mmseg(path, SMALL)[1] == expected
+
+
 def test_every_architecture_has_its_names():
     """Those of MEASURED and their siblings."""
     assert {name.partition("_")[0] for name in ARCHITECTURES} == {name.partition("_")[0] for name in MEASURED}

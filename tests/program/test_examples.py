@@ -137,6 +137,10 @@ def test_the_post_processing_of_transformers(run, photo: Path, tmp_path: Path):
     mask = read_mask(tmp_path / "mask.png")
     assert (mask == rankseg_levelset(prob)[0].numpy()).mean() > 0.999
     assert len(np.unique(mask)) > 1
+    (tmp_path / "network" / "model.safetensors").unlink()  # the hub has both kinds of files
+    torch.save(model.state_dict(), tmp_path / "network" / "pytorch_model.bin")
+    run("transformers_network", tmp_path / "network", photo, tmp_path / "again.png")
+    assert (read_mask(tmp_path / "again.png") == mask).all()
     with pytest.raises(ValueError, match="expected outputs with logits"):
         post_process(transformers.modeling_outputs.BaseModelOutput(), [SIZE])
 

@@ -21,6 +21,8 @@ from exp.models import build_model, sources
 from exp.models.weights import load_encoder_weights
 from exp.reproduction import plans
 from exp.reproduction.job import _load_config
+from exp.reproduction.measured import Measured
+from exp.reproduction.report.published_networks import evaluated_networks
 from exp.runtime.errors import InputError
 from tests.config.test_config import compose
 from tests.conftest import ROOT, write_png
@@ -99,6 +101,9 @@ def test_windows_of_the_owner_give_way_to_those_of_the_user(program, shapes_netw
         test = yaml.safe_load(program(*flags, *settings)[1])["test"]
         assert {key: test[key] for key in expected} == expected
         assert ("whole" in test) == ("whole" in expected)
+    for settings, expected in ((("test.short_side=null",), 64), (("model.short_side=null",), None)):
+        test = yaml.safe_load(program(*flags, "model.short_side=64", *settings)[1])["test"]
+        assert test.get("short_side") == expected
 
 
 def test_training_such_a_network_is_refused(program, shapes_network, tmp_path: Path):
@@ -109,6 +114,25 @@ def test_training_such_a_network_is_refused(program, shapes_network, tmp_path: P
     status, _, err = program("--test-only", "--model_checkpoint", "x.pt", "--model_yaml", path, *TINY_DATA)
     assert status == 2
     assert "--model_checkpoint x.pt: expected none with a network that others trained" in err
+
+
+def test_such_a_run_has_a_page(program, script, shapes_network, tmp_path: Path):
+    """By the command that the run ends with; and the report of the folder above has it once."""
+    _, path = shapes_network
+    flags = ("--test-only", "--model_yaml", path, *TINY_DATA, "--predict_yaml", "argmax", "rankseg_levelset")
+    status, out, err = program(*flags, "--output_dir", tmp_path / "out")
+    assert status == 0, err
+    run = tmp_path / "out" / "network.shapes.published"
+    assert f"report.py {run}" in out
+    status, _, err = script("report", run)
+    assert status == 0, err
+    title = f"torchvision {NAME} net.pth, shapes"
+    assert (run / "report" / "tables.md").read_text().startswith(f"# {title}\n")
+    assert f"<title>{title}</title>" in (run / "report" / "index.html").read_text()
+    assert script("report", tmp_path / "out")[0] == 0
+    table = (tmp_path / "out" / "report" / "tables.md").read_text()
+    assert table.count("From `network.shapes.published`.") == 1
+    assert f"| {title} | argmax |" in " ".join(table.split())
 
 
 @pytest.mark.slow
@@ -143,6 +167,17 @@ def test_masks_of_images_of_ones_own(script, shapes_network, tmp_path: Path):
     assert status == 0, err
     classes = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert [row["name"] for row in classes] == list("abcdef")
+    keys = {"label_map": {10 * i: i for i in range(6)}, "palette": [[i, 0, 9] for i in range(6)]}
+    own = {"dataset": "folder", "images": "images", "labels": "labels", "classes": list("abcdef"), **keys}
+    own |= {"train_split": "train", "val_split": "val", "crop_size": [64, 64]}
+    (tmp_path / "folder.yaml").write_text(yaml.safe_dump(own))
+    other = ("--set", 'model.classes=["a","b","c","d","e","f"]', f"model.data={tmp_path / 'folder.yaml'}")
+    status, _, err = script("predict", *flags, *other, "--overwrite")
+    assert status == 0, err
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())[2] == {
+        "value": 20, "name": "c", "colour": [2, 0, 9],
+    }  # fmt: skip
+    assert (np.array(Image.open(tmp_path / "out" / "masks" / "argmax" / "photo.png")) == 10 * mask).all()
 
 
 def test_a_training_starts_from_the_encoder(tmp_path: Path, monkeypatch):
@@ -223,6 +258,25 @@ def test_the_documentation_has_all_networks_of_architectures_that_are_here():
     text = (ROOT / "docs" / "models.md").read_text()
     table = text.partition("<!-- published -->\n")[2].partition("<!-- end -->")[0]
     assert table.splitlines()[2:] == facts_table()
+
+
+def test_a_network_is_judged_by_argmax_alone(program, script, plan, tmp_path: Path):
+    """Evaluated by fewer rules than the plan has, it is in the report's section with those, and nowhere else."""
+    (_, *flags), path = plan(miou=99.0), tmp_path / "network.yaml"
+    flags += ["--test-only", "--model_yaml", path, "--data_yaml", "pascal_voc", "--set", "schedule.num_workers=0"]
+    status, _, err = program(*flags, "--predict_yaml", "argmax", "rankseg_levelset")
+    assert status == 0, err
+    (network,) = evaluated_networks(Measured(tmp_path / "out"))
+    assert [result.rule for result in network.results] == ["argmax", "rankseg_levelset"]
+    assert "99 by its owner: not to be compared (3 of 1449 images)" in network.verdict
+    assert script("report", tmp_path / "out")[0] == 0
+    table = (tmp_path / "out" / "report" / "tables.md").read_text()
+    assert network.verdict in table
+    assert "From `network.pascal_voc.published`." not in table
+    path = tmp_path / "out" / "network.pascal_voc.published" / "results" / "rankseg_levelset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights_checksum": "other"}))
+    (network,) = evaluated_networks(Measured(tmp_path / "out"))
+    assert [result.rule for result in network.results] == ["argmax"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from exp.reproduction.measured import Measured
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.page import html
 from exp.reproduction.report.paper import csv_text, published_section, summary, table_lines
-from exp.reproduction.report.published_networks import evaluated_networks, published_sections
+from exp.reproduction.report.published_networks import evaluated_networks, not_among, published_sections
 from exp.reproduction.report.training_sections import (
     describe_run,
     other_sections,
@@ -35,12 +35,13 @@ def write_report(output: Path, readme: Path | None = None) -> Path:
     tables = load_tables().values()
     by_table = [table_lines(table, measured) for table in tables]
     lines = [line for own in by_table for line in own]
+    networks = evaluated_networks(measured)
     trained, others = measured.trainings()
+    others = not_among(networks, others)
     paper = [*map(published_section, tables, by_table), *paper_sections(trained)]
     parts = [paper, other_sections(others)]
     first, second = parts if any(line.measured is not None for line in lines) else parts[::-1]
-    networks = published_sections(evaluated_networks(measured))
-    sections, lead = [*networks, *first, *second], summary(lines, others)
+    sections, lead = [*published_sections(networks), *first, *second], summary(lines, others)
     folder = output / "report"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "tables.md", markdown(sections, lead))

@@ -116,7 +116,7 @@ def summary(lines: Sequence[Line], others: Sequence[Training]) -> str:
     published = [line for line in lines if not line.is_gain]
     known = sum(line.measured is not None for line in published)
     parts = [f"Measured: {known} of the {len(published)} published figures."]
-    ours = [(c, t.metric) for t in others if t.has_network for c in t.comparisons if c.rule == "rankseg_rma"]
+    ours = [(c, t.metric) for t in others if t.is_trained for c in t.comparisons if c.rule == "rankseg_rma"]
     pairs = [c for c, metric in ours if c.metric == metric]
     if pairs:
         metrics = " or ".join(dict.fromkeys(c.metric for c in pairs))

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from exp.data.registry import DATASETS
 from exp.evaluation.comparison import mean_interval, paired_differences
 from exp.evaluation.metrics import EvalResult, compute_scores
+from exp.reproduction.existing import differences
 from exp.reproduction.job import Job
-from exp.reproduction.measured import Measured
+from exp.reproduction.measured import Measured, Training
 from exp.reproduction.plans import PUBLISHED, RULES, table_jobs
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.sections import Section, format_interval, format_number, text_rows
@@ -27,9 +29,10 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A network that others trained, with the results of its rules, argmax first."""
+    """A network that others trained, with the results of its rules, argmax first. paths: their JSONs."""
 
     job: Job
+    paths: tuple[Path, ...]
     results: tuple[EvalResult, ...]
 
     @property
@@ -69,15 +72,29 @@ class Evaluated:
 
 
 def evaluated_networks(measured: Measured, jobs: Iterable[Job] | None = None) -> list[Evaluated]:
-    """The networks that have results of all of their rules. jobs: None: those of the plan."""
-    found = []
-    if not measured.existing.published:
+    """The networks that have results of argmax, with those of their other rules on the same weights and images.
+
+    jobs: None: those of the plan.
+    """
+    found, contents = [], dict(measured.existing.published)
+    if not contents:
         return found
     for job in table_jobs(PUBLISHED) if jobs is None else jobs:
-        results = [measured.find(job, rule) for rule in job.rules]
-        if all(result is not None for result in results):
-            found.append(Evaluated(job, tuple(results)))
+        by_rule = {rule: path for rule in job.rules if (path := measured.existing.find(job, rule)) is not None}
+        if "argmax" not in by_rule:
+            continue
+        base = contents[by_rule["argmax"]]
+        alike = [path for path in by_rule.values() if not differences(base, contents[path])]
+        pairs = [(path, result) for path in alike if (result := measured.load(path)) is not None]
+        if pairs and pairs[0][1].rule == "argmax":
+            found.append(Evaluated(job, *zip(*pairs)))
     return found
+
+
+def not_among(networks: Sequence[Evaluated], trainings: Iterable[Training]) -> list[Training]:
+    """The trainings without those of which every rule is in the section of published networks."""
+    shown = {path for network in networks for path in network.paths}
+    return [t for t in trainings if any(t.folder / f"{rule}.json" not in shown for rule in t.rules)]
 
 
 def published_sections(networks: Sequence[Evaluated]) -> list[Section]:

@@ -105,7 +105,7 @@ def _rules_section(key: str, groups: Sequence[Sequence[Training]]) -> Section:
     rows, is_seeded = [], any(len(group) > 1 for group in groups)
     for group in groups:
         seeds = f"{len(group)} seeds" if len(group) > 1 else "one seed"
-        title = f"{group[0].long_name}, {seeds}" if group[0].has_network else group[0].name
+        title = f"{group[0].long_name}, {seeds}" if group[0].is_trained else group[0].name
         for rule in group[0].rules:
             gain = None if rule == "argmax" else compare_seeds(group, rule)
             scores = (f"{mean_score(group, rule, name):.2f}" for name in names)
