@@ -103,6 +103,8 @@ def load_trained(
     checkpoint = load_checkpoint(path)
     if newest:
         check_name(checkpoint)
+    if dist.is_main:
+        print(f"weights: {path}, after iteration {checkpoint.iteration}", flush=True)
     crop = tuple(checkpoint.config["data"]["crop_size"])
     if config.test.crop_size not in (None, crop) and config.given_test.crop_size is None and dist.is_main:
         print(

@@ -47,6 +47,8 @@ def list_by_stem(folder: Path, suffixes: tuple[str, ...], further: tuple[str, ..
 
     further: suffixes of files that count where a name has none of `suffixes`, as do those in capital letters.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected one of {', '.join(suffixes)} files")
     found: dict[str, Path] = {}
     paths = visible_files(folder, "*.*")
     for path in sorted(paths, key=lambda path: not path.name.endswith(suffixes)):
