@@ -362,7 +362,7 @@ def test_two_files_of_a_name_and_empty_folders(script, tmp_path: Path, images: d
     status, _, err = script(NAME, tmp_path / "none", tmp_path / "labels", "--output_dir", tmp_path / "out")
     assert status == 2
     assert f"{tmp_path / 'none'}: got no file of .npy, .npz, expected maps" in err
-    status, _, err = script("evaluate_probabilities", tmp_path / "nowhere", tmp_path / "labels", *OUT, tmp_path / "out")
+    status, _, err = script(NAME, tmp_path / "nowhere", tmp_path / "labels", "--output_dir", tmp_path / "out")
     assert (status, f"{tmp_path / 'nowhere'}: no such folder, expected one of .npy, .npz files" in err) == (2, True)
 
 
