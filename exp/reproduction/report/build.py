@@ -57,8 +57,10 @@ def _write_run(measured: Measured) -> Path:
     """Write tables.md, tables.tex and index.html of a single run -> the folder."""
     training = measured.run()
     if training is None:
-        raise InputError(f"{measured.output / 'results'}: got no results of argmax, expected them beside other rules' "
-            "(--predict_yaml argmax RULE evaluates both)")
+        raise InputError(
+            f"{measured.output / 'results'}: got no results of argmax, expected them beside other rules' "
+            "(--predict_yaml argmax RULE evaluates both)"
+        )
     sections, lead = [run_section(training)], describe_run(training)
     folder, title = measured.output / "report", training.title
     folder.mkdir(exist_ok=True)
