@@ -410,7 +410,7 @@ def _pick(
     if rule.unassigned == "max_score":
         eligible = eligible + kept * torch.eq(count, 0, out=torch.empty_like(count))
     others = torch.eq(eligible, 0, out=torch.empty_like(eligible)).to(score.dtype)
-    score = torch.sub(score, others, alpha=1e37, out=others)  # of graphs such numbers are in single precision
+    score = torch.sub(score, others, alpha=1e37, out=others)  # ONNX graphs hold alpha in single precision
     label = names.take(_first_largest(score))
     if not isinstance(rule.unassigned, str):
         label = label.masked_fill(count.squeeze(1) == 0, rule.unassigned)
@@ -861,7 +861,7 @@ def rankseg_levelset(
     the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
-    opt_metric: "iou" or "dice", the expectation to maximise; "iou" does as well for both metrics (docs/rule.md).
+    opt_metric: "iou" or "dice", the expectation to maximise; "iou" costs less accuracy, "dice" gains more Dice (docs/rule.md).
     allow_overlap: (B, C, *spatial) bool masks instead, each class by itself: its best level set, or nothing where
         nothing is expected to score more (an absent class scores 1 for an empty mask, else 0). With two classes the
         labels are the mask of the second one.

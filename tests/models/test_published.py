@@ -215,16 +215,21 @@ def transformers_networks() -> dict[str, tuple]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["segformer", "upernet", "beit", "dpt", "mobilenet_v2", "mobilevit"])
-@torch.inference_mode()
-def test_a_network_of_transformers(name: str, tmp_path: Path, capsys):
+def saved_transformers(name: str, tmp_path: Path):
+    """A random network -> what it gives for an image of its input's size, and the same network by our YAML."""
     make, size = transformers_networks()[name]
     net = stirred(make())
     net.save_pretrained(tmp_path / "net")
     ours = published(tmp_path, source="transformers", weights=str(tmp_path / "net"), size=size and list(size))
-    capsys.readouterr()
     seen = image() if size is None else F.interpolate(image(), size, mode="bilinear", antialias=True)
-    expected = resized(net(pixel_values=seen).logits, ODD)
+    return net(pixel_values=seen), ours
+
+
+@pytest.mark.parametrize("name", ["segformer", "upernet", "beit", "dpt", "mobilenet_v2", "mobilevit"])
+@torch.inference_mode()
+def test_a_network_of_transformers(name: str, tmp_path: Path):
+    out, ours = saved_transformers(name, tmp_path)
+    expected = resized(out.logits, ODD)
     assert_close(ours(image()) / expected.abs().max(), expected / expected.abs().max())
 
 
@@ -232,13 +237,8 @@ def test_a_network_of_transformers(name: str, tmp_path: Path, capsys):
 @torch.inference_mode()
 def test_mask_queries_are_summed(name: str, tmp_path: Path, capsys):
     """As post_process_semantic_segmentation does; the softmax of the logits is that sum by its own sum."""
-    make, size = transformers_networks()[name]
-    net = stirred(make())
-    net.save_pretrained(tmp_path / "net")
-    ours = published(tmp_path, source="transformers", weights=str(tmp_path / "net"), size=size and list(size))
+    out, ours = saved_transformers(name, tmp_path)
     assert "not calibrated" in capsys.readouterr().err
-    seen = image() if size is None else F.interpolate(image(), size, mode="bilinear", antialias=True)
-    out = net(pixel_values=seen)
     classes, masks = out.class_queries_logits.softmax(-1)[..., :-1], out.masks_queries_logits.sigmoid()
     summed = resized(torch.einsum("bqc,bqhw->bchw", classes, masks), ODD)
     assert_close(ours(image()).softmax(1), summed / summed.sum(1, keepdim=True))
