@@ -861,7 +861,7 @@ def rankseg_levelset(
     the classes of a pixel are then made to sum to 1 again. docs/rule.md derives it.
 
     prob, in_batch, valid: as in `rankseg_rma`, errors included.
-    opt_metric: "iou" or "dice", the expectation to maximise; "iou" costs less accuracy, "dice" gains more Dice (docs/rule.md).
+    opt_metric: "iou" or "dice", the expectation to maximise; "iou" costs less accuracy, "dice" gains more Dice.
     allow_overlap: (B, C, *spatial) bool masks instead, each class by itself: its best level set, or nothing where
         nothing is expected to score more (an absent class scores 1 for an empty mask, else 0). With two classes the
         labels are the mask of the second one.

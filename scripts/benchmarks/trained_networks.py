@@ -134,10 +134,11 @@ def main() -> None:
     rules = [config.name for config in load_groups({"predict": args.predict_yaml}, [])["predict"]]
     if args.plot is not None and not set(PLOTTED) <= set(rules[1:]):
         raise InputError(f"--plot: got the rules {', '.join(rules)}, expected {' and '.join(PLOTTED)} after another")
+    runs = [find_runs(title, [Path(run) for run in folders]) for title, *folders in args.run]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     networks = [network for name in args.networks if (network := evaluate(name, args)) is not None]
     networks += [evaluate_maps(name, *rest, args) for name, *rest in args.maps]
-    networks += [find_runs(title, [Path(run) for run in runs]) for title, *runs in args.run]
+    networks += runs
     if not networks:
         raise InputError(f"{args.data_dir}: got nothing of the networks asked for, expected some")
     rows = [row for network in networks for row in table_rows(network, rules, args.half)]
@@ -179,8 +180,10 @@ def run_script(name: str, title: str, flags: Sequence[str], args: argparse.Names
 def find_runs(title: str, runs: Sequence[Path]) -> Evaluated:
     """Evaluated runs of a network."""
     results = tuple(run / "results" for run in runs)
-    if missing := [folder for folder in results if not folder.is_dir()] or not runs:
-        raise InputError(f"--run {title}: got {missing or 'no run'}, expected folders of evaluated runs")
+    if not results:
+        raise InputError(f"--run {title}: got a title alone, expected folders of evaluated runs after it")
+    if missing := [folder for folder in results if not folder.is_dir()]:
+        raise InputError(f"--run {title}: {missing[0]}: no such folder, expected the results of an evaluated run")
     return Evaluated(title, results, tuple(folder / "timing.json" for folder in results))
 
 

@@ -132,6 +132,8 @@ def test_halves_are_by_name_and_keep_volumes_whole():
     ("flags", "part"),
     [
         (["--networks", "voc_deeplabv3_mobilenetv2"], "got nothing of the networks asked for, expected some"),
+        (["--run", "mine"], "--run mine: got a title alone, expected folders of evaluated runs"),
+        (["--run", "mine", "nowhere"], "--run mine: nowhere/results: no such folder, expected the results"),
         (["--write", "nowhere.md"], "nowhere.md: no such file, expected one"),
         (
             ["--plot", "gains.svg", "--predict_yaml", "argmax", "rankseg_rma"],
