@@ -64,6 +64,7 @@ RULE_TABLE = {  # configs/predict, key `rule`
     "rankseg_rma_fixed": RuleEntry(may_have=("thresholds",)),  # by --set; the rule's builder asks for it
     "rankseg_levelset": RuleEntry(needs=("opt_metric", "pruning_prob")),
     "rankseg_dep": RuleEntry(needs=("opt_metric", "theta", "pruning_prob", "unassigned", "contested", "assignment")),
+    "rankseg_dep_levels": RuleEntry(needs=("opt_metric", "pruning_prob")),
     "rankseg_package": RuleEntry(needs=("opt_metric", "pruning_prob", "solver"), two_classes=True),
     "rankseg_exact": RuleEntry(needs=("opt_metric",), two_classes=True),
 }

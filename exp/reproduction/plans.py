@@ -45,7 +45,7 @@ ONE_PASS = (
     "rankseg_rma_iou",
     "rankseg_levelset",
     "rankseg_dep",
-    "rankseg_dep_iou",
+    "rankseg_dep_levels",
     "rankseg_rma",
 )
 

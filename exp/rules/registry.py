@@ -11,6 +11,7 @@ from torch import Tensor
 from exp.config.evaluation import PredictConfig
 from exp.config.families import RULE_TABLE
 from exp.rules.dep import rankseg_dep
+from exp.rules.dep_levels import rankseg_dep_levels
 from exp.rules.exact import rankseg_exact
 from exp.rules.pooled import PooledRule, Thresholds, load_thresholds
 from exp.runtime.errors import InputError
@@ -58,6 +59,7 @@ RULES: dict[str, Callable[..., Tensor | PooledRule]] = {  # the names and option
     "rankseg_rma_fixed": lambda prob, *, thresholds: thresholds.decide(prob),  # which come from other images
     "rankseg_levelset": rankseg_levelset,
     "rankseg_dep": rankseg_dep,
+    "rankseg_dep_levels": rankseg_dep_levels,
     "rankseg_package": rankseg_package,
     "rankseg_exact": rankseg_exact,
 }

@@ -1,4 +1,7 @@
-"""`rankseg_dep` against float64 oracles: its definition, all sizes of a set, a joint law with its covariance."""
+"""`rankseg_dep` against float64 oracles: its definition, all sizes of a set, a joint law with its covariance.
+
+`rankseg_dep_levels` against `rankseg_dep` of a long reach, and against all sizes of a set.
+"""
 
 import itertools
 import math
@@ -10,6 +13,7 @@ from torch.nn.functional import interpolate, pad
 
 from exp.rules import dep as module
 from exp.rules.dep import expected_sizes, rankseg_dep
+from exp.rules.dep_levels import rankseg_dep_levels
 from exp.rules.exact import best_set
 from exp.rules.registry import build_rule
 from exp.runtime.errors import InputError
@@ -459,3 +463,72 @@ def test_its_keys_stand_in_its_own_results_alone():
     other, own = config.to_dict()["predict"]
     assert {"theta", "assignment"} <= own.keys()
     assert not {"theta", "assignment"} & other.keys()
+
+
+ENDLESS = {"theta": 1e6, "pruning_prob": 0.1}  # on the maps below the kernel is 1
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+@pytest.mark.parametrize("shape", [(64, 64), (200, 300), (8, 24, 24)])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_levels_decide_like_a_reach_without_end(metric: str, shape: tuple[int, ...], scale: float):
+    """But for pixels whose growth is as large under two classes as a level is wide."""
+    generator = torch.Generator().manual_seed(len(shape))
+    coarse = torch.randn(1, 6, *[6] * len(shape), dtype=torch.float64, generator=generator)
+    mode = "bilinear" if len(shape) == 2 else "trilinear"
+    prob = interpolate(scale * coarse, shape, mode=mode).softmax(1)
+    labels = rankseg_dep(prob, metric, assignment="first_order", **ENDLESS)
+    assert (rankseg_dep_levels(prob, metric) != labels).float().mean() < 0.01
+    assert (prob.argmax(1) != labels).float().mean() > 0.01
+    masks = rankseg_dep(prob, metric, allow_overlap=True, **ENDLESS)
+    assert (rankseg_dep_levels(prob, metric, allow_overlap=True) != masks).float().mean() < 0.004
+
+
+def test_levels_find_the_best_size():
+    """To first order: a set of few pixels may lack one."""
+    for trial in range(100):
+        prob, _ = one_class(trial)
+        p, own = prob.numpy().ravel(), rankseg_dep_levels(prob, "dice", allow_overlap=True, pruning_prob=0)
+        mu = literal_sizes(prob[0, 0].numpy(), math.inf)
+        least = 0.98 if own.sum() < 20 else 0.9995
+        assert objective(p, mu, own.numpy().ravel()) > least * best_objective(p, mu)
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_levels_beside_what_a_call_can_ask_for(metric: str):
+    prob = smooth_map(5, (40, 50), scale=2.0, seed=6).float()
+    labels = rankseg_dep_levels(prob, metric)
+    assert np.array_equal(rankseg_dep_levels(prob[0].numpy(), metric, in_batch=False), labels[0].numpy())
+    both = torch.cat([prob, smooth_map(5, (40, 50), seed=7).float()])
+    assert torch.equal(rankseg_dep_levels(both, metric)[0], labels[0])
+    valid = torch.ones(1, 40, 50, dtype=torch.bool)
+    valid[:, 30:] = False
+    cut = rankseg_dep_levels(prob[:, :, :30], metric)
+    assert torch.equal(rankseg_dep_levels(prob, metric, valid=valid)[:, :30], cut)
+    assert not torch.equal(labels[:, :30], cut)
+    two = prob[:, :2] / prob[:, :2].sum(1, keepdim=True)
+    masks = rankseg_dep_levels(two, metric, allow_overlap=True)
+    assert torch.equal(rankseg_dep_levels(two, metric), masks[:, 1].long())
+    low = prob.amax((2, 3)).sort().values[0, 1].item()  # two classes do not exceed it
+    pruned = (prob.amax((2, 3)) <= low)[0]
+    assert not rankseg_dep_levels(prob, metric, allow_overlap=True, pruning_prob=low)[0, pruned].any()
+    assert not torch.isin(rankseg_dep_levels(prob, metric, pruning_prob=low), pruned.nonzero()[:, 0]).any()
+
+
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+def test_levels_where_all_classes_are_pruned(metric: str):
+    prob = smooth_map(5, (40, 50), scale=2.0, seed=6)
+    options = {"pruning_prob": 1.0, "assignment": "first_order", "theta": 1e6}
+    same = rankseg_dep_levels(prob, metric, pruning_prob=1) == rankseg_dep(prob, metric, **options)
+    assert same.float().mean() > 0.99
+
+
+def test_levels_keep_certain_maps_and_refuse_what_is_no_probability():
+    labels = torch.randint(0, 4, (1, 25, 31), generator=torch.Generator().manual_seed(0))
+    prob = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1).float()
+    assert torch.equal(rankseg_dep_levels(prob), labels)
+    prob[0, 2, 3, 4] = math.nan
+    with pytest.raises(ValueError, match="prob must hold finite probabilities"):
+        rankseg_dep_levels(prob)
+    with pytest.raises(ValueError, match="one class leaves no labels"):
+        rankseg_dep_levels(torch.rand(1, 1, 4, 5))
