@@ -1269,6 +1269,8 @@ FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
 FUSED_PARTS = 256  # partial sums that are added up at a time
 FUSED_COPIES = 32  # tables that the pixels of a class are counted in at most: many at once have the same level
 FUSED_TABLES = 2**10  # ... and of all classes, if these are not more
+FUSED_SPREAD = 2**14  # pixels of the image that a table is for, at least
+FUSED_SPAN = 4096  # pixels of `valid` that are counted together
 FUSED_LEVELS = 2**10  # room for the levels in a table
 FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
 _UNUSABLE: list[Exception] = []  # why the fused kernels cannot be compiled here, once that has been seen
@@ -1556,9 +1558,8 @@ class _FusedLevels(_Fused):
     """As `_Fused`, for `rankseg_levelset`: a table of levels for each class."""
 
     def room(self) -> int:
-        self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // 2**14))
-        self.tiles = -(-self.size // self.tile("_count")["PIXELS"])
-        return self.rows * (self.copies + 1) * FUSED_LEVELS + self.batch * self.tiles
+        self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // FUSED_SPREAD))
+        return self.rows * (self.copies + 1) * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
 
     def survey(self) -> None:
         self.look()
@@ -1567,6 +1568,7 @@ class _FusedLevels(_Fused):
         self.tables, self.gains = tables.view(torch.int64), self.rest[len(tables) :]
         self.seen = self.gains[self.rows * FUSED_LEVELS :].view(torch.int64)
         self.levels = {"ROOM": FUSED_LEVELS, "FLOOR": LEVEL_FLOOR, "SHIFT": LEVEL_SHIFT, "LEAST": LEVEL_FIRST}
+        self.exact = {"enable_fp_fusion": False}  # products are rounded, as on a CPU
         self.enqueue(
             _peaks, (self.rows,),
             *self.parts[1:], self.chunks, self.tables, self.bad, self.open, self.high, self.weight, self.cut,
@@ -1603,15 +1605,16 @@ class _FusedLevels(_Fused):
             _decide, (self.batch * tiles,),
             self.prob, out, tiles, self.gains, self.weight, self.names, self.held, *self.map, UNROLL=FUSED_UNROLL,
             EVERY=self.last, LEVELS=LEVELS, **tile, **self.levels, AXES=self.kinds["AXES"], LONG=self.kinds["LONG"],
+            **self.exact,
         )  # fmt: skip
 
     def count(self, masks: bool) -> None:
         """Pixels of each level -> `tables`: for labels those on the grid, of their shares of a pixel; for masks all."""
-        tile, tiles, step = self.tile("_count"), self.tiles, 1
+        tile, chunks, step = self.tile("_count"), -(-self.size // FUSED_SPAN), 1
         if self.kinds["VALID"]:
             self.enqueue(
-                _seen, (self.batch * tiles,),
-                self.valid, self.seen, tiles, self.size, PIXELS=tile["PIXELS"], LONG=self.kinds["LONG"], num_warps=4,
+                _seen, (self.batch * chunks,),
+                self.valid, self.seen, chunks, self.size, SPAN=FUSED_SPAN, LONG=self.kinds["LONG"], num_warps=4,
             )  # fmt: skip
         elif not masks:
             step = max(1, self.size // LEVEL_SAMPLES - 1) | 1  # as in _grid
@@ -1619,10 +1622,11 @@ class _FusedLevels(_Fused):
         tiles = -(-samples // tile["PIXELS"])
         self.enqueue(
             _count, (self.batch * tiles,),
-            self.prob, self.valid, self.tables, self.seen, tiles, self.weight, self.names, self.held, self.counted,
-            self.copies, self.rows, samples, step, *self.map, UNROLL=FUSED_UNROLL, EVERY=self.last or masks,
-            SAMPLES=LEVEL_SAMPLES, MASKS=masks, PARTS=FUSED_PARTS, LEVELS=LEVELS, **tile, **self.levels,
-            AXES=self.kinds["AXES"], VALID=self.kinds["VALID"], LONG=self.kinds["LONG"],
+            self.prob, self.valid, self.tables, self.seen, tiles, chunks, self.weight, self.names, self.held,
+            self.counted, self.copies, self.rows, samples, step, *self.map, UNROLL=FUSED_UNROLL,
+            EVERY=self.last or masks, SAMPLES=LEVEL_SAMPLES, SPAN=FUSED_SPAN, MASKS=masks, PARTS=FUSED_PARTS,
+            LEVELS=LEVELS, AXES=self.kinds["AXES"], VALID=self.kinds["VALID"], LONG=self.kinds["LONG"], **tile,
+            **self.levels, **self.exact,
         )  # fmt: skip
 
 
@@ -1710,7 +1714,8 @@ def _kind(prob: Tensor, valid: Tensor | None, *options: object) -> tuple[Any, ..
     return (
         *options, prob.shape, prob.stride(), prob.dtype, prob.device, prob.data_ptr() % 16,
         None if valid is None else valid.data_ptr() % 16, FUSED_PASSES, FUSED_SAMPLE, FUSED_CLASSES, FUSED_CHUNK,
-        FUSED_UNROLL, FUSED_PARTS, FUSED_COPIES, LEVEL_SAMPLES, *FUSED_TILES.values(),
+        FUSED_UNROLL, FUSED_PARTS, FUSED_COPIES, FUSED_SPREAD, LEVEL_SAMPLES,
+        *FUSED_TILES.values(),
     )  # fmt: skip
 
 
@@ -2203,10 +2208,10 @@ def _weigh(  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def _seen(valid, parts, tiles, size, PIXELS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The valid pixels of a tile, counted."""
-    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    pixel = _pixels(tile, PIXELS, LONG)
+def _seen(valid, parts, chunks, size, SPAN: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The valid pixels of a chunk, counted."""
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    pixel = _pixels(chunk, SPAN, LONG)
     seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=pixel < size, other=0) != 0
     tl.store(parts + tl.program_id(0), tl.sum(seen.to(tl.int64), 0))
 
@@ -2238,20 +2243,21 @@ def _scale(  # type: ignore[no-untyped-def]
 
 @_kernel
 def _level(  # type: ignore[no-untyped-def]
-    q, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, LEVELS: tl.constexpr
+    q, scale, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, LEVELS: tl.constexpr
 ):
-    """float32 probabilities -> their levels, within the table whatever the map holds."""
-    level = ((q + FLOOR).to(tl.int32, bitcast=True) >> SHIFT) - LEAST
+    """(group, pixels) q and (pixels,) scale -> the levels of their product, within the table whatever the map holds."""
+    above = tl.fma(q, tl.broadcast_to(scale[None, :], q.shape), tl.full(q.shape, FLOOR, tl.float32))  # as addcmul does
+    level = (above.to(tl.int32, bitcast=True) >> SHIFT) - LEAST
     return tl.minimum(tl.maximum(level, 0), LEVELS - 1)
 
 
 @_kernel
 def _count(  # type: ignore[no-untyped-def]
-    prob, valid, tables, parts, tiles, all_weight, names, held, counted, copies, rows, samples, step, classes, size,
-    sb, sc, s0, s1, s2, n1, n2, UNROLL: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr, MASKS: tl.constexpr,
-    PARTS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr,
-    FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, AXES: tl.constexpr, VALID: tl.constexpr,
-    LONG: tl.constexpr,
+    prob, valid, tables, parts, tiles, chunks, all_weight, names, held, counted, copies, rows, samples, step, classes,
+    size, sb, sc, s0, s1, s2, n1, n2, UNROLL: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr,
+    SPAN: tl.constexpr, MASKS: tl.constexpr, PARTS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr,
+    PIXELS: tl.constexpr, ROOM: tl.constexpr, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr,
+    AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of the grid, `samples` pixels `step` apart, to the tables, but for level 0.
 
@@ -2262,19 +2268,21 @@ def _count(  # type: ignore[no-untyped-def]
     index = _pixels(tile, PIXELS, LONG)
     if VALID:
         pixel = index
-        before = tl.zeros([PARTS], tl.int64)
-        whole = tl.zeros([PARTS], tl.int64)
-        for start in range(0, tiles, PARTS):
-            part = start + tl.arange(0, PARTS)
-            seen = tl.load(parts + b * tiles + part, mask=part < tiles, other=0)
-            before += tl.where(part < tile, seen, 0)
-            whole += seen
-        number = tl.sum(whole, 0)
+        own = valid + b.to(tl.int64) * size
+        begin = tile.to(tl.int64) * PIXELS
+        near = begin // SPAN * SPAN + tl.arange(0, SPAN)
+        before = tl.sum((tl.load(own + near, mask=near < begin, other=0) != 0).to(tl.int64), 0)
+        number = tl.full([], 0, tl.int64)
+        for start in range(0, chunks, PARTS):
+            chunk = start + tl.arange(0, PARTS)
+            seen = tl.load(parts + b * chunks + chunk, mask=chunk < chunks, other=0)
+            before += tl.sum(tl.where(chunk < begin // SPAN, seen, 0), 0)
+            number += tl.sum(seen, 0)
         apart = tl.full([], 1, tl.int64)
         if not MASKS:
             apart = tl.maximum(number // SAMPLES - 1, 1) | 1
-        inside = tl.load(valid + b.to(tl.int64) * size + pixel, mask=pixel < size, other=0) != 0
-        place = tl.sum(before, 0) + tl.cumsum(inside.to(tl.int64), 0) - 1
+        inside = tl.load(own + pixel, mask=pixel < size, other=0) != 0
+        place = before + tl.cumsum(inside.to(tl.int64), 0) - 1
         inside = inside & (place % apart == 0)
         number = (number + apart - 1) // apart
     else:
@@ -2293,7 +2301,7 @@ def _count(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) % copies * rows + b * classes
     for start in range(0, stop, GROUP):
         c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
-        level = _level(q * scale[None, :], FLOOR, SHIFT, LEAST, LEVELS)
+        level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
         here = kept[:, None] & inside[None, :] & (level > 0)
         table = tables + (first + c).to(tl.int64)[:, None] * ROOM
         tl.atomic_add(table + level, tl.full([GROUP, PIXELS], 1, tl.int64), mask=here, sem="relaxed")
@@ -2443,7 +2451,7 @@ def _decide(  # type: ignore[no-untyped-def]
     pick = tl.full([PIXELS], 0, tl.int32) + tl.load(names + b * classes, mask=total > 0, other=0).to(tl.int32)
     for start in range(0, stop, GROUP):
         c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
-        level = _level(q * scale[None, :], FLOOR, SHIFT, LEAST, LEVELS)
+        level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
         table = gains + (b * classes + c).to(tl.int64)[:, None] * ROOM
         gain = tl.load(table + level, mask=kept[:, None] & inside[None, :], other=float("-inf"))
         top = tl.max(gain, 0)

@@ -10,11 +10,13 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import rankseg_rma as module
 from rankseg_rma import rankseg_rma
+from scripts.benchmarks.benchmark_rules import real_maps
 
 ROOT = Path(__file__).resolve().parents[2]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -41,10 +43,27 @@ def test_the_kernels_give_the_labels_of_the_cpu_for_every_keyword_and_layout_in_
     assert int(run_script("interpret_fused.py", "--all").split()[0]) >= 400
 
 
+def test_the_kernels_of_level_sets_give_the_labels_of_the_cpu_in_an_interpreter():
+    assert int(run_script("interpret_fused.py", "--levels").split()[0]) >= 30
+
+
+@pytest.mark.long
+def test_the_kernels_of_level_sets_give_the_labels_of_the_cpu_for_every_layout_in_an_interpreter():
+    assert int(run_script("interpret_fused.py", "--levels", "--all").split()[0]) >= 200
+
+
+def test_the_kernels_of_level_sets_on_a_real_map(tmp_path, real_data):
+    """Of CamVid, ESPNet's logits; every third pixel, for the interpreter is slow."""
+    _, read = next(real_maps(real_data, 1))
+    np.save(tmp_path / "map.npy", read()[..., ::3, ::3].numpy())
+    assert run_script("interpret_fused.py", "--maps", str(tmp_path / "map.npy")).split()[0] == "1"
+
+
 @pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu(tmp_path):
-    output = run_script("compile_fused.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert int(output.split()[-2]) >= 40
+@pytest.mark.parametrize("flags", [(), ("--levels",)])
+def test_the_kernels_compile_for_a_gpu(tmp_path, flags):
+    output = run_script("compile_fused.py", *flags, TRITON_CACHE_DIR=str(tmp_path))
+    assert int(output.split()[-2]) >= (20 if flags else 40)
     assert all(int(line.split("STACK:")[1].split()[0]) <= 64 for line in output.splitlines() if "STACK:" in line)
 
 
