@@ -12,7 +12,7 @@ t = s / (n + mu + k), k = 1 for Dice and 0 for IoU. Iterating t climbs to it in 
 nothing is sorted. Three strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
 what it can, on one thread (CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
 is with PyTorch on Linux); `_solve_batched` runs all classes at once without asking the device anything it could do
-without (other accelerators, small maps).
+without (other accelerators, small maps). `rankseg_levelset` is a rule of its own, with kernels of its own beside those.
 """
 
 from __future__ import annotations

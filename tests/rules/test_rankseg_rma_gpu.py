@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import rankseg_rma as module
-from rankseg_rma import rankseg_rma
+from rankseg_rma import rankseg_levelset, rankseg_rma
 from scripts.benchmarks.benchmark_rules import real_maps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -442,23 +442,24 @@ def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("rule", [rankseg_rma, rankseg_levelset])
+def test_kernels_that_cannot_be_compiled_are_done_without(rule, monkeypatch: pytest.MonkeyPatch):
     """As where Python's headers are missing: a warning once, and PyTorch's own operations decide."""
 
     def fail(*args: object) -> None:
         raise OSError("no Python.h")
 
     prob = torch.rand(1, 4, 9, 11, generator=torch.Generator().manual_seed(0)).softmax(1)
-    expected = rankseg_rma(prob)
+    expected = rule(prob)
     monkeypatch.setattr(module, "_on_cpu", lambda x: False)
     monkeypatch.setattr(module, "_is_fused", lambda x: not module._UNUSABLE)
     monkeypatch.setattr(module, "_UNUSABLE", [])
     monkeypatch.setattr(module, "_solve_fused", fail)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with pytest.warns(RuntimeWarning, match=r"without its CUDA kernels, more slowly: no Python\.h"):
-        assert torch.equal(rankseg_rma(prob), expected)
-    assert torch.equal(rankseg_rma(prob), expected)
+        assert torch.equal(rule(prob), expected)
+    assert torch.equal(rule(prob), expected)
     monkeypatch.setattr(module, "_UNUSABLE", [])
     monkeypatch.setattr(module, "_solve_fused", lambda *args: module._check_range(2.0, 2.0, torch.float32))
     with pytest.raises(ValueError, match="finite probabilities"):
-        rankseg_rma(prob)
+        rule(prob)
