@@ -976,9 +976,7 @@ def _level_labels(
     pixels = torch.zeros(classes * LEVELS, dtype=torch.int64, device=rows.device)
     for part in _grid(rows, inside, step, LEVEL_SAMPLES):
         pixels += look(part).bincount(minlength=len(pixels))
-    sizes, N, du = _levels(pixels.view(-1, LEVELS))
-    presence = du.sum(1)
-    gain = _level_gains(sizes, N, du, metric) / (1 + presence.sum() - presence)[:, None]
+    gain = _level_table(pixels.view(-1, LEVELS), metric)
     # By rank, the largest of a pixel's whole numbers is its class: one look-up of an int32, one maximum.
     order = gain.view(-1).argsort(descending=True, stable=True).flip(0)
     rank = torch.empty_like(order, dtype=torch.int32)
@@ -988,6 +986,13 @@ def _level_labels(
     for part, label in zip(rows.split(step, 1), out.split(step)):
         best = torch.index_select(rank, 0, look(part), out=found[: classes * len(label)]).view(classes, -1).amax(0)
         torch.index_select(label_of, 0, best, out=label)
+
+
+def _level_table(pixels: Tensor, metric: str) -> Tensor:
+    """(C, LEVELS) pixels of each level -> growth of the image's expected score by one more pixel of that level."""
+    sizes, N, du = _levels(pixels)
+    presence = du.sum(1)
+    return _level_gains(sizes, N, du, metric) / (1 + presence.sum() - presence)[:, None]
 
 
 def _level_weights(high: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -50,6 +51,13 @@ compared = 0
 
 def random_map(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).softmax(1)
+
+
+def uneven_map(*shape: int) -> torch.Tensor:
+    """Smooth regions of classes that are there, may be there and hardly are."""
+    coarse = torch.randn(*shape[:2], 4, 6, generator=torch.Generator().manual_seed(3))
+    smooth = torch.nn.functional.interpolate(3 * coarse, shape[2:], mode="bilinear")
+    return (smooth - 1.2 * torch.arange(shape[1]).view(1, -1, 1, 1)).softmax(1)
 
 
 def random_valid(prob: torch.Tensor) -> torch.Tensor:
@@ -98,6 +106,28 @@ def compare_levels(prob: torch.Tensor, **options) -> None:
     given = {k: v for k, v in options.items() if k != "valid"}
     assert different <= got.numel() / 1000, f"{tuple(prob.shape)} {prob.dtype} {given}: {different} pixels differ"
     compared += 1
+
+
+def compare_tables(prob: torch.Tensor, metric: str) -> None:
+    """The growths that labels are looked up in, of one image."""
+    table, kept = module._level_table, []
+
+    def note(*args):
+        kept.append(table(*args))
+        return kept[-1]
+
+    with mock.patch.object(module, "_level_table", note):
+        expected = rankseg_levelset(prob, metric)
+    assert module._load_triton()
+    job = module._FusedLevels(prob, None, module._check_options(metric, "rma_score", "max_score", "holders", 0.1), 0)
+    out = torch.empty_like(expected)
+    job.survey()
+    job.finish(out, False, False)
+    names = job.names[: int(job.held[0])]
+    assert 1 < len(names) < len(prob[0])
+    gains = job.gains[: job.rows * module.FUSED_LEVELS].view(job.rows, -1)[names, : module.LEVELS]
+    torch.testing.assert_close(gains, kept[0], rtol=1e-9, atol=1e-15)
+    same([out], [expected], metric)
 
 
 def compare_labels(prob: torch.Tensor, metric: str, valid: torch.Tensor | None, pruning_prob: float = 0.1) -> None:
@@ -274,8 +304,9 @@ def check_repeated_levels() -> None:
 
 
 def check_levels() -> None:
+    for metric in ("iou", "dice"):
+        compare_tables(uneven_map(1, 7, 40, 60), metric)
     prob = random_map(1, 5, 13, 73)
-    compare_levels(prob)
     for layout in strided(prob)[:2]:
         compare_levels(layout)
     check_repeated_levels()
