@@ -12,7 +12,7 @@ t = s / (n + mu + k), k = 1 for Dice and 0 for IoU. Iterating t climbs to it in 
 nothing is sorted. Three strategies share that mathematics: `_solve_streamed` walks over cache-sized pieces and skips
 what it can, on one thread (CPU); `_solve_fused` does so in kernels of its own (CUDA, where Triton is installed, as it
 is with PyTorch on Linux); `_solve_batched` runs all classes at once without asking the device anything it could do
-without (other accelerators, small maps).
+without (other accelerators, small maps). `rankseg_levelset` is a rule of its own, with kernels of its own beside those.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def rankseg_rma(
         solve = _solve_streamed if large else _solve_small
         with _one_thread(), _default_device():
             out, tau = solve(prob, valid, rule, allow_overlap, binary, return_tau)
-    elif (found := _try_fused(prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
+    elif (found := _try_fused(_Fused, prob, valid, rule, allow_overlap, binary, return_tau)) is not None:
         out, tau = found
     else:
         out, tau = _solve_batched(prob, valid, rule, allow_overlap, binary)
@@ -871,25 +871,40 @@ def rankseg_levelset(
     Levels lie 0.8 to 1.6 % of p apart. For labels they are counted on a regular grid of 2^15 to 2^16 pixels of larger
     images, for masks on all pixels.
     """
-    _check_options(opt_metric, "rma_score", "max_score", "holders", pruning_prob)
+    rule = _check_options(opt_metric, "rma_score", "max_score", "holders", pruning_prob)
     as_numpy, maps, within = _check_inputs(prob, valid, in_batch, allow_overlap)
-    shape = maps.shape if allow_overlap else (len(maps), *maps.shape[2:])
-    out = torch.empty(shape, dtype=torch.bool if allow_overlap else torch.int64, device=maps.device)
-    with _one_thread() if _on_cpu(maps) else nullcontext(), _default_device():
-        for i, image in enumerate(maps):
-            rows = image.reshape(len(image), -1)
-            inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
-            high = _highest(rows, inside).to(_working(maps.dtype))
-            if allow_overlap:
-                out[i] = _level_masks(rows, inside, high, opt_metric, pruning_prob).view(image.shape)
-            elif len(image) == 2:
-                out[i] = _level_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob).view(out[i].shape)
-            else:
-                _level_labels(rows, inside, high, opt_metric, pruning_prob, out[i].view(-1))
-    if within is not None and allow_overlap:
-        out &= within.unsqueeze(1)
+    binary = maps.shape[1] == 2 and not allow_overlap
+    found = None
+    if not _on_cpu(maps):
+        found = _try_fused(_FusedLevels, maps, within, rule, allow_overlap, binary, False)
+    if found is None:
+        with _one_thread() if _on_cpu(maps) else nullcontext(), _default_device():
+            out = _solve_levels(maps, within, rule, allow_overlap, binary)
+    else:
+        out = found[0]
+    out = out.view(maps.shape if allow_overlap else (len(maps), *maps.shape[2:]))
     out = out if in_batch else out[0]
     return out.numpy() if as_numpy else out  # type: ignore[return-value] # whose kind as_numpy knows
+
+
+def _solve_levels(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool) -> Tensor:
+    """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, image by image."""
+    size = prob[0, 0].numel()
+    shape, dtype = ((*prob.shape[:2], size), torch.bool) if masks else ((len(prob), size), torch.int64)
+    out = torch.empty(shape, dtype=dtype, device=prob.device)
+    for i, image in enumerate(prob):
+        rows = image.reshape(len(image), -1)
+        inside = None if valid is None else valid[i].reshape(-1).nonzero()[:, 0]
+        high = _highest(rows, inside).to(_working(rows.dtype))
+        if masks:
+            out[i] = _level_masks(rows, inside, high, rule.metric, rule.pruning_prob)
+        elif binary:
+            out[i] = _level_masks(rows[1:], inside, high[1:], rule.metric, rule.pruning_prob)[0]
+        else:
+            _level_labels(rows, inside, high, rule.metric, rule.pruning_prob, out[i])
+    if valid is not None and masks:
+        out &= valid.flatten(1).unsqueeze(1)
+    return out
 
 
 def _highest(rows: Tensor, inside: Tensor | None) -> Tensor:
@@ -936,8 +951,8 @@ def _level_labels(
     rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float, out: Tensor
 ) -> None:
     """(C, d) -> labels, written to (d,) `out`."""
-    largest = high.max().item()
-    names = (high > (pruning_prob if largest > pruning_prob else largest / 2)).nonzero()[:, 0]
+    kept = high > pruning_prob
+    names = torch.where(kept.any(), kept, high > high.max() / 2).nonzero()[:, 0]
     classes = len(names)
     if classes < 2:
         out.copy_(names if classes else names.new_zeros(1))
@@ -961,9 +976,7 @@ def _level_labels(
     pixels = torch.zeros(classes * LEVELS, dtype=torch.int64, device=rows.device)
     for part in _grid(rows, inside, step, LEVEL_SAMPLES):
         pixels += look(part).bincount(minlength=len(pixels))
-    sizes, N, du = _levels(pixels.view(-1, LEVELS))
-    presence = du.sum(1)
-    gain = _level_gains(sizes, N, du, metric) / (1 + presence.sum() - presence)[:, None]
+    gain = _level_table(pixels.view(-1, LEVELS), metric)
     # By rank, the largest of a pixel's whole numbers is its class: one look-up of an int32, one maximum.
     order = gain.view(-1).argsort(descending=True, stable=True).flip(0)
     rank = torch.empty_like(order, dtype=torch.int32)
@@ -973,6 +986,13 @@ def _level_labels(
     for part, label in zip(rows.split(step, 1), out.split(step)):
         best = torch.index_select(rank, 0, look(part), out=found[: classes * len(label)]).view(classes, -1).amax(0)
         torch.index_select(label_of, 0, best, out=label)
+
+
+def _level_table(pixels: Tensor, metric: str) -> Tensor:
+    """(C, LEVELS) pixels of each level -> growth of the image's expected score by one more pixel of that level."""
+    sizes, N, du = _levels(pixels)
+    presence = du.sum(1)
+    return _level_gains(sizes, N, du, metric) / (1 + presence.sum() - presence)[:, None]
 
 
 def _level_weights(high: Tensor) -> Tensor:
@@ -1218,6 +1238,17 @@ def _trace_edges(like: Tensor) -> Tensor:
 # check and for whether every row has settled (if not, it launches more passes and the end again). Sums are in float64
 # over a fixed partition of the pixels, and what is added atomically are integers: the same bits in every run.
 #
+# For `rankseg_levelset`, after `_survey`:
+#
+#   _peaks     -                           adds up the maxima; prunes
+#   _weigh     -                           the classes' weights, and which compete (for labels alone)
+#   _count     unpruned classes            pixels of each level, on the grid (for masks on all pixels)
+#   _grow      -                           from these the growth at each level, or the threshold of a mask
+#   _divide    -                           that over the expected number of classes
+#   _decide    unpruned classes            labels
+#
+# or, instead of the last two, `_mask`; before them `_seen`, which counts the pixels of `valid`.
+#
 # Triton looks at every argument of every launch, which takes the host longer than the kernels run. What it compiles is
 # therefore kept in `_COMPILED`, to be launched without it. All launches for a map are kept in `_PLANS` besides; for
 # other maps of its kind they are repeated at once, with the addresses of the new tensors.
@@ -1236,15 +1267,24 @@ FUSED_TILES = {  # kernel: elements of a tile, warps
     "_mask": (1024, 4),
     "_claim": (1024, 4),
     "_contend": (512, 4),
+    "_count": (256, 4),
+    "_decide": (512, 4),
 }
 FUSED_UNROLL = 4  # tiles whose loads may be under way at the same time
 FUSED_PARTS = 256  # partial sums that are added up at a time
+FUSED_COPIES = 32  # tables that the pixels of a class are counted in at most: many at once have the same level
+FUSED_TABLES = 2**10  # ... and of all classes, if these are not more
+FUSED_SPREAD = 2**14  # pixels of the image that a table is for, at least
+FUSED_SPAN = 4096  # pixels of `valid` that are counted together
+FUSED_LEVELS = 2**10  # room for the levels in a table
 FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
 _UNUSABLE: list[Exception] = []  # why the fused kernels cannot be compiled here, once that has been seen
 FUSED_DIRECT = True  # whether kernels are launched without Triton; False once that has failed
 
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
-FUSED_PLAIN = ("chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes")
+FUSED_PLAIN = (
+    "chunks", "tiles", "first", "limit", "step", "undecided", "empty", "classes", "copies", "samples"
+)  # fmt: skip
 
 if not TYPE_CHECKING:
     tl = None  # triton.language, from the first CUDA map on
@@ -1331,14 +1371,14 @@ def _is_fused(prob: Tensor) -> bool:
 
 
 def _try_fused(
-    prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
+    job: type[_Fused], prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
 ) -> Found | None:
     """As `_solve_fused`; None where it is not for this map, or where its kernels cannot be compiled."""
     if not _is_fused(prob):
         return None
     try:
         with torch.cuda.device(prob.device):  # kernels are launched on the current device
-            return _solve_fused(prob, valid, rule, masks, binary, want_tau)
+            return _solve_fused(job, prob, valid, rule, masks, binary, want_tau)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # without Python's headers, a writable cache, or a compiler that knows the device
@@ -1382,13 +1422,14 @@ class _Fused:
         even = self.rows + self.rows % 2  # keeps every part aligned to 16 bytes
         parts = self.rows * self.chunks
         parts += parts % 2
-        self.space = torch.empty(14 * even + 3 * parts, dtype=torch.float64, device=prob.device)
+        self.space = torch.empty(14 * even + 3 * parts + self.room(), dtype=torch.float64, device=prob.device)
         numbers = self.space[: 14 * even].view(14, even)
         self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s, self.cut = numbers[:8].unbind()
         *counts, tau = numbers[8:].view(torch.int64).unbind()
         self.shared_n, self.shared_s, self.names, self.held, self.lead = counts
         self.tau = tau[: self.rows].view(self.batch, self.classes)
-        self.parts = self.space[14 * even :].view(3, parts).unbind()
+        self.parts = self.space[14 * even : 14 * even + 3 * parts].view(3, parts).unbind()
+        self.rest = self.space[14 * even + 3 * parts :]
         self.launches: list[tuple[Any, ...]] = []
         self.direct = _is_direct()
         shape = [1] * (3 - len(sizes)) + sizes
@@ -1401,6 +1442,10 @@ class _Fused:
             "LONG": self.size >= 2**31 - 2**20,
             "WORK": tl.float64 if prob.dtype == torch.float64 else tl.float32,
         }
+
+    def room(self) -> int:
+        """Numbers in `rest`, what the kernels exchange beyond a few numbers of each row."""
+        return 0
 
     def _chunk(self) -> int:
         """Pixels of a partial sum: a whole number of tiles, and no more of them than a small map has."""
@@ -1439,19 +1484,24 @@ class _Fused:
         self.launches.append((kernel, compiled, grid[0], args))
 
     def survey(self) -> None:
+        """What is launched once, however many passes it takes."""
         prob, valid = self.prob, self.valid
-        self.enqueue(
-            _survey, self.over_chunks(0),
-            prob, valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
-            SLACK=4 * torch.finfo(prob.dtype).eps, BITS=tl.uint64 if prob.dtype == torch.float64 else tl.uint32,
-            **self.tile("_survey"), **self.kinds,
-        )  # fmt: skip
+        self.look()
         step = -(-self.size // FUSED_SAMPLE) | 1  # odd, or the sample would fall on few columns of the image
         self.enqueue(
             _begin, (self.rows,),
             prob, valid, *self.parts, self.chunks, self.bad, self.open, self.kept, self.mu, self.t, self.n, self.s,
             self.cut, self.first, _limit_bits(self.rule.pruning_prob, prob.dtype), step, *self.map,
             OFFSET=int(self.rule.offset), SAMPLE=FUSED_SAMPLE, PARTS=FUSED_PARTS, num_warps=4, **self.kinds,
+        )  # fmt: skip
+
+    def look(self) -> None:
+        """Mass, maximum and range check of every class, in partial sums."""
+        self.enqueue(
+            _survey, self.over_chunks(0),
+            self.prob, self.valid, *self.parts, self.chunks, *self.map, CHUNK=self.chunk, UNROLL=FUSED_UNROLL,
+            SLACK=4 * torch.finfo(self.prob.dtype).eps,
+            BITS=tl.uint64 if self.prob.dtype == torch.float64 else tl.uint32, **self.tile("_survey"), **self.kinds,
         )  # fmt: skip
 
     def refine(self) -> None:
@@ -1469,6 +1519,14 @@ class _Fused:
                 OFFSET=int(self.rule.offset), PARTS=FUSED_PARTS, FINAL=turn == FUSED_PASSES - 1,
                 WORK=self.kinds["WORK"], num_warps=2,
             )  # fmt: skip
+
+    def finish(self, out: Tensor, masks: bool, binary: bool) -> None:
+        """The rest, which is launched again if a row has not settled."""
+        self.refine()
+        first = self.first
+        self.first = 1 if binary else first
+        self.mask(out) if masks or binary else self.label(out)
+        self.first = first
 
     def mask(self, out: Tensor) -> None:
         """Sets of the classes from `first` on -> `out`, contiguous."""
@@ -1498,6 +1556,82 @@ class _Fused:
             self.prob, out, tiles, self.cut, self.kept, self.mu, self.n, self.s, self.names, self.held, self.lead,
             self.shared_n, self.shared_s, undecided, *self.map, EVERY=every, METHOD=rule.method,
             OFFSET=int(rule.offset), ALL=rule.contested == "all", EMPTY=given == "max_score", **tile, **self.kinds,
+        )  # fmt: skip
+
+
+class _FusedLevels(_Fused):
+    """As `_Fused`, for `rankseg_levelset`: a table of levels for each class."""
+
+    def room(self) -> int:
+        self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // FUSED_SPREAD))
+        return self.rows * (self.copies + 1) * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
+
+    def survey(self) -> None:
+        self.look()
+        self.high, self.weight, self.presence, self.counted = self.mu, self.t, self.n, self.lead
+        tables = self.rest[: self.rows * self.copies * FUSED_LEVELS]
+        self.tables, self.gains = tables.view(torch.int64), self.rest[len(tables) :]
+        self.seen = self.gains[self.rows * FUSED_LEVELS :].view(torch.int64)
+        self.levels = {"ROOM": FUSED_LEVELS, "FLOOR": LEVEL_FLOOR, "SHIFT": LEVEL_SHIFT, "LEAST": LEVEL_FIRST}
+        self.exact = {"enable_fp_fusion": False}  # products are rounded, as on a CPU
+        self.enqueue(
+            _peaks, (self.rows,),
+            *self.parts[1:], self.chunks, self.tables, self.bad, self.open, self.high, self.weight, self.cut,
+            self.copies, self.rows, self.first, _limit_bits(self.rule.pruning_prob, _working(self.prob.dtype)),
+            self.classes, PARTS=FUSED_PARTS, ROOM=FUSED_LEVELS, num_warps=4,
+        )  # fmt: skip
+
+    def finish(self, out: Tensor, masks: bool, binary: bool) -> None:
+        masks = masks or binary
+        if not masks:
+            self.enqueue(
+                _weigh, (self.batch,),
+                self.high, self.weight, self.names, self.held, self.classes, SHARES=PRESENCE_SHARES,
+                LEAST=PRESENCE_FLOOR, GROUP=8, num_warps=8,
+            )  # fmt: skip
+        self.count(masks)
+        self.enqueue(
+            _grow, (self.rows,),
+            self.tables, self.gains, self.high, self.weight, self.presence, self.cut, self.counted, self.copies,
+            self.rows, self.classes, DICE=self.rule.metric == "dice", MASKS=masks, TOGETHER=LEVEL_TOGETHER,
+            LEVELS=LEVELS, WORK=self.kinds["WORK"], num_warps=4, **self.levels,
+        )  # fmt: skip
+        if masks:
+            self.kinds["VALID"] &= not binary  # labels are given to all pixels
+            self.mask(out)
+            return
+        self.enqueue(
+            _divide, (self.rows,),
+            self.gains, self.weight, self.presence, self.classes, PARTS=FUSED_PARTS, ROOM=FUSED_LEVELS, num_warps=4,
+        )  # fmt: skip
+        tile = self.tile("_decide")
+        tiles = -(-self.size // tile["PIXELS"])
+        self.enqueue(
+            _decide, (self.batch * tiles,),
+            self.prob, out, tiles, self.gains, self.weight, self.names, self.held, *self.map, UNROLL=FUSED_UNROLL,
+            EVERY=self.last, LEVELS=LEVELS, **tile, **self.levels, AXES=self.kinds["AXES"], LONG=self.kinds["LONG"],
+            **self.exact,
+        )  # fmt: skip
+
+    def count(self, masks: bool) -> None:
+        """Pixels of each level -> `tables`: for labels those on the grid, of their shares of a pixel; for masks all."""
+        tile, chunks, step = self.tile("_count"), -(-self.size // FUSED_SPAN), 1
+        if self.kinds["VALID"]:
+            self.enqueue(
+                _seen, (self.batch * chunks,),
+                self.valid, self.seen, chunks, self.size, SPAN=FUSED_SPAN, LONG=self.kinds["LONG"], num_warps=4,
+            )  # fmt: skip
+        elif not masks:
+            step = max(1, self.size // LEVEL_SAMPLES - 1) | 1  # as in _grid
+        samples = -(-self.size // step)
+        tiles = -(-samples // tile["PIXELS"])
+        self.enqueue(
+            _count, (self.batch * tiles,),
+            self.prob, self.valid, self.tables, self.seen, tiles, chunks, self.weight, self.names, self.held,
+            self.counted, self.copies, self.rows, samples, step, *self.map, UNROLL=FUSED_UNROLL,
+            EVERY=self.last or masks, SAMPLES=LEVEL_SAMPLES, SPAN=FUSED_SPAN, MASKS=masks, PARTS=FUSED_PARTS,
+            LEVELS=LEVELS, AXES=self.kinds["AXES"], VALID=self.kinds["VALID"], LONG=self.kinds["LONG"], **tile,
+            **self.levels, **self.exact,
         )  # fmt: skip
 
 
@@ -1585,29 +1719,28 @@ def _kind(prob: Tensor, valid: Tensor | None, *options: object) -> tuple[Any, ..
     return (
         *options, prob.shape, prob.stride(), prob.dtype, prob.device, prob.data_ptr() % 16,
         None if valid is None else valid.data_ptr() % 16, FUSED_PASSES, FUSED_SAMPLE, FUSED_CLASSES, FUSED_CHUNK,
-        FUSED_UNROLL, FUSED_PARTS, *FUSED_TILES.values(),
+        FUSED_UNROLL, FUSED_PARTS, FUSED_COPIES, FUSED_SPREAD, LEVEL_SAMPLES,
+        *FUSED_TILES.values(),
     )  # fmt: skip
 
 
-def _solve_fused(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool) -> Found:
+def _solve_fused(
+    kernels: type[_Fused], prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
+) -> Found:
     """(B, C, *spatial) on a CUDA device -> (B, d) labels or (B, C, d) masks, and the (B, C) sizes of the sets."""
     valid = None if valid is None else valid.reshape(-1)
-    kind = _kind(prob, valid, rule, masks, binary, want_tau) if _is_direct() else None
+    kind = _kind(prob, valid, kernels, rule, masks, binary, want_tau) if _is_direct() else None
     plan = _PLANS.get(kind) if kind is not None else None
     if plan is not None and (found := plan.solve(prob, valid, want_tau)) is not None:
         return found
-    job = _Fused(prob, valid, rule, int(binary and not want_tau))
+    job = kernels(prob, valid, rule, int(binary and not want_tau))
     shape = (*prob.shape[:2], job.size) if masks else (prob.shape[0], job.size)
     out = torch.empty(shape, dtype=torch.bool if masks else torch.int64, device=prob.device)
     job.survey()
     once, settled = len(job.launches), False
     while not settled:
         del job.launches[once:]
-        job.refine()
-        if binary:
-            job.first = 1
-        job.mask(out) if masks or binary else job.label(out)
-        job.first = int(binary and not want_tau)
+        job.finish(out, masks, binary)
         settled = _is_settled(job.space, job.prob)
     if kind is not None and all(hasattr(compiled, "packed_metadata") for _, compiled, *_ in job.launches):
         _remember(_PLANS, kind, _Plan(job, out, job.prob is not prob, once))
@@ -2000,3 +2133,334 @@ def _contend(  # type: ignore[no-untyped-def]
             best = tl.where(better, top, best)
             pick = tl.where(better, leader, pick)
         tl.store(out + b.to(tl.int64) * size + pixel, pick.to(tl.int64), mask=waiting)
+
+
+@_kernel
+def _largest(parts, row, chunks, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest of a row's partial results, none of which is negative."""
+    most = tl.zeros([PARTS], tl.float64)
+    for start in range(0, chunks, PARTS):
+        part = start + tl.arange(0, PARTS)
+        at = row.to(tl.int64) * chunks + part
+        most = tl.maximum(most, tl.load(parts + at, mask=part < chunks, other=0.0))
+    return tl.max(most, 0)
+
+
+@_kernel
+def _peaks(  # type: ignore[no-untyped-def]
+    highs, bads, chunks, tables, all_bad, all_open, all_high, all_weight, all_cut, copies, rows, first, limit, classes,
+    PARTS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Partial results of a row -> its maximum, the weight 1 or, if it is pruned, 0; its tables begin at 0.
+
+    `limit` is the bits of a float64. Nothing is left open: the host need not come back.
+    """
+    row = tl.program_id(0)
+    top = _largest(highs, row, chunks, PARTS)
+    bound = tl.full([], limit, tl.int64).to(tl.float64, bitcast=True)
+    kept = (top > bound) & (row % classes >= first)
+    tl.store(all_bad + row, _largest(bads, row, chunks, PARTS))
+    tl.store(all_open + row, 0.0)
+    tl.store(all_high + row, top)
+    tl.store(all_weight + row, kept.to(tl.float64))
+    tl.store(all_cut + row, float("inf"))
+    for copy in range(0, copies):
+        at = (copy * rows + row).to(tl.int64) * ROOM + tl.arange(0, ROOM)
+        tl.store(tables + at, tl.zeros([ROOM], tl.int64))
+
+
+@_kernel
+def _weigh(  # type: ignore[no-untyped-def]
+    all_high, all_weight, names, held, classes, SHARES: tl.constexpr, LEAST: tl.constexpr, GROUP: tl.constexpr
+):
+    """As `_level_weights`, of an image; also the list of its unpruned classes, which is `held` classes long."""
+    first = tl.program_id(0) * classes
+    least = tl.full([], LEAST, tl.float64)
+    most = 1.0 - least
+    quarter = tl.full([], 1.5707963267948966, tl.float64)  # of a turn
+    angle = (tl.arange(0, SHARES).to(tl.float64) + 0.5) * (quarter / SHARES)
+    sine = tl.sin(angle)
+    share = (sine * sine)[None, :]
+    weight = tl.log(tl.sin(2.0 * angle))
+    largest = tl.full([], 0.0, tl.float64)
+    clear = tl.full([], 0, tl.int32)  # classes above pruning_prob
+    for start in range(0, classes, GROUP):
+        c = start + tl.arange(0, GROUP)
+        high = tl.load(all_high + first + c, mask=c < classes, other=0.0)
+        largest = tl.maximum(largest, tl.max(high, 0))
+        kept = tl.load(all_weight + first + c, mask=c < classes, other=0.0) > 0.0
+        clear += tl.sum(kept.to(tl.int32), 0)
+        m = tl.minimum(tl.maximum(high, least), most)[:, None]
+        either = share * m + (1.0 - share) * (1.0 - m)
+        weight += tl.sum(tl.where((c < classes)[:, None], tl.log(either), 0.0), 0)
+    weight = tl.exp(weight - tl.max(weight, 0))
+    weight = (weight / tl.sum(weight, 0))[None, :]
+    total = tl.full([], 0, tl.int32)
+    for start in range(0, classes, GROUP):
+        c = start + tl.arange(0, GROUP)
+        high = tl.load(all_high + first + c, mask=c < classes, other=0.0)
+        kept = tl.load(all_weight + first + c, mask=c < classes, other=0.0) > 0.0
+        kept = (kept | ((clear == 0) & (high > largest / 2.0))) & (c < classes)
+        m = tl.minimum(tl.maximum(high, least), most)
+        there = share * m[:, None]
+        either = there + (1.0 - share) * (1.0 - m[:, None])
+        present = tl.maximum(m * m, tl.sum(weight * there / either, 1))
+        tl.store(all_weight + first + c, tl.where(kept, present / m, 0.0), mask=c < classes)
+        place = total + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(names + first + place, c.to(tl.int64), mask=kept)
+        total += tl.sum(kept.to(tl.int32), 0)
+    tl.store(held + tl.program_id(0), total.to(tl.int64))
+
+
+@_kernel
+def _seen(valid, parts, chunks, size, SPAN: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The valid pixels of a chunk, counted."""
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    pixel = _pixels(chunk, SPAN, LONG)
+    seen = tl.load(valid + b.to(tl.int64) * size + pixel, mask=pixel < size, other=0) != 0
+    tl.store(parts + tl.program_id(0), tl.sum(seen.to(tl.int64), 0))
+
+
+@_kernel
+def _weighted(  # type: ignore[no-untyped-def]
+    at, all_weight, names, b, start, stop, classes, sc, inside, GROUP: tl.constexpr, EVERY: tl.constexpr
+):
+    """A group of classes of an image -> their numbers, which of them are unpruned, and (group, pixels) float32 p w."""
+    c, here = _class_group(names, b, start, stop, classes, GROUP, EVERY)
+    weight = tl.load(all_weight + b * classes + c, mask=here, other=0.0).to(tl.float32)
+    kept = weight > 0.0
+    p = tl.load(at + c.to(tl.int64)[:, None] * sc, mask=kept[:, None] & inside[None, :], other=0.0)
+    return c, kept, p.to(tl.float32) * weight[:, None]
+
+
+@_kernel
+def _scale(  # type: ignore[no-untyped-def]
+    at, all_weight, names, b, stop, classes, sc, inside, UNROLL: tl.constexpr, GROUP: tl.constexpr,
+    PIXELS: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """(pixels,) what makes the weighted probabilities of a pixel's classes sum to 1."""
+    whole = tl.zeros([PIXELS], tl.float32)
+    for start in tl.range(0, stop, GROUP, loop_unroll_factor=UNROLL):
+        _, _, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
+        whole += tl.sum(q, 0)
+    return tl.div_rn(tl.full([PIXELS], 1.0, tl.float32), tl.maximum(whole, 1e-30))
+
+
+@_kernel
+def _level(  # type: ignore[no-untyped-def]
+    q, scale, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, LEVELS: tl.constexpr
+):
+    """(group, pixels) q and (pixels,) scale -> the levels of their product, within the table whatever the map holds."""
+    above = tl.fma(q, tl.broadcast_to(scale[None, :], q.shape), tl.full(q.shape, FLOOR, tl.float32))  # as addcmul does
+    level = (above.to(tl.int32, bitcast=True) >> SHIFT) - LEAST
+    return tl.minimum(tl.maximum(level, 0), LEVELS - 1)
+
+
+@_kernel
+def _count(  # type: ignore[no-untyped-def]
+    prob, valid, tables, parts, tiles, chunks, all_weight, names, held, counted, copies, rows, samples, step, classes,
+    size, sb, sc, s0, s1, s2, n1, n2, UNROLL: tl.constexpr, EVERY: tl.constexpr, SAMPLES: tl.constexpr,
+    SPAN: tl.constexpr, MASKS: tl.constexpr, PARTS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr,
+    PIXELS: tl.constexpr, ROOM: tl.constexpr, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr,
+    AXES: tl.constexpr, VALID: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of the grid, `samples` pixels `step` apart, to the tables, but for level 0.
+
+    With `valid`, a tile of all pixels, of which those are added that are on the grid of the valid ones. `counted`
+    becomes the number of pixels on the grid.
+    """
+    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    index = _pixels(tile, PIXELS, LONG)
+    if VALID:
+        pixel = index
+        own = valid + b.to(tl.int64) * size
+        begin = tile.to(tl.int64) * PIXELS
+        near = begin // SPAN * SPAN + tl.arange(0, SPAN)
+        before = tl.sum((tl.load(own + near, mask=near < begin, other=0) != 0).to(tl.int64), 0)
+        number = tl.full([], 0, tl.int64)
+        for start in range(0, chunks, PARTS):
+            chunk = start + tl.arange(0, PARTS)
+            seen = tl.load(parts + b * chunks + chunk, mask=chunk < chunks, other=0)
+            before += tl.sum(tl.where(chunk < begin // SPAN, seen, 0), 0)
+            number += tl.sum(seen, 0)
+        apart = tl.full([], 1, tl.int64)
+        if not MASKS:
+            apart = tl.maximum(number // SAMPLES - 1, 1) | 1
+        inside = tl.load(own + pixel, mask=pixel < size, other=0) != 0
+        place = before + tl.cumsum(inside.to(tl.int64), 0) - 1
+        inside = inside & (place % apart == 0)
+        number = (number + apart - 1) // apart
+    else:
+        pixel = index * step
+        inside = index < samples
+        number = tl.full([], samples, tl.int64)
+    if tile == 0:
+        tl.store(counted + b, number)
+    at = prob + b.to(tl.int64) * sb + _distance(pixel, s0, s1, s2, n1, n2, AXES)[None, :]
+    stop = classes
+    if not EVERY:
+        stop = tl.load(held + b).to(tl.int32)
+    scale = tl.full([PIXELS], 1.0, tl.float32)
+    if not MASKS:
+        scale = _scale(at, all_weight, names, b, stop, classes, sc, inside, UNROLL, GROUP, PIXELS, EVERY)
+    first = tl.program_id(0) % copies * rows + b * classes
+    for start in range(0, stop, GROUP):
+        c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
+        level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
+        here = kept[:, None] & inside[None, :] & (level > 0)
+        table = tables + (first + c).to(tl.int64)[:, None] * ROOM
+        tl.atomic_add(table + level, tl.full([GROUP, PIXELS], 1, tl.int64), mask=here, sem="relaxed")
+
+
+@_kernel
+def _edge(level, FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `_level_edges`."""
+    edge = ((level + LEAST) << SHIFT).to(tl.float32, bitcast=True).to(tl.float64) - FLOOR
+    return tl.minimum(tl.maximum(edge, 0.0), 1.0)
+
+
+@_kernel
+def _dice_from(at, level, sizes, N, du):  # type: ignore[no-untyped-def]
+    """The expected Dice of the pixels from the level `at` on."""
+    n = tl.sum(tl.where(level == at, sizes, 0.0), 0)
+    return tl.sum(2.0 * tl.minimum(n, N) / (n + N) * du, 0)
+
+
+@_kernel
+def _best_from(level, sizes, N, du, DICE: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `_best_level`, of one class."""
+    if DICE:
+        last = tl.maximum(tl.sum((du > 0.0).to(tl.int32), 0) - 1, 0)
+        middle = tl.full([], 0, tl.int32)
+        score = tl.full([], -1.0, tl.float64)
+        for turn in range(0, LEVELS, 16):
+            at = tl.minimum(tl.maximum(turn, 1), last)
+            found = _dice_from(at, level, sizes, N, du)
+            middle = tl.where(found > score, at, middle)
+            score = tl.maximum(found, score)
+        best = middle
+        score = tl.full([], -1.0, tl.float64)
+        for turn in range(0, 31):
+            at = tl.minimum(tl.maximum(middle - 15 + turn, 1), last)
+            found = _dice_from(at, level, sizes, N, du)
+            best = tl.where(found > score, at, best)
+            score = tl.maximum(found, score)
+    else:
+        above = N * du
+        below = du / N
+        above = tl.sum(above, 0) - tl.cumsum(above, 0) + above
+        below = tl.cumsum(below, 0) - below
+        scores = above / tl.maximum(sizes, 1.0) + sizes * below
+        scores = tl.where(level == 0, -2.0, tl.where(du > 0.0, scores, -1.0))
+        best = tl.argmax(scores, 0)
+        score = tl.max(scores, 0)
+    return best, score
+
+
+@_kernel
+def _grow(  # type: ignore[no-untyped-def]
+    tables, gains, all_high, all_weight, all_presence, all_cut, counted, copies, rows, classes, DICE: tl.constexpr,
+    MASKS: tl.constexpr, TOGETHER: tl.constexpr, LEVELS: tl.constexpr, ROOM: tl.constexpr, FLOOR: tl.constexpr,
+    SHIFT: tl.constexpr, LEAST: tl.constexpr, WORK: tl.constexpr,
+):  # fmt: skip
+    """The tables of a row -> as `_level_gains`, and its presence; or the threshold of its mask."""
+    row = tl.program_id(0)
+    if tl.load(all_weight + row) > 0.0:
+        level = tl.arange(0, ROOM)
+        count = tl.zeros([ROOM], tl.int64)
+        for copy in range(0, copies):
+            count += tl.load(tables + (copy * rows + row).to(tl.int64) * ROOM + level)
+        rest = tl.load(counted + row // classes) - tl.sum(count, 0)
+        pixels = tl.where(level == 0, rest, count).to(tl.float64)
+        sizes = tl.sum(pixels, 0) - tl.cumsum(pixels, 0) + pixels
+        edge = _edge(level, FLOOR, SHIFT, LEAST)
+        du = tl.where(sizes > 0.0, _edge(level + 1, FLOOR, SHIFT, LEAST) - edge, 0.0)
+        N = tl.maximum(sizes - pixels / 2.0, 0.5)
+        best, score = _best_from(level, sizes, N, du, DICE, LEVELS)
+        if MASKS:
+            high = tl.load(all_high + row)
+            cut = tl.sum(tl.where(level == best, edge, 0.0), 0).to(WORK)
+            if cut.dtype == tl.float32:  # p > the number before an edge is p >= the edge
+                cut = (cut.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+            else:
+                cut = (cut.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
+            empty = score < (1.0 - high.to(WORK)).to(tl.float64)
+            tl.store(all_cut + row, tl.where(empty, float("inf"), cut.to(tl.float64)))
+        else:
+            n = tl.sum(tl.where(level == best, sizes, 0.0), 0)
+            present = tl.sum(du, 0)
+            p = tl.cumsum(du, 0) - du / 2.0
+            both = tl.minimum(n, N)
+            others = N
+            if not DICE:
+                others = N - both
+            whole = n + TOGETHER * others + (1.0 - TOGETHER) * (tl.sum(others * du, 0) / present)
+            won = du / whole
+            lost = du * both / (whole * whole)
+            won = tl.cumsum(won, 0) - won / 2.0
+            cost = tl.sum(lost, 0)
+            if DICE:
+                gain = 2.0 * (won - cost)
+            else:
+                saved = tl.cumsum(lost, 0) - lost / 2.0
+                gain = won - cost * (1.0 - (1.0 - TOGETHER) * p / present) + TOGETHER * saved
+            root = tl.sqrt(tl.maximum(p * (1.0 - p), 0.0))
+            chosen = tl.where(level >= best, pixels, 0.0)
+            others = pixels
+            if not DICE:
+                others = pixels - chosen
+            whole = n + tl.sum(others * p, 0) + root / p * tl.sum(others * root, 0)
+            lost = chosen * p / (whole * whole)
+            cost = tl.sum(lost, 0)
+            if DICE:
+                gain += 2.0 * (p / whole - cost)
+            else:
+                gain += p / whole - (1.0 - p) * cost + root * tl.sum(lost * root / p, 0)
+            tl.store(gains + row.to(tl.int64) * ROOM + level, gain / 2.0)
+            tl.store(all_presence + row, present)
+
+
+@_kernel
+def _divide(gains, all_weight, all_presence, classes, PARTS: tl.constexpr, ROOM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The growth of a row over 1 + the presence of the image's other unpruned classes."""
+    row = tl.program_id(0)
+    if tl.load(all_weight + row) > 0.0:
+        present = tl.zeros([PARTS], tl.float64)
+        for start in range(0, classes, PARTS):
+            c = start + tl.arange(0, PARTS)
+            other = row // classes * classes + c
+            kept = tl.load(all_weight + other, mask=c < classes, other=0.0) > 0.0
+            present += tl.load(all_presence + other, mask=kept, other=0.0)
+        expected = 1.0 + tl.sum(present, 0) - tl.load(all_presence + row)
+        at = gains + row.to(tl.int64) * ROOM + tl.arange(0, ROOM)
+        tl.store(at, tl.load(at) / expected)
+
+
+@_kernel
+def _decide(  # type: ignore[no-untyped-def]
+    prob, out, tiles, gains, all_weight, names, held, classes, size, sb, sc, s0, s1, s2, n1, n2, UNROLL: tl.constexpr,
+    EVERY: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr,
+    FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, AXES: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """The class of the largest growth for a tile of pixels; of equal ones the first."""
+    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pixel = _pixels(tile, PIXELS, LONG)
+    inside = pixel < size
+    at = prob + b.to(tl.int64) * sb + _distance(pixel, s0, s1, s2, n1, n2, AXES)[None, :]
+    total = tl.load(held + b).to(tl.int32)
+    stop = total
+    if EVERY:
+        stop = classes
+    scale = _scale(at, all_weight, names, b, stop, classes, sc, inside, UNROLL, GROUP, PIXELS, EVERY)
+    best = tl.full([PIXELS], float("-inf"), tl.float64)
+    pick = tl.full([PIXELS], 0, tl.int32) + tl.load(names + b * classes, mask=total > 0, other=0).to(tl.int32)
+    for start in range(0, stop, GROUP):
+        c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
+        level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
+        table = gains + (b * classes + c).to(tl.int64)[:, None] * ROOM
+        gain = tl.load(table + level, mask=kept[:, None] & inside[None, :], other=float("-inf"))
+        top = tl.max(gain, 0)
+        leader = tl.min(tl.where(gain == top[None, :], c[:, None], classes), 0)
+        pick = tl.where(top > best, leader, pick)
+        best = tl.maximum(best, top)
+    tl.store(out + b.to(tl.int64) * size + pixel, pick.to(tl.int64), mask=inside)

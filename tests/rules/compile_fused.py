@@ -1,6 +1,7 @@
-"""Compiles the fused kernels of `rankseg_rma` for a Hopper GPU, which takes no GPU, and prints what they need of one.
+"""Compiles the fused kernels of rankseg_rma.py for a GPU, which takes no GPU, and prints what they need of one.
 
-    python tests/rules/compile_fused.py
+    python tests/rules/compile_fused.py             # those of rankseg_rma, for a Hopper GPU
+    python tests/rules/compile_fused.py --levels    # those of rankseg_levelset, for an Ampere and a Hopper GPU
 
 The kernels are launched on CPU tensors, but the launches are only noted; each is then compiled as it stands.
 """
@@ -44,7 +45,7 @@ class Notes:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def note_launches(prob: torch.Tensor, **options) -> list:
+def note_launches(rule, prob: torch.Tensor, **options) -> list:
     """Everything that is launched for a map: (kernel, positional arguments, compile-time arguments)."""
     launches: list = []
     with contextlib.ExitStack() as patches:
@@ -54,11 +55,11 @@ def note_launches(prob: torch.Tensor, **options) -> list:
         patches.enter_context(mock.patch.object(module, "_is_fused", return_value=True))
         patches.enter_context(mock.patch.object(torch, "empty", torch.zeros))  # zero flags: all is well
         patches.enter_context(mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()))
-        module.rankseg_rma(prob, **options)
+        rule(prob, **options)
     return launches
 
 
-def compile_launch(kernel, args: tuple, options: dict):
+def compile_launch(kernel, args: tuple, options: dict, capability: int = 90):
     """One launch, compiled as Triton would on the device -> the compiled kernel."""
     signature, constants, hints = {}, {}, {}
     for k, name in enumerate(kernel.arg_names):
@@ -73,7 +74,8 @@ def compile_launch(kernel, args: tuple, options: dict):
         if divisible:
             hints[(k,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
+    settings = {name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
 
 
 def resources(compiled) -> str:
@@ -97,19 +99,34 @@ def main() -> None:
         (crop, {"valid": torch.ones(2, 16, 25, 36, dtype=torch.bool), "to_nonoverlap_method": "weight_prob"}),
         (torch.zeros(1, 1, 7), {"allow_overlap": True, "valid": torch.ones(1, 7, dtype=torch.bool)}),
     )
-    total, seen = 0, set()
+    of_levels = (
+        (torch.zeros(1, 150, 128, 128), {}),
+        (last.half(), {"opt_metric": "dice"}),
+        (crop.double(), {"valid": torch.ones(2, 16, 25, 36, dtype=torch.bool)}),
+        (torch.zeros(8, 2, 64, 64, dtype=torch.bfloat16), {"opt_metric": "dice"}),
+        (last.double(), {"allow_overlap": True, "valid": torch.ones(1, 96, 96, dtype=torch.bool)}),
+    )
+    if "--levels" in sys.argv:
+        total = sum(compile_all(module.rankseg_levelset, of_levels, capability) for capability in (80, 90))
+    else:
+        total = compile_all(module.rankseg_rma, cases, 90)
+    print(f"{total} kernels")
+
+
+def compile_all(rule, cases, capability: int) -> int:
+    """Every kernel that the rule launches for these maps -> how many there were."""
+    seen = set()
     for prob, options in cases:
-        for kernel, args, constants in note_launches(prob, **options):
+        for kernel, args, constants in note_launches(rule, prob, **options):
             key = (kernel.__name__, prob.dtype, tuple(prob.shape), constants.get("FINAL"))
             if key not in seen:
-                used = resources(compile_launch(kernel, args, constants))
+                used = resources(compile_launch(kernel, args, constants, capability))
                 print(f"{kernel.__name__:10} {str(prob.dtype)[6:]:9} {tuple(prob.shape)!s:22} {used}", flush=True)
-                total += 1
             seen.add(key)
-    for kernel, args, constants in note_launches(torch.zeros(1, 3, 1024)):  # as for more than 2^31 pixels
+    for kernel, args, constants in note_launches(rule, torch.zeros(1, 3, 1024)):  # as for more than 2^31 pixels
         if "LONG" in constants:
-            compile_launch(kernel, args, {**constants, "LONG": True})
-    print(f"{total} kernels")
+            compile_launch(kernel, args, {**constants, "LONG": True}, capability)
+    return len(seen)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The fused kernels of `rankseg_rma` in Triton's interpreter, on CPU tensors, against the CPU's own results.
+"""The fused kernels of rankseg_rma.py in Triton's interpreter, on CPU tensors, against the CPU's own results.
 
-    python tests/rules/interpret_fused.py [--all]
+    python tests/rules/interpret_fused.py [--all]             # those of rankseg_rma
+    python tests/rules/interpret_fused.py --levels [--all]    # those of rankseg_levelset
+    python tests/rules/interpret_fused.py --maps FILE.npy     # those of rankseg_levelset on (B, C, *spatial) maps
 
 A program of its own, because Triton decides when it is imported whether it interprets. It ends with the number of
 comparisons, or with an AssertionError.
@@ -13,28 +15,37 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 from triton.runtime import interpreter
 
 import rankseg_rma as module
-from rankseg_rma import rankseg_rma
+from rankseg_rma import rankseg_levelset, rankseg_rma
 
 _call = interpreter.InterpretedFunction.__call__
+_prepared = {module.__name__}
 
 
 def call_helper(self, *args, **options):
-    """Our helpers are called inside a kernel, for which the interpreter has prepared the language: that saves time."""
-    return self.rewrite()(*args, **options) if self.fn.__module__ == module.__name__ else _call(self, *args, **options)
+    """As the interpreter's own, which prepares the language at every call of a helper; once a module is enough."""
+    if self.fn.__module__ in _prepared:
+        return self.rewrite()(*args, **options)
+    _prepared.add(self.fn.__module__)
+    return _call(self, *args, **options)
 
 
 interpreter.InterpretedFunction.__call__ = call_helper
 
 METHODS, UNASSIGNED = ("rma_score", "weight_prob", "prob"), ("max_score", "first", -1)
-LAUNCHED = ("_survey", "_begin", "_tally", "_advance", "_mask", "_claim", "_contend")
+LAUNCHED = (
+    "_survey", "_begin", "_tally", "_advance", "_mask", "_claim", "_contend",
+    "_peaks", "_weigh", "_seen", "_count", "_grow", "_divide", "_decide",
+)  # fmt: skip
 compared = 0
 
 
@@ -42,22 +53,33 @@ def random_map(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).softmax(1)
 
 
+def uneven_map(*shape: int) -> torch.Tensor:
+    """Smooth regions of classes that are there, may be there and hardly are."""
+    coarse = torch.randn(*shape[:2], 4, 6, generator=torch.Generator().manual_seed(3))
+    smooth = torch.nn.functional.interpolate(3 * coarse, shape[2:], mode="bilinear")
+    return (smooth - 1.2 * torch.arange(shape[1]).view(1, -1, 1, 1)).softmax(1)
+
+
 def random_valid(prob: torch.Tensor) -> torch.Tensor:
     return torch.rand(prob.shape[0], *prob.shape[2:], generator=torch.Generator().manual_seed(1)) > 0.2
 
 
-def fused(prob: torch.Tensor, **options):
-    """As `rankseg_rma`, but by the kernels: a CPU tensor passes for one on a device."""
+def on_kernels(rule, prob: torch.Tensor, **options):
+    """As the rule, but by the kernels: a CPU tensor passes for one on a device."""
     patched = {"_on_cpu": lambda _: False, "_is_fused": lambda _: module._load_triton()}
     before = {name: getattr(module, name) for name in patched}
     device = torch.cuda.device
     try:
         vars(module).update(patched)
         torch.cuda.device = lambda _: contextlib.nullcontext()
-        return rankseg_rma(prob, return_tau=True, **options)
+        return rule(prob, **options)
     finally:
         vars(module).update(before)
         torch.cuda.device = device
+
+
+def fused(prob: torch.Tensor, **options):
+    return on_kernels(rankseg_rma, prob, return_tau=True, **options)
 
 
 def same(got, expected, what: object) -> None:
@@ -72,6 +94,40 @@ def same(got, expected, what: object) -> None:
 def compare(prob: torch.Tensor, **options) -> None:
     what = (tuple(prob.shape), prob.stride(), prob.dtype, {k: v for k, v in options.items() if k != "valid"})
     same(fused(prob, **options), rankseg_rma(prob, return_tau=True, **options), what)
+
+
+def compare_levels(prob: torch.Tensor, **options) -> None:
+    """As on a CPU, but for pixels that the rounding of a sum puts into another level: none of a small map."""
+    global compared
+    expected, got = rankseg_levelset(prob, **options), on_kernels(rankseg_levelset, prob, **options)
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    different = int((got != expected).sum())
+    given = {k: v for k, v in options.items() if k != "valid"}
+    assert different <= got.numel() / 1000, f"{tuple(prob.shape)} {prob.dtype} {given}: {different} pixels differ"
+    compared += 1
+
+
+def compare_tables(prob: torch.Tensor, metric: str) -> None:
+    """The growths that labels are looked up in, of one image."""
+    table, kept = module._level_table, []
+
+    def note(*args):
+        kept.append(table(*args))
+        return kept[-1]
+
+    with mock.patch.object(module, "_level_table", note):
+        expected = rankseg_levelset(prob, metric)
+    assert module._load_triton()
+    job = module._FusedLevels(prob, None, module._check_options(metric, "rma_score", "max_score", "holders", 0.1), 0)
+    out = torch.empty_like(expected)
+    job.survey()
+    job.finish(out, False, False)
+    names = job.names[: int(job.held[0])]
+    assert 1 < len(names) < len(prob[0])
+    gains = job.gains[: job.rows * module.FUSED_LEVELS].view(job.rows, -1)[names, : module.LEVELS]
+    torch.testing.assert_close(gains, kept[0], rtol=1e-9, atol=1e-15)
+    same([out], [expected], metric)
 
 
 def compare_labels(prob: torch.Tensor, metric: str, valid: torch.Tensor | None, pruning_prob: float = 0.1) -> None:
@@ -128,16 +184,16 @@ def check_every_day() -> None:
     check_many_passes(random_map(1, 3, 40, 55))
 
 
-def check_range(prob: torch.Tensor, c: int, value: float) -> None:
-    """The kernels refuse what the CPU refuses, with the same words."""
+def check_range(prob: torch.Tensor, c: int, value: float, rule=rankseg_rma) -> None:
+    """The kernels refuse what the CPU refuses, with the same words; rankseg_levelset's CPU names one class's range."""
     global compared
     prob[-1, c].view(-1)[-1] = value
     said = []
-    for solve in (fused, rankseg_rma):
+    for solve in (on_kernels, lambda rule, prob: rule(prob)):
         try:
-            solve(prob)
+            solve(rule, prob)
         except ValueError as error:
-            said.append(str(error))
+            said.append(str(error) if rule is rankseg_rma else str(error).split(" from ")[0])
     assert len(said) == 2, (value, prob.dtype, said)
     assert said[0] == said[1], said
     compared += 1
@@ -193,16 +249,29 @@ class Launched:
         return launch
 
 
-def check_repeated() -> None:
-    """Launches that are repeated for other maps of a kind give what those of the first one gave, without Triton."""
+@contextlib.contextmanager
+def repeatable():
+    """Inside, launches can be repeated without Triton."""
     assert module._load_triton()
-    entries = [name for name in module._KERNELS if name in LAUNCHED]
-    kernels = {name: getattr(module, name) for name in entries}
+    kernels = {name: getattr(module, name) for name in module._KERNELS if name in LAUNCHED}
     before = module._stream
     try:
         for name, kernel in kernels.items():
             setattr(module, name, Launched(kernel))
         module._stream = lambda device: 7
+        yield
+        assert module.FUSED_DIRECT
+    finally:
+        vars(module).update(kernels)
+        module._stream = before
+        module.FUSED_PASSES, module.FUSED_SAMPLE = 3, 4096
+        module._PLANS.clear()
+        module._COMPILED.clear()
+
+
+def check_repeated() -> None:
+    """Launches that are repeated for other maps of a kind give what those of the first one gave, without Triton."""
+    with repeatable():
         cases = (
             ((1, 5, 9, 40), {}),
             ((2, 2, 7, 9), {"opt_metric": "iou"}),
@@ -220,14 +289,76 @@ def check_repeated() -> None:
                     compare(prob, valid=random_valid(prob) if prob.dim() == 3 else None, **options)
                     assert Repeated.count > count or seed == 0, (shape, seed)
         compare(random_map(1, 5, 12, 60))  # of another size, but the same variants of the kernels
-        assert module.FUSED_DIRECT
         assert len(module._PLANS) == 2 * len(cases) + 1
+
+
+def check_repeated_levels() -> None:
+    with repeatable():
+        for shape, options in (((2, 5, 9, 40), {}), ((2, 2, 7, 9), {}), ((1, 3, 40), {"allow_overlap": True})):
+            for seed in range(2):
+                prob, count = random_map(*shape, seed=seed), Repeated.count
+                compare_levels(prob, valid=random_valid(prob) if seed or prob.dim() == 3 else None, **options)
+                compare_levels(prob, **options)
+                assert Repeated.count > count, (shape, seed)
+        assert len(module._PLANS) == 6
+
+
+def check_levels() -> None:
+    for metric in ("iou", "dice"):
+        compare_tables(uneven_map(1, 7, 40, 60), metric)
+    prob = random_map(1, 5, 13, 73)
+    for layout in strided(prob)[:2]:
+        compare_levels(layout)
+    check_repeated_levels()
+    wide = random_map(2, 3, 20, 21, scale=9.0).half()
+    compare_levels(wide, opt_metric="dice", valid=random_valid(wide))
+    for dtype, metric in ((torch.float32, "iou"), (torch.float64, "dice"), (torch.bfloat16, "iou")):
+        two = random_map(2, 2, 11, 13).to(dtype)
+        compare_levels(two, opt_metric=metric, valid=random_valid(two) if metric == "iou" else None)
+        compare_levels(two, opt_metric=metric, allow_overlap=True, valid=random_valid(two), pruning_prob=0)
+    compare_levels(random_map(1, 150, 7, 9), pruning_prob=0.5)
+    check_few_classes()
+    with_few_samples(random_map(2, 4, 40, 55))
+    for value in (float("nan"), -0.25, 1.25):
+        check_range(random_map(1, 3, 500), 1, value, rankseg_levelset)
+
+
+def check_few_classes() -> None:
+    """No class above `pruning_prob`, one, none at all, equal ones, and no valid pixel."""
+    faint = torch.full((2, 25, 40), 0.03)
+    faint[0, 7], faint[0, 9], faint[1, 3, 5] = 0.05, 0.04, 0.97
+    compare_levels(faint)
+    compare_levels(torch.zeros(1, 3, 10))
+    compare_levels(torch.full((1, 4, 30), 0.25))
+    compare_levels(torch.nn.functional.one_hot(torch.arange(60).view(1, 60) % 3, 4).movedim(-1, 1).float())
+    compare_levels(random_map(1, 3, 50), valid=torch.zeros(1, 50, dtype=torch.bool))
+
+
+def with_few_samples(prob: torch.Tensor) -> None:
+    """On a grid and into several tables, as of a larger image."""
+    before = module.LEVEL_SAMPLES, module.FUSED_SPREAD, module.FUSED_SPAN
+    module.LEVEL_SAMPLES, module.FUSED_SPREAD, module.FUSED_SPAN = 100, 500, 512
+    try:
+        compare_levels(prob)
+        compare_levels(prob, valid=random_valid(prob))
+        compare_levels(prob.contiguous(memory_format=torch.channels_last))
     finally:
-        vars(module).update(kernels)
-        module._stream = before
-        module.FUSED_PASSES, module.FUSED_SAMPLE = 3, 4096
-        module._PLANS.clear()
-        module._COMPILED.clear()
+        module.LEVEL_SAMPLES, module.FUSED_SPREAD, module.FUSED_SPAN = before
+
+
+def check_all_levels() -> None:
+    for shape in ((2, 21, 20, 27), (1, 3, 90, 117), (2, 5, 33), (1, 40, 9, 8), (3, 2, 41, 7), (1, 3, 4, 5, 6)):
+        for scale, metric in itertools.product((0.2, 3.0, 9.0), ("dice", "iou")):
+            prob = random_map(*shape, scale=scale)
+            compare_levels(prob, opt_metric=metric, valid=random_valid(prob) if scale == 3.0 else None)
+    for dtype, classes in itertools.product(module.DTYPES, (2, 5, 33)):
+        prob = random_map(2, classes, 30, 31).to(dtype)
+        for layout in [prob, *strided(prob)]:
+            compare_levels(layout)
+            compare_levels(layout, allow_overlap=True, valid=random_valid(prob))
+        for value in (float("nan"), -float("nan"), float("inf"), -float("inf"), -0.25, 1.25):
+            check_range(random_map(2, classes, 50, 30).to(dtype), 1, value, rankseg_levelset)
+    compare_levels(random_map(1, 3, 320, 330))  # on a grid
 
 
 def check_all() -> None:
@@ -264,8 +395,15 @@ def check_all() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_repeated()
-    check_every_day()
-    if "--all" in sys.argv:
-        check_all()
+    if "--maps" in sys.argv:
+        compare_levels(torch.from_numpy(np.load(sys.argv[2])))
+    elif "--levels" in sys.argv:
+        check_levels()
+        if "--all" in sys.argv:
+            check_all_levels()
+    else:
+        check_repeated()
+        check_every_day()
+        if "--all" in sys.argv:
+            check_all()
     print(f"{compared} comparisons")

@@ -205,6 +205,8 @@ def test_extremes(metric):
     flat[:, 7] = 0.05
     assert (rankseg_levelset(flat, metric) == 7).all()
     assert not rankseg_levelset(torch.zeros(1, 3, 5, 5), metric).any()
+    flat[:, 7] = 0.1  # not above pruning_prob either
+    assert (rankseg_levelset(flat, metric) == 7).all()
     faint = torch.full((1, 12, 40, 40), 0.08)  # pruned, however near to the others
     faint[:, 4, :20], faint[:, 5, 20:] = 0.13, 0.14
     assert set(rankseg_levelset(faint, metric).unique().tolist()) <= {4, 5}

@@ -10,11 +10,13 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import rankseg_rma as module
-from rankseg_rma import rankseg_rma
+from rankseg_rma import rankseg_levelset, rankseg_rma
+from scripts.benchmarks.benchmark_rules import real_maps
 
 ROOT = Path(__file__).resolve().parents[2]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -41,10 +43,27 @@ def test_the_kernels_give_the_labels_of_the_cpu_for_every_keyword_and_layout_in_
     assert int(run_script("interpret_fused.py", "--all").split()[0]) >= 400
 
 
+def test_the_kernels_of_level_sets_give_the_labels_of_the_cpu_in_an_interpreter():
+    assert int(run_script("interpret_fused.py", "--levels").split()[0]) >= 30
+
+
+@pytest.mark.long
+def test_the_kernels_of_level_sets_give_the_labels_of_the_cpu_for_every_layout_in_an_interpreter():
+    assert int(run_script("interpret_fused.py", "--levels", "--all").split()[0]) >= 200
+
+
+def test_the_kernels_of_level_sets_on_a_real_map(tmp_path, real_data):
+    """Of CamVid, ESPNet's logits; every third pixel, for the interpreter is slow."""
+    _, read = next(real_maps(real_data, 1))
+    np.save(tmp_path / "map.npy", read()[..., ::3, ::3].numpy())
+    assert run_script("interpret_fused.py", "--maps", str(tmp_path / "map.npy")).split()[0] == "1"
+
+
 @pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu(tmp_path):
-    output = run_script("compile_fused.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert int(output.split()[-2]) >= 40
+@pytest.mark.parametrize("flags", [(), ("--levels",)])
+def test_the_kernels_compile_for_a_gpu(tmp_path, flags):
+    output = run_script("compile_fused.py", *flags, TRITON_CACHE_DIR=str(tmp_path))
+    assert int(output.split()[-2]) >= (20 if flags else 40)
     assert all(int(line.split("STACK:")[1].split()[0]) <= 64 for line in output.splitlines() if "STACK:" in line)
 
 
@@ -423,23 +442,24 @@ def layouts(prob: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def test_kernels_that_cannot_be_compiled_are_done_without(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("rule", [rankseg_rma, rankseg_levelset])
+def test_kernels_that_cannot_be_compiled_are_done_without(rule, monkeypatch: pytest.MonkeyPatch):
     """As where Python's headers are missing: a warning once, and PyTorch's own operations decide."""
 
     def fail(*args: object) -> None:
         raise OSError("no Python.h")
 
     prob = torch.rand(1, 4, 9, 11, generator=torch.Generator().manual_seed(0)).softmax(1)
-    expected = rankseg_rma(prob)
+    expected = rule(prob)
     monkeypatch.setattr(module, "_on_cpu", lambda x: False)
     monkeypatch.setattr(module, "_is_fused", lambda x: not module._UNUSABLE)
     monkeypatch.setattr(module, "_UNUSABLE", [])
     monkeypatch.setattr(module, "_solve_fused", fail)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with pytest.warns(RuntimeWarning, match=r"without its CUDA kernels, more slowly: no Python\.h"):
-        assert torch.equal(rankseg_rma(prob), expected)
-    assert torch.equal(rankseg_rma(prob), expected)
+        assert torch.equal(rule(prob), expected)
+    assert torch.equal(rule(prob), expected)
     monkeypatch.setattr(module, "_UNUSABLE", [])
     monkeypatch.setattr(module, "_solve_fused", lambda *args: module._check_range(2.0, 2.0, torch.float32))
     with pytest.raises(ValueError, match="finite probabilities"):
-        rankseg_rma(prob)
+        rule(prob)
