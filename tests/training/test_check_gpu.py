@@ -3,7 +3,9 @@
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,11 @@ from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, 
 from tests.models.test_models import build_without_weights
 
 CPU = torch.device("cpu")
+
+
+class Counts(NamedTuple):
+    names: list[str]
+    counts: np.ndarray
 
 
 def check(part: str, folder: Path, seconds: float = 600) -> Check:
@@ -137,6 +144,23 @@ def test_every_network_of_the_paper_can_be_measured(monkeypatch):
         assert build_without_weights(monkeypatch, config.model, classes, channels).num_classes == classes
         measured.add((config.model.name, config.data.crop_size))
     assert measured == {(job.config.model.name, job.config.data.crop_size) for job in table_jobs("all")}
+
+
+def test_rows_of_two_evaluations_are_equal_or_differ_by_ties_or_are_wrong(tmp_path: Path):
+    def found(*moved: int) -> tuple[Counts, float]:
+        """Four images of 10,000 pixels and two classes, of which so many went to the other class."""
+        counts = [[[5000 - n, 5000], [0, n], [n, 0]] for n in moved]
+        return Counts([f"image {i}" for i in range(len(moved))], np.array(counts)), 50.0
+
+    same = {"argmax": found(0, 0, 0, 0), "rankseg_levelset": found(0, 0, 0, 0)}
+    other = {"argmax": found(0, 1, 0, 1), "rankseg_levelset": found(0, 0, 11, 0)}
+    gpu_training.compare_results(check("training", tmp_path), other, same)
+    rows = read_rows(tmp_path)
+    argmax, levelset = (row["values"] for row in rows if "table" in row)
+    assert (argmax["rows equal"], argmax["other by ties"], argmax["wrong"]) == (2, 2, 0)
+    assert argmax["which"] == "image 1 1, image 3 1"
+    assert (levelset["rows equal"], levelset["other by ties"], levelset["wrong"]) == (3, 0, 1)
+    assert [row["wrong"].split(":")[0] for row in rows if "wrong" in row] == ["rankseg_rma", "rankseg_levelset"]
 
 
 @pytest.fixture
