@@ -56,7 +56,7 @@ PARTS = {  # in the order of their importance
     "training": Part("training", 2.2, "a training, interrupted and resumed; its evaluation against the CPU's"),
     "nccl": Part("training", 1.4, "SyncBN and DDP in a process group against one process without a group"),
     "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
-    "compile": Part("networks", 1.4, "the same training steps under torch.compile"),
+    "compile": Part("networks", 1.4, "training steps under torch.compile beside the same ones without"),
 }
 
 
@@ -69,6 +69,7 @@ class Check:
     output: Path
     seconds: float
     data_dir: Path | None
+    networks: tuple[str, ...] = ()
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -105,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10, help="the whole of it takes no longer (default: 10)")
     parser.add_argument("--data_dir", type=Path, metavar="DIR", help="holds camvid/, and weights/ if there are any")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    text = "of the part networks those with WORD in their name, crop (512x1024) or setting (bf16) (default: all)"
+    parser.add_argument("--networks", nargs="+", default=[], metavar="WORD", help=text)
     parser.add_argument("--dry_run", action="store_true", help="list the parts and their minutes, run nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # for its tests
     parser.add_argument("--run_part", choices=PARTS, help=argparse.SUPPRESS)
@@ -161,7 +164,7 @@ def run_part(args: argparse.Namespace) -> None:
     import torch
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    check = Check(args.run_part, device, args.output, args.seconds, args.data_dir)
+    check = Check(args.run_part, device, args.output, args.seconds, args.data_dir, tuple(args.networks))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -176,6 +179,7 @@ def start_part(name: str, seconds: float, limit: float, args: argparse.Namespace
     """Run a part in a process of its own, which is ended after `limit` seconds -> how it ended."""
     command = [sys.executable, __file__, "--run_part", name, "--seconds", f"{seconds:.1f}", "--output", args.output]
     command += ["--device", args.device, *(("--data_dir", args.data_dir) if args.data_dir else ())]
+    command += ["--networks", *args.networks] if args.networks else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     with open(args.output / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n==== {name}\n")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +131,38 @@ def test_networks(tmp_path: Path):
         "eval_windows_per_second",
         "peak_gib",
     }
+
+
+def test_networks_are_picked_by_name_crop_or_setting():
+    plan, streets = gpu_networks.plan_networks(()), gpu_networks.plan_networks(["512x1024"])
+    assert len(set(plan)) == len(plan)
+    assert [entry[2] for entry in plan] == sorted((entry[2] for entry in plan), key=lambda what: what != "defaults")
+    assert streets == [entry for entry in plan if entry[1] == gpu_networks.STREETS]
+    assert len(streets) == 8
+    assert gpu_networks.plan_networks(["unet_", "windows"]) == [
+        ("unet_resnet50d", "lits", "defaults"),
+        ("unet_resnet18d", "lits", "defaults"),
+        (gpu_networks.UPERNET, "ade20k", "windows"),
+    ]
+
+
+def test_a_network_that_has_no_time_left_is_said_and_not_wrong(tmp_path: Path, monkeypatch):
+    """Not even by what compiles, which reports every Exception as its own."""
+    measured = []
+
+    def measure(check: Check, model: str, data: str, setting: str, *_: object) -> None:
+        measured.append(setting)
+        try:
+            time.sleep(60 if len(measured) == 4 else 0)
+        except Exception as error:
+            check.wrong(str(error))
+
+    monkeypatch.setattr(gpu_networks, "measure", measure)
+    given = Check("compile", torch.device("meta"), tmp_path, 1.0, None)
+    gpu_networks.check_compile(given)
+    assert measured == ["defaults, not compiled", "defaults, compiled", "bf16, not compiled", "bf16, compiled"]
+    text = "no time was left for deeplabv3plus_resnet101d, bf16, compiled, and what follows"
+    assert read_rows(tmp_path) == [{"part": "compile", "note": text}]
 
 
 @pytest.mark.slow
