@@ -19,6 +19,7 @@ from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, 
 from tests.models.test_models import build_without_weights
 
 CPU = torch.device("cpu")
+OTHERWISE = (("float32", "iou"), ("float16", "dice"), ("bfloat16", "dice"))
 
 
 class Counts(NamedTuple):
@@ -103,9 +104,15 @@ def test_rules(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_rules, "ORDER", ("voc", "volume, 2 classes", "tiny"))
     gpu_rules.check_rules(check("rules", tmp_path))
     found = tables(tmp_path)
-    assert len(found["Labels against the CPU's"]) == 3 * 4
+    for table in ("Labels against the CPU's", "Labels of rankseg_levelset against the CPU's"):
+        assert [(row["map"], row["type"], row["metric"]) for row in found[table]] == [
+            *((name, "float32", "dice") for name in gpu_rules.ORDER),
+            *((name, *how) for name in gpu_rules.ORDER for how in OTHERWISE),
+        ]
     assert len(found["Time and peak memory"]) == 3 * 4 + 1
-    assert found["Time and peak memory"][0].keys() >= {"ours, ms", "argmax(1), ms", "max(1), ms", "sort, ms"}
+    first, second = found["Time and peak memory"][:2]
+    assert first.keys() >= {"ours, ms", "argmax(1), ms", "max(1), ms", "levelset, ms", "dep, ms", "sort, ms"}
+    assert "dep, ms" not in second
 
 
 def test_other_labels_are_wrong_where_they_are_worse(tmp_path: Path, monkeypatch):
