@@ -15,7 +15,8 @@ from scripts.benchmarks.gpu import loader as gpu_loader
 from scripts.benchmarks.gpu import networks as gpu_networks
 from scripts.benchmarks.gpu import rules as gpu_rules
 from scripts.benchmarks.gpu import training as gpu_training
-from scripts.check_gpu import PARTS, Check, Part, format_page, main, read_rows, shares
+from scripts.benchmarks.gpu.page import format_page, make_page, parse_page
+from scripts.check_gpu import PARTS, Check, Part, main, read_rows, shares, write_row
 from tests.models.test_models import build_without_weights
 
 CPU = torch.device("cpu")
@@ -38,7 +39,9 @@ def tables(folder: Path) -> dict[str, list[dict]]:
     for row in rows:
         if "table" in row:
             found.setdefault(row["table"], []).append(row["values"])
-    assert format_page(rows).count("\n### ") == len(found)
+    given = [*rows, {"part": rows[0]["part"], "outcome": "right", "seconds": 1}]
+    page = make_page(given, {name: part.text for name, part in PARTS.items()}, PARTS)
+    assert format_page(page, PARTS).count("\n### ") == len(found)
     return found
 
 
@@ -98,6 +101,65 @@ def test_a_part_that_raises_is_wrong(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_rules, "check_rules", fail)
     assert main(["--run_part", "rules", "--device", "cpu", "--seconds", "5", "--output", str(tmp_path)]) == 0
     assert read_rows(tmp_path) == [{"part": "rules", "wrong": "RuntimeError: out of everything"}]
+
+
+def write_check(folder: Path, date: str, outcomes: dict[str, str], value: int, words: tuple[str, ...] = ()) -> Path:
+    """A check's folder with a table of one value per part, and the speed of one network."""
+    folder.mkdir()
+    machine = {"date": date, "commit": f"of {date}", "devices": "a device", "command": "`check_gpu.py`"}
+    write_row(folder, {"machine": machine, "networks": words})
+    for part, outcome in outcomes.items():
+        if not outcome.startswith("not begun"):
+            write_row(folder, {"part": part, "table": "Values", "values": {"value": value}})
+        write_row(folder, {"part": part, "outcome": outcome, "seconds": 1.0})
+    networks = {f"net@{words[0] if words else '512x512'}": {"train_images_per_second": value}}
+    speeds = {"device": "a device", "date": date, "torch": "2", "networks": networks}
+    (folder / "speeds.json").write_text(json.dumps(speeds))
+    return folder
+
+
+def test_what_a_run_found_replaces_the_part_that_it_ran(tmp_path: Path, monkeypatch, capsys):
+    page, speeds = tmp_path / "gpu.md", tmp_path / "speeds.json"
+    monkeypatch.setattr(check_gpu, "PAGE", page)
+    monkeypatch.setattr(check_gpu, "SPEEDS", speeds)
+    page.write_text("# On a GPU\n\n## Notes on these runs\n\nBy hand: | a | b |.\n")
+    one = write_check(tmp_path / "one", "day 1", {"rules": "right", "networks": "right", "nccl": "right"}, 11)
+    two = {"nccl": "ended after 5 s", "networks": "right", "rules": "not begun: no time was left"}
+    two = write_check(tmp_path / "two", "day 2", two, 22, ("512x1024",))
+    three = write_check(tmp_path / "three", "day 3", {"networks": "wrong", "rules": "right"}, 33)
+    for folder, flags in ((one, ()), (two, ()), (three, ("--parts", "rules"))):
+        assert main(["--output", str(folder), "--keep", *flags]) == 0
+    text = page.read_text()
+    found = parse_page(text)
+    assert list(found.sections) == ["rules", "networks", "networks: 512x1024", "nccl", "Notes on these runs"]
+    values = {title: body.split()[-2] for title, body in found.sections.items()}
+    assert list(values.values())[:4] == ["33", "11", "22", "22"]
+    assert "By hand: | a | b |.\n" in text
+    runs = {title: row.split("|")[-2].strip() for title, row in found.rows.items()}
+    assert runs == {"rules": "day 3", "networks": "day 1", "networks: 512x1024": "day 2", "nccl": "day 2"}
+    assert list(found.runs) == ["day 1", "day 2", "day 3"]
+    assert format_page(found, PARTS) == text
+    networks = json.loads(speeds.read_text())["networks"]
+    assert {name: network["train_images_per_second"] for name, network in networks.items()} == {
+        "net@512x512": 11,
+        "net@512x1024": 22,
+    }
+    speeds.write_text(speeds.read_text().replace("a device", "another"))
+    before = page.read_text()
+    assert main(["--output", str(three), "--keep"]) == 2
+    assert "speeds.json: got speeds of device a device, expected another as in " in capsys.readouterr().err
+    assert page.read_text() == before
+    assert main(["--output", str(tmp_path), "--keep"]) == 2
+
+
+def test_the_page_of_the_last_runs_can_be_merged():
+    """As it stands: parts, notes, nothing that merging would change or lose."""
+    text = check_gpu.PAGE.read_text()
+    page = parse_page(text)
+    assert format_page(page, PARTS) == text
+    assert {title.split(":")[0] for title in page.rows} == set(PARTS)
+    assert all(any(date in row for date in page.runs) for row in page.rows.values())
+    assert page.sections.keys() == {*page.rows, "Notes on these runs"}
 
 
 def test_rules(tmp_path: Path, monkeypatch):
