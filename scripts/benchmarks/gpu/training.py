@@ -308,8 +308,8 @@ def three_steps(dist: Dist, alone: bool) -> tuple[Steps, str]:
     from exp.training.step import build_step, seed_everything
     from scripts.benchmarks.gpu.networks import MEDICAL, compose, data_facts
 
-    settings = ("model.dropout=0.0", "data.crop_size=[64,96]", "optim.warmup_fraction=0.0")
-    config = compose("unet_resnet18d", MEDICAL, settings, tiny=False)
+    settings = ("model.dropout=0.0", "data.crop_size=[32,64]", "optim.warmup_fraction=0.0")
+    config = compose("unet_resnet18d", MEDICAL, settings, tiny=dist.device.type == "cpu")
     classes, channels = data_facts(config)
     seed_everything(0, 0, 0)
     model = build_model(config.model, classes, channels, pretrained=False)
@@ -322,8 +322,8 @@ def three_steps(dist: Dist, alone: bool) -> tuple[Steps, str]:
     before = copied(raw.named_parameters())
     for i in range(3):
         generator = torch.Generator().manual_seed(i)
-        image = torch.randint(0, 256, (8, channels, 64, 96), generator=generator, dtype=torch.uint8)
-        label = torch.randint(0, classes, (8, 64, 96), generator=generator, dtype=torch.uint8)
+        image = torch.randint(0, 256, (8, channels, 32, 64), generator=generator, dtype=torch.uint8)
+        label = torch.randint(0, classes, (8, 32, 64), generator=generator, dtype=torch.uint8)
         part = slice(dist.rank, None, dist.world_size)
         batch = Batch(image[part], label[part], tuple(range(8))[part]).to(dist.device)
         losses.append(dist.mean(step(batch).loss).item())
