@@ -3,12 +3,14 @@
 
     python scripts/check_gpu.py --dry_run                            # the parts and what they take; needs no device
     python scripts/check_gpu.py --output gpu --minutes 10            # everything, the most important first
-    python scripts/check_gpu.py --output gpu --parts rules networks --data_dir DATA
+    python scripts/check_gpu.py --output gpu --parts rules networks --networks 512x1024 --data_dir DATA
+    python scripts/check_gpu.py --output gpu --keep                  # into docs/gpu.md; needs no device
 
 One device is enough; the part nccl uses all. No network and no data set is needed; with --data_dir the training is on
 CamVid. Every part runs in a process of its own within its share of the time that is left, so one that crashes or hangs
-costs the others nothing. DIR/results.jsonl gets every row at once, DIR/results.md the tables (docs/gpu.md is a copy),
-DIR/speeds.json the measured speeds for exp/reproduction/speeds.json, DIR/log.txt all output.
+costs the others nothing. DIR/results.jsonl gets every row at once, DIR/results.md the tables, DIR/speeds.json the
+measured speeds, DIR/log.txt all output. --keep merges them: every part that ran (of --parts) replaces that part of
+docs/gpu.md, every speed that of exp/reproduction/speeds.json, and all else stays as it is.
 Exit status: 0 all is right, 1 something is wrong, 2 there is no CUDA device.
 """
 
@@ -30,19 +32,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from exp.files.atomic import move_aside, write_atomically
+from exp.runtime.errors import InputError, run_and_report
+from scripts.benchmarks.gpu.page import Page, format_page, make_page, merge_pages, parse_page
+
 if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 NO_DEVICE = "no CUDA device here: nothing was checked (--dry_run lists the parts)"
+NOT_BEGUN = "not begun"
+PAGE, SPEEDS = ROOT / "docs" / "gpu.md", ROOT / "exp" / "reproduction" / "speeds.json"
 FILES = ("results.jsonl", "results.md", "log.txt", "speeds.json")
 GRACE = 15  # seconds that a part may take beyond its share before it is ended
+ENDING = 3  # seconds that the last part keeps of its share, beyond which there is nothing
+START = time.monotonic()  # importing PyTorch is part of a part's share
 
 
 @dataclass(frozen=True)
 class Part:
-    """module: has a function `check_<name>(check)`. minutes: of some eleven, which the budget is shared out by."""
+    """module: has a function `check_<name>(check)`. minutes: of some ten, which the budget is shared out by."""
 
     module: str
     minutes: float
@@ -51,12 +62,12 @@ class Part:
 
 PARTS = {  # in the order of their importance
     "tests": Part("training", 2.0, "the tests marked gpu"),
-    "rules": Part("rules", 1.2, "the rule's labels against the CPU's; its time and memory beside other rules'"),
-    "networks": Part("networks", 2.6, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
-    "training": Part("training", 2.2, "a training, interrupted and resumed; its evaluation against the CPU's"),
-    "nccl": Part("training", 1.4, "SyncBN and DDP in a process group against one process without a group"),
+    "rules": Part("rules", 1.4, "the rule's labels against the CPU's; its time and memory beside other rules'"),
+    "networks": Part("networks", 2.4, "the paper's networks: images/s in training, windows/s in evaluation, memory"),
+    "training": Part("training", 1.6, "a training, interrupted and resumed; its evaluation against the CPU's"),
+    "nccl": Part("training", 0.6, "SyncBN and DDP in a process group against one process without a group"),
     "loader": Part("loader", 0.8, "how many workers keep one device busy at 512x512"),
-    "compile": Part("networks", 1.4, "the same training steps under torch.compile"),
+    "compile": Part("networks", 1.6, "training steps under torch.compile beside the same ones without"),
 }
 
 
@@ -69,6 +80,7 @@ class Check:
     output: Path
     seconds: float
     data_dir: Path | None
+    networks: tuple[str, ...] = ()
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -105,7 +117,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10, help="the whole of it takes no longer (default: 10)")
     parser.add_argument("--data_dir", type=Path, metavar="DIR", help="holds camvid/, and weights/ if there are any")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    text = "of the part networks those with WORD in their name, crop (512x1024) or setting (bf16) (default: all)"
+    parser.add_argument("--networks", nargs="+", default=[], metavar="WORD", help=text)
     parser.add_argument("--dry_run", action="store_true", help="list the parts and their minutes, run nothing")
+    text = "run nothing: merge what DIR has of --parts into docs/gpu.md and exp/reproduction/speeds.json"
+    parser.add_argument("--keep", action="store_true", help=text)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)  # for its tests
     parser.add_argument("--run_part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -115,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def shares(parts: Iterable[str], minutes: float) -> dict[str, float]:
     """Parts -> the minutes that each gets of a budget."""
     total = sum(PARTS[name].minutes for name in parts)
-    return {name: minutes * PARTS[name].minutes / total for name in parts}
+    return {name: minutes * (PARTS[name].minutes / total) for name in parts}
 
 
 def describe_machine(device: str) -> dict[str, str]:
@@ -161,7 +177,7 @@ def run_part(args: argparse.Namespace) -> None:
     import torch
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    check = Check(args.run_part, device, args.output, args.seconds, args.data_dir)
+    check = Check(args.run_part, device, args.output, args.seconds, args.data_dir, tuple(args.networks), START)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -176,6 +192,7 @@ def start_part(name: str, seconds: float, limit: float, args: argparse.Namespace
     """Run a part in a process of its own, which is ended after `limit` seconds -> how it ended."""
     command = [sys.executable, __file__, "--run_part", name, "--seconds", f"{seconds:.1f}", "--output", args.output]
     command += ["--device", args.device, *(("--data_dir", args.data_dir) if args.data_dir else ())]
+    command += ["--networks", *args.networks] if args.networks else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     with open(args.output / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n==== {name}\n")
@@ -211,74 +228,62 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def format_page(rows: list[dict[str, Any]]) -> str:
-    """results.jsonl's rows -> Markdown."""
-    machine = next((row["machine"] for row in rows if "machine" in row), {})
-    outcomes = [row for row in rows if "outcome" in row]
-    lines = ["# On a GPU", "", "Written by `scripts/check_gpu.py`, from the last run that was kept.", ""]
-    lines += [f"- {name}: {value}" for name, value in machine.items()]
-    lines += ["", "| part | what | outcome | seconds |", "| --- | --- | --- | ---: |"]
-    for row in outcomes:
-        text = PARTS[row["part"]].text
-        lines.append(f"| {row['part']} | {text} | {row['outcome']} | {row['seconds']:.0f} |")
-    for name in [part for part in PARTS if any(row.get("part") == part for row in rows)]:
-        own = [row for row in rows if row.get("part") == name]
-        lines += ["", f"## {name}", "", f"{PARTS[name].text[0].upper()}{PARTS[name].text[1:]}."]
-        wrong = [row["wrong"] for row in own if "wrong" in row]
-        lines += ["", *(f"- **wrong**: {text}" for text in wrong)] if wrong else []
-        notes = [row["note"] for row in own if "note" in row]
-        lines += ["", *(f"- {text}" for text in notes)] if notes else []
-        for table in dict.fromkeys(row["table"] for row in own if "table" in row):
-            values = [row["values"] for row in own if row.get("table") == table]
-            lines += ["", f"### {table}", "", *format_table(count_tests(values) if table == "Tests" else values)]
-    return "\n".join(lines) + "\n"
+def make_own_page(output: Path, parts: Iterable[str] = PARTS) -> Page:
+    """The page of a check's folder."""
+    return make_page(read_rows(output), {name: part.text for name, part in PARTS.items()}, list(parts))
 
 
-def count_tests(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per test -> a row per file with how many came out how; those that did not pass keep a row of their own."""
-    counts: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        file = row["test"].split("::")[0]
-        of_file = counts.setdefault(file, {"test": file})
-        of_file[row["outcome"]] = of_file.get(row["outcome"], 0) + 1
-    others = [{"test": row["test"], row["outcome"]: 1} for row in rows if row["outcome"] in ("failed", "error")]
-    return [*counts.values(), *others]
+def keep(output: Path, parts: list[str]) -> None:
+    """Merge the parts that ran into docs/gpu.md, and the measured speeds into exp/reproduction/speeds.json."""
+    if not (output / "results.jsonl").is_file():
+        raise InputError(f"--output {output}: got a folder without results.jsonl, expected that of a check")
+    rows = read_rows(output)
+    ran = {row["part"] for row in rows if "outcome" in row and not row["outcome"].startswith(NOT_BEGUN)}
+    kept = [name for name in parts if name in ran]
+    text = PAGE.read_text(encoding="utf-8")
+    page = merge_pages(parse_page(text), make_own_page(output, kept))
+    speeds = output / "speeds.json"
+    if "networks" in kept and speeds.is_file():
+        write_atomically(SPEEDS, json.dumps(merge_speeds(SPEEDS, speeds), indent=1) + "\n")
+    write_atomically(PAGE, format_page(page, PARTS))
+    print(
+        f"{PAGE}: {', '.join(kept) or 'nothing new'}; what is written by hand there is to be brought up to date by hand"
+    )
 
 
-def format_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows -> a Markdown table; a column for every name that occurs."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    number = {n: all(isinstance(row.get(n), (int, float, type(None))) for row in rows) for n in names}
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---:' if number[n] else '---' for n in names)} |"]
-    return lines + [f"| {' | '.join(format_value(row.get(n)) for n in names)} |" for row in rows]
-
-
-def format_value(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value).replace("|", "\\|")
+def merge_speeds(old_path: Path, new_path: Path) -> dict[str, Any]:
+    """Two files of speeds -> one, with the newer speed where both have one; InputError if they are of two machines."""
+    new = json.loads(new_path.read_text(encoding="utf-8"))
+    if not old_path.is_file():
+        return new
+    old = json.loads(old_path.read_text(encoding="utf-8"))
+    for name in ("device", "torch"):
+        if old[name] != new[name]:
+            raise InputError(
+                f"{new_path}: got speeds of {name} {new[name]}, expected {old[name]} as in {old_path} (move that away)"
+            )
+    return {**new, "networks": old["networks"] | new["networks"]}
 
 
 def run_parts(args: argparse.Namespace) -> bool:
     """All parts asked for, one after the other -> whether all is right."""
     end, output = time.monotonic() + 60 * args.minutes, args.output
     output.mkdir(parents=True, exist_ok=True)
-    from exp.files.atomic import move_aside
-
     move_aside([output / name for name in FILES])  # an earlier check's, or anybody's
     command = shlex.join(["python", "scripts/check_gpu.py", *sys.argv[1:]])
-    write_row(output, {"machine": {"command": f"`{command}`", **describe_machine(args.device)}})
+    machine = {**describe_machine(args.device), "command": f"`{command}`"}
+    write_row(output, {"machine": machine, "networks": args.networks})
     for place, name in enumerate(args.parts):
         start = time.monotonic()
         seconds = 60 * shares(args.parts[place:], (end - start) / 60)[name]
         limit = min(seconds + GRACE, end - start)
-        ended = start_part(name, seconds, limit, args) if limit > 1 else "not begun: no time was left"
+        ended = f"{NOT_BEGUN}: no time was left"
+        if limit > ENDING:
+            ended = start_part(name, min(seconds, limit - ENDING), limit, args)
         found_wrong = any(row.get("part") == name and "wrong" in row for row in read_rows(output))
         outcome = "wrong" if ended == "done" and found_wrong else "right" if ended == "done" else ended
         write_row(output, {"part": name, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)})
-        (output / "results.md").write_text(format_page(read_rows(output)), encoding="utf-8")
+        (output / "results.md").write_text(format_page(make_own_page(output), PARTS), encoding="utf-8")
         print(f"{name}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
     rows = read_rows(output)
     for row in rows:
@@ -296,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args.output = args.output.resolve()
     args.data_dir = args.data_dir.resolve() if args.data_dir else None
+    if args.keep:
+        return run_and_report(lambda: keep(args.output, args.parts))
     if args.run_part:
         run_part(args)
         return 0
@@ -309,4 +316,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without a wait for the compiler's processes, which a part that ran out of time leaves behind

@@ -2,6 +2,9 @@
 
 import csv
 import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +74,49 @@ def test_the_cache_changes_nothing(gpu: torch.device, camvid_dir: Path):
 
 
 def test_a_run_is_evaluated_as_on_the_cpu_but_for_ties(gpu: torch.device, program, tmp_path: Path):
-    """The per-image CSVs of one checkpoint; where a probability is a tie, rounding decides a pixel."""
-    flags = [*TINY, "--output_dir", tmp_path, "--predict_yaml", *RULES, "--set", "schedule.tf32=off"]
+    """All results files of one checkpoint; where a probability is a tie, rounding decides a pixel."""
+    rules = (*RULES, "rankseg_levelset")
+    flags = [*TINY, "--output_dir", tmp_path, "--predict_yaml", *rules, "--set", "schedule.tf32=off"]
     status, _, err = program(*flags, "--device", "cpu")
     assert status == 0, err
     results = tmp_path / TINY_RUN / "results"
-    expected = {name: read_counts(results / f"{name}.csv") for name in RULES}
+    expected = shutil.copytree(results, tmp_path / "expected")
     status, _, err = program(*flags, "--device", gpu.type, "--test-only")
     assert status == 0, err
-    for name in RULES:
-        own = read_counts(results / f"{name}.csv")
-        ties = {image: change for image in own if (change := abs(own[image] - expected[name][image]).sum() // 2)}
-        assert sum(ties.values()) <= 8, (name, ties)
+    assert_same_but_for_ties(results, expected, rules)
+
+
+def assert_same_but_for_ties(found: Path, expected: Path, rules: Sequence[str], most: int = 12) -> None:
+    """Two folders of results: counts per image, confusion matrices, scores, reliability diagrams, entropies.
+
+    most: pixels that a rule may decide otherwise.
+    """
+    for rule in rules:
+        own, other = (read_counts(folder / f"{rule}.csv") for folder in (found, expected))
+        ties = {image: change for image in own if (change := abs(own[image] - other[image]).sum() // 2)}
+        assert own.keys() == other.keys()
+        assert sum(ties.values()) <= most, (rule, ties)
+        own, other = (read_matrix(folder / f"{rule}.confusion.csv") for folder in (found, expected))
+        assert np.array_equal(own.sum(1), other.sum(1)), rule  # the labels' pixels
+        assert abs(own - other).sum() <= 2 * most, rule
+        own, other = (json.loads((folder / f"{rule}.json").read_text()) for folder in (found, expected))
+        points = 5 if ties else 1e-9
+        assert own["metrics"] == pytest.approx(other["metrics"], abs=points), rule
+        assert own["per_class"].keys() == other["per_class"].keys()
+        for name, scores in own["per_class"].items():
+            assert scores == pytest.approx(other["per_class"][name], abs=points), (rule, name)
+    own, other = (json.loads((folder / "calibration.json").read_text()) for folder in (found, expected))
+    assert own["metrics"] == pytest.approx(other["metrics"], abs=0.5)
+    for one, two in ((own["top_label"], other["top_label"]), *zip(*(d["per_class"].values() for d in (own, other)))):
+        pixels, before = (np.array(diagram["pixels"], float) for diagram in (one, two))
+        assert abs(pixels - before).max() <= most
+        for what in ("confidence", "accuracy"):  # means; their sums over a bin move by what goes to another bin
+            sums = (n * np.array(d[what], float) for n, d in ((pixels, one), (before, two)))
+            np.testing.assert_allclose(*map(np.nan_to_num, sums), atol=most)
+    own, other = (
+        np.genfromtxt(folder / "images.csv", delimiter=",", skip_header=1)[:, 1] for folder in (found, expected)
+    )
+    np.testing.assert_allclose(own, other, rtol=1e-4)
 
 
 def test_a_network_that_overflows_is_told_by_its_key(gpu: torch.device, camvid_dir: Path):
@@ -103,6 +137,11 @@ def read_counts(path: Path) -> dict[str, np.ndarray]:
         header, *rows = csv.reader(file)
     first = next(i for i, name in enumerate(header) if name.startswith("tp."))
     return {row[0]: np.array(row[first:], np.int64) for row in rows}
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    with open(path, newline="", encoding="utf-8") as file:
+        return np.array([row[1:] for row in csv.reader(file)][1:], np.int64)
 
 
 class Wide(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 import exp.main
 from exp.config.evaluation import TestConfig
@@ -88,6 +89,26 @@ def test_level_sets_in_an_onnx_file(tmp_path: Path, metric: str, classes: int):
     graphs = Graph(Colours(), traced), Graph(Colours(), rule)
     told = export_graph(*graphs, tmp_path / "graph.onnx", "onnx", (classes, 37, 51), metric == "iou")
     assert told == f"0 of {(2 if metric == 'iou' else 1) * 37 * 51} labels differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["rankseg_rma", "rankseg_levelset"])
+def test_a_rule_in_a_graph_on_a_gpu(gpu: torch.device, rule: str, tmp_path: Path):
+    """The traceable form on the device, and a graph that was written on the CPU and moved there."""
+    torch.manual_seed(0)
+    path, shape, layer = tmp_path / "graph.pt2", (3, 96, 128), nn.Conv2d(3, 7, 1)
+    nn.init.normal_(layer.weight, std=2.0)
+    graph, ordinary = Graph(layer, RankSEG(rule, traceable=True)), Graph(layer, RankSEG(rule))
+    export_graph(graph, ordinary, path, "torch_export", shape, free_batch=True)
+    images = make_images(3, shape).flip(-2)
+    with torch.no_grad():
+        expected = ordinary(images)
+        moved = move_to_device_pass(torch.export.load(path), gpu).module()
+        for module in (moved, graph.to(gpu)):
+            labels = module(images.to(gpu))
+            assert (labels.device.type, labels.dtype) == (gpu.type, torch.int64)
+            assert (labels.cpu() != expected).double().mean() <= 1e-3
+    assert len(expected.unique()) > 3
 
 
 def test_existing_files_are_not_overwritten(script, checkpoint: Path, tmp_path: Path):

@@ -26,6 +26,7 @@ from exp.reproduction.report.published_networks import evaluated_networks
 from exp.runtime.errors import InputError
 from tests.config.test_config import compose
 from tests.conftest import ROOT, write_png
+from tests.evaluation.test_evaluate_gpu import assert_same_but_for_ties
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 NAME = "lraspp_mobilenet_v3_large"
@@ -88,6 +89,18 @@ def test_probabilities_are_the_librarys(program, shapes_network, tmp_path: Path,
     assert result["training"]["published"]["weights"].endswith("net.pth")
     assert result["config"]["test"]["whole"]
     assert result["config"]["data"]["mean"] == list(MEAN)
+
+
+@pytest.mark.gpu
+def test_probabilities_on_a_gpu_are_the_cpus_but_for_ties(gpu: torch.device, program, shapes_network, tmp_path: Path):
+    _, path = shapes_network
+    rules = ("argmax", "rankseg_rma", "rankseg_levelset")
+    for device, folder in (("cpu", "one"), (gpu.type, "two")):
+        flags = ("--test-only", "--device", device, "--model_yaml", path, "--output_dir", tmp_path / folder)
+        status, _, err = program(*flags, "--predict_yaml", *rules, *TINY_DATA, "schedule.tf32=off")
+        assert status == 0, err
+    one, two = (tmp_path / folder / "network.shapes.published" / "results" for folder in ("one", "two"))
+    assert_same_but_for_ties(two, one, rules)
 
 
 def test_windows_of_the_owner_give_way_to_those_of_the_user(program, shapes_network, tmp_path: Path):

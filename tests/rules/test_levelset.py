@@ -52,6 +52,25 @@ def presence_by_enumeration(high: list[float]) -> list[float]:
     return [t / total for t in there]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", ["dice", "iou"])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("batch", "masked"), [(3, True), (3, False), (None, True)])
+@pytest.mark.parametrize("shape", [(7, 96, 128), (2, 60, 77), (5, 12, 48, 32)])
+def test_options_on_a_gpu(gpu: torch.device, shape, batch: int | None, masked: bool, overlap: bool, metric: str):
+    """batch: None for one map without its dimension."""
+    maps = smooth_map(batch or 1, shape[0], math.prod(shape[1:-1]), shape[-1]).reshape(-1, *shape)
+    valid = torch.rand(len(maps), *shape[1:], generator=torch.Generator().manual_seed(0)) < 0.8
+    if batch is None:
+        maps, valid = maps[0], valid[0]
+    options = {"opt_metric": metric, "allow_overlap": overlap, "in_batch": batch is not None}
+    expected = rankseg_levelset(maps, valid=valid if masked else None, **options)
+    got = rankseg_levelset(maps.to(gpu), valid=valid.to(gpu) if masked else None, **options)
+    assert got.device.type == gpu.type
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert (got.cpu() != expected).double().mean() <= 1e-3
+
+
 @pytest.mark.parametrize(
     "high",
     [[0.9], [0.3, 0.8], [0.999] * 9 + [0.3, 0.1], [0.99, 0.7] + [0.001] * 8, [0.9, 0.6, 0.5, 0.4, 0.2, 0.15, 0.02]],

@@ -1,4 +1,4 @@
-"""The part `networks` of scripts/check_gpu.py: the paper's networks at the paper's crops.
+"""The parts `networks` and `compile` of scripts/check_gpu.py: the paper's networks at the paper's crops.
 
 Weights and images are random. Steps are those of the training (exp/training/step.py): normalisation, forward, loss,
 backward, update. Evaluation is the forward pass of windows: no data loading, no decision, no counting.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,10 +64,13 @@ VARIANTS = {  # besides the defaults, which are measured for all networks
     "bf16, contiguous": ("schedule.amp=bf16", "test.amp=bf16", "schedule.channels_last=false"),
     "cuDNN benchmark": ("schedule.cudnn_benchmark=true",),
 }
-COMPILED = {
-    "bf16, compile": (*VARIANTS["bf16"], "schedule.compile=true"),
-    "compile": ("schedule.compile=true",),
-}
+COMPILED = (  # network, data YAML, setting without torch.compile; what is compiled in less time comes first
+    ("unet_resnet18d", MEDICAL, "defaults"),
+    (DEEPLAB, NATURAL, "bf16"),
+    (UPERNET, NATURAL, "bf16"),
+    (SEGFORMER, NATURAL, "bf16"),
+    (DEEPLAB, NATURAL, "defaults"),
+)
 WINDOWS = (1, 2, 8, 16, 32)  # of a forward pass, besides the default
 
 
@@ -148,16 +153,19 @@ def peak_gib(device: torch.device) -> float:
     return round(peak, 2)
 
 
-def measure_training(step: TrainStep, batch: Batch, device: torch.device) -> dict[str, float]:
+def measure_first_step(step: TrainStep, batch: Batch, device: torch.device) -> dict[str, float]:
+    """With all that it sets up: kernels are chosen, and compiled if they are to be."""
     peak_gib(device)
-    losses = []
     start = time.perf_counter()
-    losses.append(step(batch).loss.item())
-    first = time.perf_counter() - start
+    step(batch).loss.item()
+    return {"first step, s": time.perf_counter() - start}
+
+
+def measure_training(step: TrainStep, batch: Batch, device: torch.device) -> dict[str, float]:
+    losses: list[torch.Tensor] = []
     seconds = seconds_of(device, lambda: losses.append(step(batch).loss), STEPS, WARM_UP)
-    row = {"training, images/s": len(batch.image) / seconds, "ms a step": 1000 * seconds, "first step, s": first}
-    row["peak GiB"] = peak_gib(device)
-    if not all(torch.as_tensor(loss).isfinite() for loss in losses) and step.amp != "fp16":
+    row = {"training, images/s": len(batch.image) / seconds, "ms a step": 1000 * seconds, "peak GiB": peak_gib(device)}
+    if not all(loss.isfinite() for loss in losses) and step.amp != "fp16":
         raise ValueError(f"the losses of {len(losses)} steps are not finite")
     return row
 
@@ -214,6 +222,9 @@ def measure(
     row = {"network": model, "crop": f"{height}x{width}", "classes": data_facts(config)[0], "setting": variant}
     try:
         step, batch = make_step(config, check.device), make_batch(config, check.device)
+        row |= measure_first_step(step, batch, check.device)
+        if config.schedule.compile:
+            check.row("Compilation", **row)  # at once: it may have been all there is time for
         row |= measure_training(step, batch, check.device)
         if not config.schedule.compile:  # the evaluation runs the network as it is
             row |= measure_evaluation(step, config, batch, config.test.window_batch)
@@ -238,18 +249,28 @@ def measure_windows(check: Check, model: str, data: str) -> None:
     free(check.device)
 
 
-def check_networks(check: Check) -> None:
-    """Three networks under the defaults, one under some settings, then all networks, then more settings."""
-    speeds, order = Speeds(check), []
-    order += [(model, data, "defaults") for model, data in FIRST]
+def plan_networks(words: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(network, data YAML, setting) in the order of measuring: all under the defaults, then the largest otherwise.
+
+    words: leaves those whose name, crop or setting has one of them in it; none: all.
+    """
+    order = [(model, data, "defaults") for model, data in NETWORKS]
     order += [(UPERNET, NATURAL, variant) for variant in ("bf16", "TF32", "float32")]
-    order += [(model, data, "defaults") for model, data in NETWORKS if (model, data) not in FIRST]
     order += [(DEEPLAB, NATURAL, variant) for variant in ("bf16", "TF32", "float32", "bf16, contiguous")]
     order += [(UPERNET, NATURAL, "windows")]
     order += [(UPERNET, NATURAL, v) for v in ("contiguous", "bf16, contiguous", "fp16", "cuDNN benchmark")]
     order += [(SEGFORMER, NATURAL, variant) for variant in VARIANTS]
+    crops = {data: "{}x{}".format(*compose(UPERNET, data, (), False).data.crop_size) for _, data in NETWORKS}
+    return [entry for entry in order if any(w in f"{entry[0]} {crops[entry[1]]} {entry[2]}" for w in words or ("",))]
+
+
+def check_networks(check: Check) -> None:
+    """All networks under the defaults, then the largest under other settings; --networks picks among them."""
+    speeds, order = Speeds(check), plan_networks(check.networks)
     if check.tiny:
         order = [(UPERNET, NATURAL, what) for what in ("defaults", "contiguous", "windows")]
+    if not order:
+        check.wrong(f"--networks {' '.join(check.networks)}: no network has that in its name, crop or setting")
     longest = 0.0
     for place, (model, data, what) in enumerate(order):
         if check.left() < longest:
@@ -263,16 +284,34 @@ def check_networks(check: Check) -> None:
         longest = max(longest, time.monotonic() - start)
 
 
+class OutOfTime(BaseException):
+    """The part's share is over. No Exception: what compiles would report it as a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """OutOfTime in this thread, the main one, after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def check_compile(check: Check) -> None:
-    """Compiled training steps; the part networks has the same ones uncompiled."""
-    order = [(DEEPLAB, "bf16, compile"), (UPERNET, "bf16, compile"), (SEGFORMER, "bf16, compile"), (DEEPLAB, "compile")]
-    longest = 40.0  # seconds that a compilation takes, as long as none was seen
-    for model, variant in order:
-        if not check.tiny and check.left() < longest:
-            check.say(f"no time was left for {model}, {variant}")
-            return
-        start = time.monotonic()
-        measure(check, model, NATURAL, variant, COMPILED[variant], None)
-        longest = time.monotonic() - start
-        if check.tiny:
+    """Training steps as they are and compiled, one network after the other until the part's share is over."""
+    for model, data, setting in COMPILED[: 1 if check.tiny else None]:
+        plain = VARIANTS.get(setting, ())
+        try:
+            with time_limit(check.left()):
+                measure(check, model, data, f"{setting}, not compiled", plain, None)
+                measure(check, model, data, f"{setting}, compiled", (*plain, "schedule.compile=true"), None)
+        except OutOfTime:
+            check.say(f"no time was left for {model}, {setting}, compiled, and what follows")
             return

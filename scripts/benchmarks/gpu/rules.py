@@ -29,6 +29,8 @@ MAPS |= {
     "tiny": ((1, 2, 16, 16), 0.0, None),
 }
 ORDER = ("ade20k", "cityscapes", "voc", "volume, 2 classes", "small", "tiny", "binary", "volume, 8 classes")
+BIG = ORDER[:3]
+OTHERWISE = (("iou", torch.float32), ("dice", torch.float16), ("dice", torch.bfloat16))  # than Dice in float32
 CACHE = 2**28  # bytes of copies of a map that calls take in turn, so that none of them finds its map in the L2 cache
 SAME = 1e-6  # by how much the objective of two labellings may differ, relatively, where only rounding sets them apart
 FEW = 1e-3  # of the pixels, in which they may
@@ -86,13 +88,15 @@ def compare(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dty
     check.row("Labels against the CPU's", **row)
 
 
-def compare_levelset(check: Check, name: str, prob: Tensor) -> None:
-    """Labels of `rankseg_levelset` on the device against the CPU's."""
-    expected, got = rankseg_levelset(prob), rankseg_levelset(prob.to(check.device)).cpu()
-    differing = (expected != got).sum().item()
+def compare_levelset(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dtype) -> None:
+    """Labels of `rankseg_levelset` on the device against the CPU's, on the same values."""
+    cast = prob.to(dtype)
+    expected, got = rankseg_levelset(cast, metric), rankseg_levelset(cast.to(check.device), metric).cpu()
+    row = {"map": name, "type": str(dtype).removeprefix("torch."), "metric": metric, "pixels": expected.numel()}
+    row["pixels that differ"] = differing = (expected != got).sum().item()
     if differing > FEW * expected.numel():
-        check.wrong(f"{name} rankseg_levelset: {differing} of {expected.numel()} pixels differ")
-    check.row("Labels of rankseg_levelset against the CPU's", map=name, pixels=expected.numel(), differ=differing)
+        check.wrong(f"{name} {row['type']} {metric} rankseg_levelset: {differing} of {expected.numel()} pixels differ")
+    check.row("Labels of rankseg_levelset against the CPU's", **row)
 
 
 def compare_options(check: Check) -> None:
@@ -210,7 +214,7 @@ def measure(
     aim: float | None = None,
     left_out: tuple[str, ...] = (),
 ) -> None:
-    """Time and memory of all rules on one map."""
+    """Time and memory of the rules on one map."""
     cast = prob.to(check.device).to(dtype)
     copies = min(16, max(1, -(-CACHE // cast.nbytes)))
     maps = [cast.clone() for _ in range(copies)]
@@ -255,34 +259,42 @@ def report_aims(check: Check, name: str, metric: str, times: dict[str, float], a
     check.row("Against the aims", **row)
 
 
+def check_map(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dtype) -> None:
+    """Labels of both rules, then times. `rankseg_dep` takes long, and is timed on the first map alone."""
+    compare(check, name, prob, metric, dtype)
+    compare_levelset(check, name, prob, metric, dtype)
+    measure(check, name, prob, metric, dtype, MAPS[name][2], () if name == ORDER[0] else ("dep",))
+    print(f"{name} {metric} {dtype}: done, {check.left():.0f} s are left", flush=True)
+
+
 def check_rules(check: Check) -> None:
-    """Labels of every map first, then the times; the most important maps first, until the time is over."""
+    """All maps in float32 for Dice; the big ones otherwise; all options; a very large map; the other maps otherwise."""
     rate = copy_rate(check.device)
     check.say(f"a copy on the device moves {rate / 1e12:.2f} TB/s, read and written")
-    compare_options(check)
     scale = 8 if check.tiny else 1
     maps: dict[str, Tensor] = {}
     for name in ORDER:
+        if check.left() < 5:
+            check.say(f"no time was left for {name} and what follows")
+            return
         shape, pruned, _ = MAPS[name]
         maps[name] = make_map((*shape[:2], *(max(8, side // scale) for side in shape[2:])), pruned)
-        for metric, dtype in (("dice", torch.float32), ("iou", torch.float32)):
-            compare(check, name, maps[name], metric, dtype)
-        compare_levelset(check, name, maps[name])
-        measure(check, name, maps[name], "dice", torch.float32, MAPS[name][2])
-        if check.left() < 5:
-            check.say(f"no time was left after {name}")
-            return
+        check_map(check, name, maps[name], "dice", torch.float32)
+    if not check_otherwise(check, {name: maps[name] for name in ORDER if name in BIG}):
+        return
+    compare_options(check)
     size = (40, 60) if check.tiny else (2000, 3000)
     large = torch.randn(1, 150, *size, device=check.device).mul_(4).softmax(1)
     measure(check, "150 classes, 2000x3000", large, "dice", torch.float32, left_out=("rankseg, fused", *SLOW))
     del large
-    rest = [
-        (n, m, d) for n in ORDER for m, d in (("iou", torch.float32), ("dice", torch.float16), ("dice", torch.bfloat16))
-    ]
-    for name, metric, dtype in rest:
+    check_otherwise(check, {name: maps[name] for name in ORDER if name not in BIG})
+
+
+def check_otherwise(check: Check, maps: dict[str, Tensor]) -> bool:
+    """These maps for IoU and in the half types -> whether there was time for all."""
+    for (name, prob), (metric, dtype) in itertools.product(maps.items(), OTHERWISE):
         if check.left() < 3:
             check.say(f"no time was left for {name} {metric} {dtype} and what follows")
-            return
-        if dtype != torch.float32:
-            compare(check, name, maps[name], metric, dtype)
-        measure(check, name, maps[name], metric, dtype, MAPS[name][2])
+            return False
+        check_map(check, name, prob, metric, dtype)
+    return True
