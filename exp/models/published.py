@@ -3,6 +3,7 @@
 Weights are read as data (safetensors, or torch.load with weights_only); no code of a file or hub is run.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,4 +122,5 @@ def network_weights(name: str) -> dict[str, Tensor]:
     config = load_published(name)
     if config.source == "onnx":
         raise InputError(f"{name}: got an ONNX file, expected a network whose encoder has tensors by name")
-    return SOURCES[config.source](config, True).state_dict()
+    tell = logging.getLogger("exp").isEnabledFor(logging.WARNING)  # on rank 0 alone
+    return SOURCES[config.source](config, tell).state_dict()

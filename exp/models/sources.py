@@ -21,9 +21,9 @@ from exp.config.strict_yaml import closest, show
 from exp.files.tensors import load_tensor_file
 from exp.files.text import read_json
 from exp.models.mmseg import load_mmseg
+from exp.models.weights import HUB
 from exp.runtime.errors import InputError, decoding
 
-HUB = "https://huggingface.co"
 WEIGHTS = ("*.safetensors*", "pytorch_model.bin")  # at the hub, the first that is there
 QUERIES = ("eomt", "mask2former", "maskformer")  # of transformers: masks and their classes, not classes of pixels
 SMP = ("DPT", "DeepLabV3", "DeepLabV3Plus", "FPN", "Linknet", "MAnet", "PAN", "PSPNet", "Segformer", "UPerNet", "Unet",
