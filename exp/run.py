@@ -26,6 +26,7 @@ from exp.checkpoints.checkpoint import (
 from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig, dump_config
 from exp.config.families import DECODER_TABLE
+from exp.config.published import SHA256, weights_sha256
 from exp.data.base import SegmentationDataset
 from exp.data.loader import (
     Loader,
@@ -90,7 +91,8 @@ def load_trained(
         evaluator = build_evaluator(config, data_dir, dist)
         tell_old_slices(evaluator.dataset, dist)
         model = build_published(config.model, evaluator.dataset.classes, evaluator.dataset.channels, tell=dist.is_main)
-        return Trained(config, evaluator, model.to(dist.device), {"published": config.model.identity})
+        network = {**config.model.identity, SHA256: weights_sha256(model.files)}
+        return Trained(config, evaluator, model.to(dist.device), {"published": network})
     if path == Path(BEST):
         path = folder / CHECKPOINTS / f"{BEST}.pt"
     newest = path is None

@@ -66,7 +66,8 @@ def describe_network(job: Job) -> str:
     size = "size not stated" if model.megabytes is None else f"{model.megabytes:g} MB"
     licence = f"licence {model.licence or 'not stated'}"
     like = "no network of the paper" if model.like is None else model.like
-    return f"{model.weights} ({model.source}): {size}, {licence}; its owner: {stated}; of the architecture: {like}"
+    weights = model.weights if model.revision is None else f"{model.weights} at {model.revision}"
+    return f"{weights} ({model.source}): {size}, {licence}; its owner: {stated}; of the architecture: {like}"
 
 
 def has_data(job: Job, data_dir: Path) -> bool:
