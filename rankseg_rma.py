@@ -137,7 +137,8 @@ def rankseg_rma(
         any other number of classes.
 
     Raises ValueError or TypeError for a wrong rank, dtype, shape or name, an empty dimension, NaN, infinity and values
-    outside [0, 1] (four units in the last place above 1 pass as the rounding of a softmax).
+    outside [0, 1] (four units in the last place above 1 pass as the rounding of a softmax); on the CPU also for a
+    (C, H, W) map without `in_batch=False`, which its sums tell from (B, C, pixels).
 
     How much RMA loses: in the exact expected Dice (RankDice, Poisson-binomial distribution), against the best of all
     sets, over 24 random maps for each number of pixels d, from confident to flat and with rare foreground:
@@ -217,7 +218,26 @@ def _check_inputs(prob: Any, valid: Any, in_batch: bool, allow_overlap: bool) ->
             "one class leaves no labels to choose from: expected two channels (background, foreground) or "
             "allow_overlap=True, which gives its mask"
         )
+    if prob.dim() == 3 and not allow_overlap and _on_cpu(prob) and _lacks_batch(prob):
+        raise ValueError(
+            f"prob of shape {tuple(prob.shape)} sums to 1 over its first axis, and not over its second, that of the "
+            "classes: expected in_batch=False for a single (C, H, W) map"
+        )
     return as_numpy, prob, valid
+
+
+def _lacks_batch(prob: Tensor) -> bool:
+    """Whether (B, C, d) is rather an unbatched (C, H, W) map, by what some pixels sum to; maps of few pixels pass."""
+    if min(prob.shape[1:]) < 8 or torch.compiler.is_compiling():
+        return False
+
+    def is_one(total: Tensor) -> bool:
+        return all(abs(value - 1) < 0.02 for value in total.tolist())  # bfloat16 has 8 bits
+
+    if is_one(prob[0, :, :1].sum(0)) or not is_one(prob[:, 0, :1].sum(0)):
+        return False  # which most calls end with, after some microseconds
+    rows, columns = (size // 4 for size in prob.shape[1:])
+    return is_one(prob[:, ::rows, ::columns].sum(0).flatten())
 
 
 def _is_numpy(x: object) -> bool:

@@ -26,6 +26,7 @@ from exp.checkpoints.checkpoint import (
 from exp.checkpoints.checkpoint_files import find_checkpoint, remove_leftovers, set_aside_damaged
 from exp.config.experiment import TRAINING_GROUPS, ExperimentConfig, dump_config
 from exp.config.families import DECODER_TABLE
+from exp.config.published import SHA256, weights_sha256
 from exp.data.base import SegmentationDataset
 from exp.data.loader import (
     Loader,
@@ -41,7 +42,7 @@ from exp.evaluation.masks import MaskWriter
 from exp.evaluation.temperature import describe_fit, draw_pixels, fit, load_temperature, split_half, spread
 from exp.files.atomic import write_atomically
 from exp.files.lock import own_folder
-from exp.models import Segmentor, build_model, load_network_weights
+from exp.models import Segmentor, build_model, describe_origin, load_network_weights
 from exp.models.published import build_published
 from exp.provenance import describe_code, record_start
 from exp.runtime.distributed import Dist
@@ -90,7 +91,8 @@ def load_trained(
         evaluator = build_evaluator(config, data_dir, dist)
         tell_old_slices(evaluator.dataset, dist)
         model = build_published(config.model, evaluator.dataset.classes, evaluator.dataset.channels, tell=dist.is_main)
-        return Trained(config, evaluator, model.to(dist.device), {"published": config.model.identity})
+        network = {**config.model.identity, SHA256: weights_sha256(model.files)}
+        return Trained(config, evaluator, model.to(dist.device), {"published": network})
     if path == Path(BEST):
         path = folder / CHECKPOINTS / f"{BEST}.pt"
     newest = path is None
@@ -140,6 +142,8 @@ def build_network(
     seed_everything(config.seed, 0, 0)
     classes, origin = list(dataset.classes), config.model.init_from
     fetches = checkpoint is None and origin is None
+    if checkpoint is None and dist.is_main:
+        print(describe_origin(config.model), flush=True)
     model = build_model(config.model, len(classes), dataset.channels, pretrained=fetches)
     if checkpoint is not None:
         load_weights(model, checkpoint, config.to_dict()["model"], classes, weights)
@@ -239,6 +243,12 @@ def train_run(
     evaluator = build_evaluator(config, data_dir, dist)
     tell_old_slices(evaluator.dataset, dist)
     dataset = build_dataset(config.data, data_dir, "train", config.seed)
+    if dist.is_main:
+        place = "" if data_dir is None else f" from {data_dir}"
+        print(
+            f"{config.data.name}{place}: {len(dataset)} training and {len(evaluator.dataset)} validation images",
+            flush=True,
+        )
     return TrainingSession(config, folder, evaluator, dataset, dist, save_masks, check_owner, given).run()
 
 
@@ -270,6 +280,8 @@ class TrainingSession:
             model = build_network(config, self.evaluator.dataset, dist, checkpoint, config.test.weights)
             trained = _trained(config, self.evaluator, model, start, checkpoint.config)
             return trained, evaluate(trained, self.folder, self.save_masks)
+        if checkpoint and dist.is_main:
+            print(f"resuming from {checkpoint.path}, after iteration {start}", flush=True)
         raw_model = build_network(config, self.evaluator.dataset, dist, checkpoint, "raw")
         if start == 0:
             self.evaluator.read_all()  # a damaged image should not wait for the end of the training

@@ -6,12 +6,12 @@
     python scripts/reproduce.py all --data_dir DATA --output_dir OUTPUT --launcher slurm
     python scripts/reproduce.py published --data_dir DATA --output_dir OUTPUT --dry_run
 
-TABLE: readme_natural, readme_medical, table1 ... table7, all, laptop (small networks on CamVid and hippocampus, for
-two CPU cores), or published (networks that others trained, of configs/model/published: evaluated alone, where their
-data set is there; one whose owner's score is missed by more than a point is called wrong). Every training is run once,
-whichever tables need it, and evaluated by all of their rules in one pass. What is done is skipped, by what it says of
-its config; an interrupted training resumes; a failed one is told and does not stop the others. Started again, the same
-command does what is missing. --dry_run prints what exists, what is missing with its commands and, where
+TABLE: readme_natural, readme_medical, table1 ... table7, all, laptop (a smoke test for two CPU cores, on CamVid,
+hippocampus and shapes), or published (networks that others trained, of configs/model/published: evaluated alone, where
+their data set is there; one whose owner's score is missed by more than a point is called wrong). Every training is run
+once, whichever tables need it, and evaluated by all of their rules in one pass. What is done is skipped, by what it
+says of its config; an interrupted training resumes; a failed one is told and does not stop the others. Started again,
+the same command does what is missing. --dry_run prints what exists, what is missing with its commands and, where
 exp/reproduction/speeds.json has the speeds of a device, what each table costs on it; of networks that others trained,
 what is to be downloaded, its size and licence, and the score that its owner states.
 """

@@ -1,5 +1,7 @@
 """A network that others trained: configs/model/published, told from a network to be trained by its key `source`."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +9,13 @@ from typing import Any, Literal
 from exp.config.checks import MAX_CROP, require, require_positive
 from exp.config.evaluation import TestConfig
 from exp.config.strict_yaml import closest
+from exp.files.atomic import file_sha256
 from exp.runtime.errors import InputError
 
 FOLDER = "published"  # below configs/model
+WEIGHTS = ("*.safetensors*", "pytorch_model.bin")  # of a folder or at the hub, the first that is there
+IN_FOLDERS = ("smp", "transformers")  # sources whose networks are a folder with config.json and weights
+SHA256 = "sha256"  # what results say of the files, beside `identity`
 # What the YAML tells of a network, and what says nothing of its outputs.
 FACTS = ("name", "data", "like", "megabytes", "licence", "miou", "miou_on", "page")
 
@@ -26,6 +32,7 @@ class PublishedConfig:
     source: Literal["smp", "torchvision", "transformers", "mmseg", "onnx"]
     weights: str  # a name at the hub, an address, or a local file or folder; torchvision: also a weight name
     classes: tuple[str, ...]
+    revision: str | None = None  # of a hub name: a commit, tag or branch; null: the newest
     architecture: str | None = None  # torchvision: the builder's name; mmseg: <head>_<backbone> as its configs have it
     names: dict[str, str] | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the RGB values in 0..1
@@ -53,6 +60,8 @@ class PublishedConfig:
         expected = "a name with torchvision and mmseg, none with others"
         fits = (self.architecture is not None) == (self.source in ("torchvision", "mmseg"))
         require(fits, "architecture", self.architecture, expected)
+        fits = self.revision is None or self.source in IN_FOLDERS
+        require(fits, "revision", self.revision, f"no such key but with {' and '.join(IN_FOLDERS)}")
         for key, default in (("output", None), ("outputs", "logits")):
             value = getattr(self, key)
             require(self.source == "onnx" or value == default, key, value, "no such key but with onnx")
@@ -61,8 +70,9 @@ class PublishedConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides its outputs, as plain values."""
-        return {key: value for key, value in asdict(self).items() if key not in FACTS}
+        """What decides its outputs, as plain values; results of before `revision` was a key have none."""
+        plain = asdict(self)
+        return {k: v for k, v in plain.items() if k not in FACTS and (k, v) != ("revision", None)}
 
     def test(self, given: TestConfig) -> TestConfig:
         """A test YAML -> the same with the owner's windows and size, where it has none of its own."""
@@ -103,3 +113,21 @@ def choose_variant(mapping: dict[str, Any], variant: str | None, path: Path) -> 
     if variant not in variants:
         raise InputError(f"--model_yaml {path.stem}:{variant}: no such variant{closest(variant, variants)}")
     return {**common, "name": f"{path.stem}_{variant}", **variants[variant]}
+
+
+def weights_sha256(path: Path) -> str:
+    """A network's file, or the folder with its config.json and weights -> 64 hexadecimal digits of their content."""
+    if path.is_file():
+        return file_sha256(path)
+    weights = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+    lines = (f"{file.name} {file_sha256(file)}\n" for file in (path / "config.json", *weights))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def comparable_networks(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What two results say of their networks, without what is left out of a comparison.
+
+    Where the files lie and their revision, if both tell the files' content; else, of an older one, the content.
+    """
+    left_out = ("weights", "revision") if SHA256 in one and SHA256 in other else (SHA256,)
+    return [{key: value for key, value in network.items() if key not in left_out} for network in (one, other)]

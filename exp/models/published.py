@@ -3,6 +3,7 @@
 Weights are read as data (safetensors, or torch.load with weights_only); no code of a file or hub is run.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from exp.config.families import DATASET_TABLE
 from exp.config.published import PublishedConfig
 from exp.config.strict_yaml import closest, show
 from exp.data.registry import DATASETS
-from exp.models.sources import SOURCES, Source
+from exp.models.sources import SOURCES, Source, locate
 from exp.runtime.errors import InputError, decoding
 
 TINY = 1e-12  # below it a probability is taken as that: the logarithm of zero is no logit
@@ -25,12 +26,12 @@ PROBE = (64, 64)  # of an image that tells how many outputs a network has
 class Published(nn.Module):
     """(B, 3, H, W) normalised images -> (B, C, H, W) logits of a data set's classes, of any height and width.
 
-    places: of each class, the network's output. size: what every image is resized to before.
+    places: of each class, the network's output. size: what every image is resized to before. files: where it was read.
     """
 
-    def __init__(self, network: Source, places: Sequence[int], size: tuple[int, int] | None) -> None:
+    def __init__(self, network: Source, places: Sequence[int], size: tuple[int, int] | None, files: Path) -> None:
         super().__init__()
-        self.network, self.size, self.places = network, size, list(places)
+        self.network, self.size, self.places, self.files = network, size, list(places), files
 
     def forward(self, image: Tensor) -> Tensor:
         outputs = raw_outputs(self.network, image, self.size)
@@ -68,7 +69,8 @@ def build_published(
     """
     if channels != 3:
         raise InputError(f"--model_yaml {config.name}: got images of {channels} channel(s), expected RGB")
-    network = SOURCES[config.source](config, tell).eval()
+    files = locate(config, tell)
+    network = SOURCES[config.source](config, files, tell).eval()
     own = class_names(config)
     with torch.inference_mode(), decoding(Path(config.weights), "a network that takes RGB images"):
         num_outputs = raw_outputs(network, torch.zeros(1, 3, *(config.size or PROBE)), config.size).shape[1]
@@ -78,7 +80,7 @@ def build_published(
         )
     if network.classes is not None:
         _check_names(config, own, network.classes)
-    return Published(network, find_places(config, own, own if classes is None else classes), config.size)
+    return Published(network, find_places(config, own, own if classes is None else classes), config.size, files)
 
 
 def class_names(config: PublishedConfig) -> list[str]:
@@ -121,4 +123,5 @@ def network_weights(name: str) -> dict[str, Tensor]:
     config = load_published(name)
     if config.source == "onnx":
         raise InputError(f"{name}: got an ONNX file, expected a network whose encoder has tensors by name")
-    return SOURCES[config.source](config, True).state_dict()
+    tell = logging.getLogger("exp").isEnabledFor(logging.WARNING)  # on rank 0 alone
+    return SOURCES[config.source](config, locate(config, tell), tell).state_dict()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exp.config.model import ModelConfig
 from exp.models.decoders import Parts, build_parts, initialise
-from exp.models.weights import load_encoder_weights
+from exp.models.weights import HUB, load_encoder_weights
 from exp.runtime.errors import InputError
 
 # What smp's EfficientNets keep of their classifier and never call: DDP would wait for its gradients.
@@ -79,6 +79,25 @@ def encoder_name(name: str) -> str:
         near = ", ".join(difflib.get_close_matches(name, [*timm.list_models(), *own], n=5)) or "no similar name"
         raise InputError(f"model.encoder: unknown name '{name}'; nearest: {near} (of timm or smp)")
     return name
+
+
+def describe_origin(config: ModelConfig) -> str:
+    """A YAML -> a line that says where the first weights of its network come from."""
+    if config.init_from is not None:
+        return f"first weights: {config.init_from}"
+    if config.pretrained is not True:
+        return f"encoder's first weights: {config.pretrained or 'random'}"
+    return f"encoder's first weights: {_find_address(config.encoder)} (downloaded unless they are in the hub's cache)"
+
+
+def _find_address(encoder: str) -> str:
+    """Where the hub has the pretrained weights of an encoder; its name where it has none, which build_model refuses."""
+    name = encoder_name(encoder)
+    if name.startswith("tu-"):
+        repository = timm.get_pretrained_cfg(encoder).hf_hub_id
+    else:
+        repository = smp.encoders.encoders[name]["pretrained_settings"].get("imagenet", {}).get("repo_id")
+    return f"{HUB}/{repository}" if repository else encoder
 
 
 def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, pretrained: bool = True) -> Segmentor:

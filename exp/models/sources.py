@@ -5,7 +5,7 @@ A hub gives files alone, and of these no code is run.
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from exp.config.published import PublishedConfig
+from exp.config.published import IN_FOLDERS, WEIGHTS, PublishedConfig
 from exp.config.strict_yaml import closest, show
 from exp.files.tensors import load_tensor_file
 from exp.files.text import read_json
 from exp.models.mmseg import load_mmseg
+from exp.models.weights import HUB
 from exp.runtime.errors import InputError, decoding
 
-HUB = "https://huggingface.co"
-WEIGHTS = ("*.safetensors*", "pytorch_model.bin")  # at the hub, the first that is there
+PACKAGES = {"transformers": "transformers", "onnx": "onnxruntime"}  # optional ones, by source
 QUERIES = ("eomt", "mask2former", "maskformer")  # of transformers: masks and their classes, not classes of pixels
 SMP = ("DPT", "DeepLabV3", "DeepLabV3Plus", "FPN", "Linknet", "MAnet", "PAN", "PSPNet", "Segformer", "UPerNet", "Unet",
        "UnetPlusPlus")  # fmt: skip
@@ -61,12 +61,19 @@ def fetch(address: str, tell: bool) -> Path:
     return path
 
 
-def local_file(weights: str, tell: bool) -> Path:
-    """An address or a path -> the file."""
+def locate(config: PublishedConfig, tell: bool) -> Path:
+    """Where a network's files are, fetched if need be: one file, or the folder with config.json and the weights."""
+    if config.source in PACKAGES:  # before anything is downloaded
+        require_package(PACKAGES[config.source], config.source)
+    if config.source in IN_FOLDERS:
+        return local_folder(config.weights, config.revision, tell)
+    weights = config.weights
+    if config.source == "torchvision" and weights in (choices := torchvision_weights(config.architecture)):
+        weights = choices[weights].url
     return fetch(weights, tell) if weights.startswith("https://") else require_file(Path(weights))
 
 
-def local_folder(name: str, tell: bool) -> Path:
+def local_folder(name: str, revision: str | None, tell: bool) -> Path:
     """A folder, or a name at the hub -> the folder with config.json and the weights, of the hub's copy in its cache."""
     if Path(name).is_dir():
         return require_file(Path(name) / "config.json").parent
@@ -74,19 +81,21 @@ def local_folder(name: str, tell: bool) -> Path:
         raise InputError(f"model.weights: {name}: no such folder, expected one, or a name at {HUB}")
     import huggingface_hub
 
+    page = f"{HUB}/{name}/tree/{revision or 'main'}"
     if tell:
-        print(f"looking for {HUB}/{name}", file=sys.stderr, flush=True)
+        print(f"looking for {page}", file=sys.stderr, flush=True)
     reason = "without weights"
     try:
         for pattern in WEIGHTS:
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", pattern]))
+            patterns = ["config.json", pattern]
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
             if (folder / "config.json").is_file() and any(folder.glob(pattern)):
                 return folder
     except (OSError, ValueError) as error:
         reason = _short(error)
     raise InputError(
         f"model.weights: {name}: got no files ({reason}); fetch config.json and model.safetensors (or "
-        f"pytorch_model.bin) of {HUB}/{name}/tree/main into a folder, and name it with --set model.weights=FOLDER"
+        f"pytorch_model.bin) of {page} into a folder, and name it with --set model.weights=FOLDER"
     )
 
 
@@ -126,9 +135,9 @@ class SmpNetwork(Source):
         return self.net(padded)[..., :height, :width]
 
 
-def _smp(config: PublishedConfig, tell: bool) -> Source:
+def _smp(config: PublishedConfig, folder: Path, tell: bool) -> Source:
     """What save_pretrained of the library writes: config.json with the network's class and keywords, and weights."""
-    path = local_folder(config.weights, tell) / "config.json"
+    path = folder / "config.json"
     keywords = read_json(path, "the config of a network of segmentation_models_pytorch")
     name = keywords.pop("_model_class", None)
     if name not in SMP:
@@ -161,16 +170,18 @@ class TorchvisionNetwork(Source):
         return self.net(image)["out"]
 
 
-def _torchvision(config: PublishedConfig, tell: bool) -> Source:
+def torchvision_weights(architecture: str | None) -> Mapping[str, torchvision.models.Weights]:
+    """The library's weights of a segmentation network, by name; InputError for another network."""
     known = torchvision.models.list_models(module=torchvision.models.segmentation)
-    if config.architecture not in known:
-        raise InputError(f"key 'architecture': got {config.architecture}, expected a network of torchvision"
-                         f"{closest(config.architecture, known)}")  # fmt: skip
-    weights, classes = config.weights, None
-    choices = torchvision.models.get_model_weights(config.architecture).__members__
-    if weights in choices:
-        weights, classes = choices[weights].url, choices[weights].meta["categories"]
-    path = local_file(weights, tell)
+    if architecture not in known:
+        raise InputError(f"key 'architecture': got {architecture}, expected a network of torchvision"
+                         f"{closest(architecture, known)}")  # fmt: skip
+    return torchvision.models.get_model_weights(architecture).__members__
+
+
+def _torchvision(config: PublishedConfig, path: Path, tell: bool) -> Source:
+    choices = torchvision_weights(config.architecture)
+    classes = choices[config.weights].meta["categories"] if config.weights in choices else None
     expected = f"a state dict of torchvision's {config.architecture}"
     given = load_tensor_file(path, expected)
     if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
@@ -214,9 +225,8 @@ class QueryNetwork(TransformersNetwork):
         return torch.einsum("bqc,bqhw->bchw", classes, out.masks_queries_logits.sigmoid())
 
 
-def _transformers(config: PublishedConfig, tell: bool) -> Source:
-    library = require_package("transformers", "transformers")
-    folder = local_folder(config.weights, tell)
+def _transformers(config: PublishedConfig, folder: Path, tell: bool) -> Source:
+    library = require_package(PACKAGES["transformers"], "transformers")
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -252,8 +262,8 @@ class MmsegNetwork(Source):
         return self.net(image)
 
 
-def _mmseg(config: PublishedConfig, tell: bool) -> Source:
-    return MmsegNetwork(*load_mmseg(local_file(config.weights, tell), config.architecture))
+def _mmseg(config: PublishedConfig, path: Path, tell: bool) -> Source:
+    return MmsegNetwork(*load_mmseg(path, config.architecture))
 
 
 # ONNX
@@ -264,7 +274,7 @@ class OnnxNetwork(Source):
 
     def __init__(self, path: Path, config: PublishedConfig) -> None:
         super().__init__()
-        library = require_package("onnxruntime", "onnx")
+        library = require_package(PACKAGES["onnx"], "onnx")
         content = path.read_bytes()
         options = library.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -297,10 +307,10 @@ class OnnxNetwork(Source):
         return torch.cat([1 - outputs if self.probabilities else torch.zeros_like(outputs), outputs], dim=1)
 
 
-SOURCES: dict[str, Callable[[PublishedConfig, bool], Source]] = {
+SOURCES: dict[str, Callable[[PublishedConfig, Path, bool], Source]] = {  # of the YAML, its files, and whether to warn
     "smp": _smp,
     "torchvision": _torchvision,
     "transformers": _transformers,
     "mmseg": _mmseg,
-    "onnx": lambda config, tell: OnnxNetwork(local_file(config.weights, tell), config),
+    "onnx": lambda config, path, tell: OnnxNetwork(path, config),
 }

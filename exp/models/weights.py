@@ -11,6 +11,7 @@ from exp.config.experiment import load_published, names_network
 from exp.files.tensors import load_tensor_file, read_classes
 from exp.runtime.errors import InputError
 
+HUB = "https://huggingface.co"
 COUNTER = "num_batches_tracked"
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which files have a state dict among other things
 HEADS = ("head.", "aux_head.")

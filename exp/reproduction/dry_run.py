@@ -10,6 +10,7 @@ Where `variant` is missing, the network was measured before there was a choice, 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def describe_data(jobs: Sequence[Job], data_dir: Path) -> list[str]:
 
 
 def describe_set(config: DataConfig, data_dir: Path) -> str:
-    """complete, partial or empty, and why; files are listed, none is opened."""
+    """complete, partial or empty, and why, of all images; files are listed, none is opened."""
+    config = replace(config, train_samples=None, val_samples=None)
     try:
         parts = [build_dataset(config, str(data_dir), split) for split in ("train", "val")]
     except InputError as error:
@@ -52,7 +54,7 @@ def describe_set(config: DataConfig, data_dir: Path) -> str:
     if config.dataset == "hippocampus":  # whose slices nobody has counted, but the cases
         known, what = VOLUMES[config.dataset].total_cases, "cases"
         number = len({sample.case for part in parts for sample in part.samples})
-    if known is None or config.train_samples or config.val_samples:
+    if known is None:
         return f"of unknown total: {found}"
     return f"{'complete' if number == known else 'partial'}: {found}; {number} of {known} {what}"
 
@@ -66,7 +68,8 @@ def describe_network(job: Job) -> str:
     size = "size not stated" if model.megabytes is None else f"{model.megabytes:g} MB"
     licence = f"licence {model.licence or 'not stated'}"
     like = "no network of the paper" if model.like is None else model.like
-    return f"{model.weights} ({model.source}): {size}, {licence}; its owner: {stated}; of the architecture: {like}"
+    weights = model.weights if model.revision is None else f"{model.weights} at {model.revision}"
+    return f"{weights} ({model.source}): {size}, {licence}; its owner: {stated}; of the architecture: {like}"
 
 
 def has_data(job: Job, data_dir: Path) -> bool:

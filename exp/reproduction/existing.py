@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exp.config.experiment import TRAINING_GROUPS, training_digest
+from exp.config.published import SHA256, PublishedConfig, comparable_networks, weights_sha256
 from exp.files.text import read_json
 from exp.reproduction.job import Job
 from exp.runtime.errors import InputError, passing_over
@@ -45,6 +46,7 @@ class Existing:
         self.true: list[tuple[Path, dict]] = []
         self.maps: list[tuple[Path, dict]] = []  # of another program
         self.published: list[tuple[Path, dict]] = []
+        self._contents: dict[Path, str] = {}  # by the files of networks that others trained
         for path in sorted(output.glob("**/results/*.json")):
             content = _read_result(path)
             if content is not None and content.get("probabilities") == "true":
@@ -88,10 +90,20 @@ class Existing:
     def _results_of(self, job: Job) -> list[tuple[Path, dict]]:
         """The results of the finished training of a job, or of the network that others trained."""
         if job.is_published:
-            network = json.loads(json.dumps(job.config.model.identity))  # tuples are lists there
-            return [pair for pair in self.published if pair[1]["training"][PUBLISHED] == network]
+            network = self._describe_network(job.config.model)
+            pairs = ((pair, comparable_networks(pair[1]["training"][PUBLISHED], network)) for pair in self.published)
+            return [pair for pair, (found, wanted) in pairs if found == wanted]
         pairs = self.results.get(job.digest, [])
         return [pair for pair in pairs if self._is_finished(job.digest, pair[1]["training"]["iteration"])]
+
+    def _describe_network(self, model: PublishedConfig) -> dict[str, Any]:
+        """What results of a network that others trained say of it; of files that are not here not their content."""
+        path = Path(model.weights)
+        is_here = path.is_file() or (path / "config.json").is_file()
+        if is_here and path not in self._contents:
+            self._contents[path] = weights_sha256(path)
+        plain = json.loads(json.dumps(model.identity))  # tuples are lists there
+        return plain if path not in self._contents else {**plain, SHA256: self._contents[path]}
 
     def _find_true(self, data: Mapping[str, Any], predict: Mapping[str, Any]) -> Path | None:
         """The JSON of a rule on the true probabilities of a data config's validation images."""
@@ -183,7 +195,10 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """
     rows = []
     if "training" in one and "training" in other:
-        rows += _rows(one["training"], other["training"])
+        pair = [one["training"], other["training"]]
+        if all(PUBLISHED in training for training in pair):
+            pair = [{PUBLISHED: plain} for plain in comparable_networks(*(training[PUBLISHED] for training in pair))]
+        rows += _rows(*pair)
     if "maps" in one and "maps" in other:
         rows += _rows({"maps": one["maps"]}, {"maps": other["maps"]})
     configs = [content.get("config", {}) for content in (one, other)]

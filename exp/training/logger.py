@@ -93,14 +93,15 @@ class Logger:
 class RunLogger(Logger):
     """Rank 0's logger: <run>/log.jsonl is appended to, <run>/tensorboard holds the events.
 
-    A progress bar where stderr is a terminal; elsewhere, such as in a file, a line every logging step.
+    A progress bar where stderr is a terminal; elsewhere, such as in a file, a line after the first step and every
+    logging step.
     """
 
     def __init__(self, run_dir: Path, start: int, total: int, check_owner: Callable[[], None]) -> None:
         self._check_owner = check_owner
         self._unwritten: set[str] = set()
         self._bar = tqdm(total=total, initial=start, unit="it", dynamic_ncols=True, mininterval=1.0, disable=None)
-        self._total = total
+        self._start, self._total = start, total
         self._run_dir, self._purge_step = run_dir, start + 1 if start else None
         self._log = run_dir / "log.jsonl"
 
@@ -113,6 +114,8 @@ class RunLogger(Logger):
 
     def step(self, iteration: int) -> None:
         self._bar.update(iteration - self._bar.n)
+        if self._bar.disable and iteration == self._start + 1:
+            say(f"iteration {iteration} of {self._total} done")
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write named numbers: to TensorBoard under their names, to log.jsonl as one line."""
@@ -150,6 +153,8 @@ class RunLogger(Logger):
 
     def message(self, text: str) -> None:
         self._bar.write(text)
+        with suppress(OSError):
+            sys.stdout.flush()  # in a file it would show much later
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from exp.config.experiment import load_published
+from exp.config.published import weights_sha256
 from exp.data.sets.ade20k import ADE20K
 from exp.models.published import Published, build_published
 from exp.runtime.errors import InputError
@@ -366,6 +367,7 @@ def test_a_package_that_is_not_installed_is_named(source: str, package: str, tmp
         ({"stride": [5, 5]}, "key 'stride': got (5, 5), expected null where the window is the whole image"),
         ({"source": "torchvision"}, "key 'architecture': got None, expected a name with torchvision and mmseg"),
         ({"outputs": "probabilities"}, "key 'outputs': got 'probabilities', expected no such key but with onnx"),
+        ({"source": "onnx", "revision": "v1"}, "key 'revision': got 'v1', expected no such key but with smp and trans"),
         ({"source": "keras"}, "key 'source': got 'keras' (str), expected one of smp, torchvision"),
         ({"classes": "ade20k"}, "key 'classes': got 'ade20k' (str), expected a list of text"),
     ],
@@ -393,6 +395,37 @@ def test_a_hub_that_is_not_reached_is_told_in_one_line(tmp_path: Path, monkeypat
         build_published(load_published("published/torchvision_voc"), None)
     assert f"fetch it to {tmp_path}/hub/checkpoints/deeplabv3_resnet101_coco-586e9e4e.pth" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@torch.inference_mode()
+def test_a_revision_is_what_the_hub_is_asked_for(smp_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """And part of what is recorded; without one the record is that of before there was the key."""
+    asked = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(smp_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    keys = {"source": "smp", "weights": "somebody/net"}
+    pinned = published(tmp_path, **keys, revision="0123abc")
+    assert "looking for https://huggingface.co/somebody/net/tree/0123abc" in capsys.readouterr().err
+    assert torch.equal(published(tmp_path, **keys)(image()), pinned(image()))
+    assert asked == [("somebody/net", "0123abc"), ("somebody/net", None)]
+    newest, old = (
+        load_published(write_yaml(tmp_path / "x.yaml", **keys, **more)).identity for more in ({}, {"revision": "v1"})
+    )
+    assert old == {**newest, "revision": "v1"}
+
+
+def test_the_content_of_a_network_is_that_of_the_files_that_are_read(smp_folder: Path, tmp_path: Path):
+    before = weights_sha256(smp_folder)
+    assert weights_sha256(smp_folder.rename(tmp_path / "moved")) == before
+    (tmp_path / "moved" / "README.md").write_text("changed")
+    assert weights_sha256(tmp_path / "moved") == before
+    with open(tmp_path / "moved" / "config.json", "a") as file:
+        file.write(" ")
+    assert weights_sha256(tmp_path / "moved") != before
 
 
 def test_grey_images_are_refused(tmp_path: Path):

@@ -31,12 +31,37 @@ def checkpoint_names(run: Path) -> list[str]:
     return sorted(files)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "repository"),
+    [("mobilenetv3_small_100", "timm/mobilenetv3_small_100.lamb_in1k"), ("mit_b0", "smp-hub/mit_b0.imagenet")],
+)
+def test_a_hub_is_named_before_it_is_asked(program, tmp_path: Path, monkeypatch, encoder: str, repository: str):
+    def unreachable(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("exp.models.segmentor.build_parts", unreachable)
+    flags = [*TINY, f"model.encoder={encoder}", "model.pretrained=true", "--output_dir", tmp_path]
+    status, printed, err = program(*flags)
+    assert status == 2
+    assert f"first weights: https://huggingface.co/{repository} (downloaded" in printed.splitlines()[1]
+    assert err.startswith(f"error: model.pretrained: got no weights of encoder {encoder} from the hub (no network)")
+    assert err.count("\n") == 1
+    assert "model.pretrained to a local file" in err
+
+
 def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     flags = [*TINY, "schedule.val_iters=2"]
     out, run = tmp_path / "out", tmp_path / "out" / TINY_RUN
     status, printed, err = program(*flags, "--output_dir", out, "--predict_yaml", "argmax")
     assert status == 0, err
     assert "mIoUI" in printed
+    begins = [
+        "shapes: 8 training and 3 validation images",
+        "encoder's first weights: random",
+        f"{run}: 1.0 M parameters",
+    ]
+    assert [line.partition(",")[0] for line in printed.splitlines()[:3]] == begins
+    assert err.splitlines()[0] == "iteration 1 of 3 done"
     assert printed.splitlines()[-1] == f"page: python {ROOT / 'scripts' / 'report.py'} {run}"
     assert "iteration 3 of 3: loss" in err  # no terminal, no bar
     assert "\r" not in err

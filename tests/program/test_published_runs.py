@@ -15,13 +15,16 @@ from PIL import Image
 from torch import nn
 
 from exp.config.experiment import check_files, load_published, training_digest
+from exp.config.published import weights_sha256
 from exp.data.sets.pascal_voc import PascalVOC
 from exp.data.sets.shapes import Shapes
 from exp.models import build_model, sources
 from exp.models.weights import load_encoder_weights
 from exp.reproduction import plans
+from exp.reproduction.existing import Existing, differences
 from exp.reproduction.job import _load_config
 from exp.reproduction.measured import Measured
+from exp.reproduction.plans import table_jobs, with_settings
 from exp.reproduction.report.published_networks import evaluated_networks
 from exp.runtime.errors import InputError
 from tests.config.test_config import compose
@@ -203,7 +206,7 @@ def test_a_training_starts_from_the_encoder(tmp_path: Path, monkeypatch):
             self.net = net
 
     path = write_network(tmp_path, net, classes=["a", "b"])
-    monkeypatch.setitem(sources.SOURCES, "torchvision", lambda config, tell: Source())
+    monkeypatch.setitem(sources.SOURCES, "torchvision", lambda config, path, tell: Source())
     settings = ["model.encoder=resnet18", "model.aux_channels=8", "model.decoder_channels=[8,8,8,8,8]"]
     configs = [compose(*settings, f"model.pretrained={value}") for value in (path, "true")]
     check_files(configs[0], from_scratch=True)
@@ -290,6 +293,37 @@ def test_a_network_is_judged_by_argmax_alone(program, script, plan, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "weights_checksum": "other"}))
     (network,) = evaluated_networks(Measured(tmp_path / "out"))
     assert [result.rule for result in network.results] == ["argmax"]
+
+
+def test_results_belong_to_the_content_of_the_files(program, plan, tmp_path: Path):
+    """Wherever they lie; those of an earlier version, which do not tell the content, to the path."""
+    (_, *flags), path, weights = plan(), tmp_path / "network.yaml", tmp_path / "net.pth"
+    flags += ["--test-only", "--model_yaml", path, "--data_yaml", "pascal_voc", "--set", "schedule.num_workers=0"]
+    status, _, err = program(*flags, "--predict_yaml", "argmax")
+    assert status == 0, err
+
+    def is_done(at: Path = weights) -> bool:
+        (job,) = with_settings(table_jobs("published"), [f"model.weights={at}"], None)
+        return Existing(tmp_path / "out").find(job, "argmax") is not None
+
+    assert is_done()
+    moved = weights.rename(tmp_path / "moved.pth")
+    assert is_done(moved)
+    torch.save({"another": torch.zeros(1)}, weights)
+    assert not is_done(weights), "another file in its place"
+
+    results = tmp_path / "out" / "network.pascal_voc.published" / "results" / "argmax.json"
+    content = json.loads(results.read_text())
+    before = json.loads(results.read_text())
+    assert before["training"]["published"].pop("sha256") == weights_sha256(moved)
+    elsewhere = {**content["training"]["published"], "weights": "moved.pth"}
+    assert differences(before, content) == []
+    assert differences(content, {**content, "training": {"published": elsewhere}}) == []
+    (difference,) = differences(content, {**content, "training": {"published": {**elsewhere, "sha256": "0"}}})
+    assert difference.startswith("published.sha256 ")
+    results.write_text(json.dumps(before))
+    assert is_done(weights)
+    assert not is_done(moved)
 
 
 @pytest.mark.slow

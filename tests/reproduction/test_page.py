@@ -14,11 +14,12 @@ from PIL import Image
 
 from exp.evaluation.metrics import EvalResult
 from exp.evaluation.results import load_result, save_results
-from exp.reproduction.measured import Training
+from exp.reproduction.measured import Measured, Training
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.build import write_report
 from exp.reproduction.report.page import html
-from exp.reproduction.report.pictures.illustrations import read_log
+from exp.reproduction.report.pictures.illustrations import illustrate, read_log
+from exp.reproduction.report.pictures.plots import SERIES
 from exp.reproduction.report.training_sections import training_section
 from tests.reproduction.test_report import without_details, write_results
 from tests.reproduction.test_reproduce import SMALL
@@ -94,6 +95,28 @@ def test_the_page_has_everything_and_needs_nothing(output: Path):
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert "00_a&amp;b&#x27;&quot;" in text
     assert "cpt_swinlarge" in text
+
+
+@pytest.mark.parametrize("fold", [None, 0])
+def test_the_plots_have_every_rule_in_the_order_of_the_table(tmp_path: Path, fold: int | None):
+    """Of images and, in a fold, of cases; with as many rules as there are colours, each in its own."""
+    rules = ("rankseg_dep", "rankseg_levelset", "rankseg_rma", "rankseg_rma_iou", "rankseg_rma_prob", "rankseg_dep_iou")
+    job = replace(SMALL, rules=("argmax", *rules, "rankseg_rma_paper"))
+    job = job if fold is None else replace(job, data="hippocampus", fold=fold, test="test_dice")
+    write_results(job, tmp_path)
+    training = next(iter(Measured(tmp_path).trainings()[1]))
+    assert len(training.rules) == 8
+    distribution, scatter = (picture for picture in illustrate(training) if picture.place == "comparisons")
+    means = [f"{rule}, mean {training.unit_gains(rule, training.metric).mean():+.2f}" for rule in training.rules[1:]]
+    texts = re.findall(r"<!-- (.*?) -->", distribution.data.decode())
+    assert [text for text in texts if "mean" in text] == means
+    texts = re.findall(r"<!-- (.*?) -->", scatter.data.decode())
+    assert [text for text in texts if text.startswith("rankseg")] == list(training.rules[1:])
+    for colour, _, _ in SERIES:
+        assert colour.lower() in distribution.data.decode()
+        assert colour.lower() in scatter.data.decode()
+    dots = re.search(r'<g id="PathCollection_1">(.*?)\n {3}</g>', scatter.data.decode(), re.DOTALL)[1].count("<use")
+    assert dots == len(training.unit_scores("argmax", training.metric)[0]) == (12 if fold is None else 4)
 
 
 def test_the_page_is_the_same_again(output: Path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from exp.config.experiment import training_digest
+from exp.config.families import LOSS_TABLE, RULE_TABLE
 from exp.data.prepare.facts import VOLUMES
 from exp.data.registry import DATASETS
 from exp.reproduction import dry_run, plans
@@ -52,7 +53,7 @@ SMALL = Job(
         ("table6", 3, 5),
         ("table7", 30, 3),
         ("all", 91, None),
-        ("laptop", 27, None),
+        ("laptop", 12, None),
     ],
 )
 def test_each_table_has_its_trainings(table: str, number: int, rules: int | None):
@@ -64,6 +65,19 @@ def test_each_table_has_its_trainings(table: str, number: int, rules: int | None
     assert all(job.rules[0] == "argmax" for job in trainings)
     if rules:
         assert {len(job.rules) for job in jobs} == {rules}
+
+
+def test_the_laptop_plan_has_every_kind():
+    """All losses and rules, volumes in folds, several seeds, two classes and many, and every further evaluation."""
+    jobs = table_jobs("laptop")
+    assert {job.config.loss.loss for job in jobs} == set(LOSS_TABLE)
+    assert {rule.rule for job in jobs for rule in job.config.predict} == set(RULE_TABLE)
+    assert {rule.scope for job in jobs for rule in job.config.predict} == {None, "case", "dataset"}
+    assert {job.fold for job in jobs if job.data == "hippocampus"} == {0, 1}
+    assert {job.seed for job in jobs if job.data == "camvid"} == {0, 1}
+    assert {job.data for job in jobs} == {"camvid", "hippocampus", "shapes", "shapes_noisy_binary"}
+    again = {job.reevaluation.folder for job in jobs if job.reevaluation}
+    assert again == {"temperature", "thresholds", "fixed", "true"}
 
 
 def test_trainings_are_shared_between_tables():
@@ -162,7 +176,7 @@ def test_what_is_missing_is_run_and_a_failure_stops_nothing(script, tmp_path: Pa
     status, printed, _ = script("reproduce", *flags, "--dry_run")
     assert status == 0
     assert printed.count("to be trained (argmax)") == 3
-    assert "data shapes: complete: 8 train and 3 val images, made on the fly" in printed
+    assert "data shapes: complete: 2000 train and 200 val images, made on the fly" in printed
     assert not output.exists()
 
     status, printed, err = script("reproduce", *flags)

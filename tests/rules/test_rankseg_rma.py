@@ -34,6 +34,21 @@ def strategy(request, monkeypatch):
     monkeypatch.setattr(module, "SMALL", request.param)
 
 
+@pytest.mark.parametrize("rule", [rankseg_rma, rankseg_levelset])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_map_without_its_batch_is_told(rule, dtype: torch.dtype):
+    """On the CPU: to look would keep a GPU waiting."""
+    prob = smooth_map(1, 5, 48, 64).to(dtype)
+    with pytest.raises(ValueError, match=r"shape \(5, 48, 64\) sums to 1 over its first axis.*in_batch=False"):
+        rule(prob[0])
+    assert torch.equal(rule(prob[0], in_batch=False), rule(prob)[0])
+    pixels = prob.flatten(2).expand(5, -1, -1)
+    assert torch.equal(rule(pixels)[0], rule(prob).flatten()), "(B, C, pixels) with B = C"
+    rule((pixels / 2).contiguous())
+    rule(torch.rand(5, 48, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    rule(prob[0], allow_overlap=True)
+
+
 @pytest.mark.parametrize("spatial", [(7,), (5, 6), (3, 4, 5), (2, 3, 2, 2)])
 @pytest.mark.usefixtures("strategy")
 def test_shapes_and_dtypes(spatial):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from exp.evaluation.metrics import image_scores
 from exp.evaluation.results import load_confusion
 from exp.files.images import open_image
 from exp.reproduction.existing import differences
@@ -23,7 +22,7 @@ KINDS = {"gain": "largest gain", "loss": "largest loss", "random": "at random"}
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its caption. kind: of the file. place: where the page has it: plots, matrices or gallery.
+    """An image with its caption. kind: of the file. place: of the page: comparisons, plots, matrices or gallery.
 
     key: unlike any other's of the training, for links.
     """
@@ -46,13 +45,19 @@ def illustrate(training: Training) -> Iterator[Picture]:
 
 
 def _comparisons(training: Training) -> Iterator[Picture]:
-    """The first further rule beside argmax: scores and gains of the images."""
-    rule, metric = training.rules[1], training.metric
-    base, other = (image_scores(result.counts)[metric] for result in training.results[:2])
-    both = ~(np.isnan(base) | np.isnan(other))
-    svg = plots.scatter_scores(base[both], other[both], rule, metric)
-    yield Picture(svg, f"{metric} of each image under both rules")
-    yield Picture(plots.histogram_gains((other - base)[both], rule, metric), f"Gains of {rule}")
+    """The further rules beside argmax, in the tables' order: gains and scores of the images (cases)."""
+    rules, metric, unit = training.rules[1:], training.metric, training.unit
+    gains = {rule: training.unit_gains(rule, metric) for rule in rules}
+    gains = {rule: own for rule, values in gains.items() if len(own := values[~np.isnan(values)])}
+    if not gains:
+        return
+    svg = plots.distribute_gains(gains, metric, unit)
+    yield Picture(svg, f"Gains of the {unit}s over argmax: the further right a line, the better", place="comparisons")
+    base, *others = (training.unit_scores(rule, metric)[1] for rule in training.rules)
+    svg = plots.scatter_scores(base, dict(zip(rules, others)), metric, unit)
+    yield Picture(
+        svg, f"{metric} of each {unit} under argmax and the rules; dots above the line gain", place="comparisons"
+    )
 
 
 def _calibration(training: Training) -> Iterator[Picture]:

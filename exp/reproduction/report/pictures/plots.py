@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,16 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 MANY = 2000  # dots; as a picture within the SVG, which one path per dot would bloat
 NAMED = 30  # classes, up to which a confusion matrix has names and numbers
-SERIES = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
+SERIES = (
+    (BLUE, "o", "-"),
+    (ORANGE, "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#000000", "D", ":"),
+    ("#CC79A7", "v", (0, (5, 1))),
+    ("#E69F00", "P", (0, (3, 1, 1, 1))),
+    ("#56B4E9", "X", (0, (1, 1))),
+)
+COLUMNS = 3  # of panels
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report",
          "svg.fonttype": "path"}  # fmt: skip
 
@@ -28,28 +38,49 @@ def _svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def scatter_scores(base: np.ndarray, other: np.ndarray, rule: str, metric: str) -> bytes:
-    """(N,) scores of the images under argmax and under another rule, in percent -> one dot per image."""
+def scatter_scores(base: np.ndarray, others: Mapping[str, np.ndarray], metric: str, unit: str) -> bytes:
+    """(N,) scores under argmax and, by rule, those under it, in percent -> a panel per rule with a dot per unit."""
+    columns = min(COLUMNS, len(others))
+    rows = -(-len(others) // columns)
+    scores = np.stack([base, *others.values()])
+    low, high = np.nanmin(scores), np.nanmax(scores)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _draw()
-        low, high = min(base.min(), other.min()), max(base.max(), other.max())
-        axes.plot([low, high], [low, high], color=GREY, linewidth=1)
-        axes.scatter(base, other, s=12, color=BLUE, linewidths=0, alpha=0.7, rasterized=len(base) > MANY)
-        axes.set_xlabel(f"{metric} per image, argmax")
-        axes.set_ylabel(f"{metric}, {rule}")
+        figure = Figure(figsize=(2.4 * columns + 0.4, 2.3 * rows + 0.3), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (rule, values), (colour, *_) in zip(panels.flat, others.items(), cycle(SERIES)):
+            axes.plot([low, high], [low, high], color=GREY, linewidth=1)
+            axes.scatter(base, values, s=9, color=colour, linewidths=0, alpha=0.6, rasterized=len(base) > MANY)
+            axes.set_title(rule, fontsize=9, parse_math=False)
+        for axes in panels.flat[len(others) :]:
+            axes.set_axis_off()
+        figure.supxlabel(f"{metric} of each {unit}, argmax", fontsize=9)
+        figure.supylabel(f"{metric} under the rule", fontsize=9)
         return _svg(figure)
 
 
-def histogram_gains(gains: np.ndarray, rule: str, metric: str) -> bytes:
-    """(N,) differences rule - argmax in percent points -> their histogram."""
+def distribute_gains(gains: Mapping[str, np.ndarray], metric: str, unit: str) -> bytes:
+    """By rule (N,) differences from argmax in percent points -> the share of units that gain as much or less.
+
+    The axis of the gains is linear up to one point, and logarithmic beyond.
+    """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _draw()
-        axes.hist(gains, bins=30, color=BLUE, edgecolor="white", linewidth=0.5)
+        figure, axes = _draw(5.6, 3.3 + 0.1 * len(gains))
+        for (rule, values), (colour, _, dash) in zip(gains.items(), cycle(SERIES)):
+            share = 100 * np.arange(1, len(values) + 1) / len(values)
+            line = {"color": colour, "linestyle": dash, "linewidth": 1.3, "drawstyle": "steps-post"}
+            axes.plot(np.sort(values), share, **line, label=f"{rule}, mean {values.mean():+.2f}")
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.axvline(gains.mean(), color=ORANGE, linestyle="--", label=f"mean {gains.mean():+.2f}")
-        axes.set_xlabel(f"{metric}, {rule} - argmax")
-        axes.set_ylabel("images")
-        axes.legend(frameon=False)
+        axes.set_xscale("symlog", linthresh=1)
+        most = max(1, *(np.abs(values).max() for values in gains.values()))
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= most]
+        axes.set_xticks([*(-tick for tick in ticks), 0, *ticks])
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{metric} - that of argmax, points")
+        axes.set_ylabel(f"% of the {unit}s gain as much or less")
+        legend = figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         return _svg(figure)
 
 
@@ -58,7 +89,7 @@ def gains(rows: Mapping[str, Mapping[str, tuple[float, float]]], metric: str) ->
     with matplotlib.rc_context(STYLE):
         figure, axes = _draw(7.2, 0.7 + 0.36 * len(rows))
         rules = dict.fromkeys(rule for row in rows.values() for rule in row)
-        for place, (rule, colour, (_, marker, _)) in enumerate(zip(rules, (ORANGE, BLUE), SERIES[::-1])):
+        for place, (rule, colour, (_, marker, _)) in enumerate(zip(rules, (ORANGE, BLUE), SERIES[1::-1])):
             values = [row[rule] for row in rows.values()]
             at = np.arange(len(rows)) + 0.24 * (place - (len(rules) - 1) / 2)
             mean, half = np.array(values).T
