@@ -1,6 +1,7 @@
 """scripts/check_gpu.py without a device: what it says, that a part cannot harm the others, and the parts on a CPU."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -295,6 +296,11 @@ def test_gradients_that_are_no_average_are_wrong(tmp_path: Path, environment, mo
     gpu_training.check_nccl(check("nccl", tmp_path))
     wrong = [row["wrong"] for row in read_rows(tmp_path) if "wrong" in row]
     assert any(text.startswith("1 process(es): gradients of the first step differ by 1.0e+00 ") for text in wrong)
+
+
+def test_a_value_that_is_no_number_is_no_small_difference():
+    one = {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan]), "c": torch.ones(2)}
+    assert math.isnan(gpu_training.largest_change(one, {name: torch.ones(2) for name in one}))
 
 
 @pytest.mark.slow
