@@ -1564,14 +1564,13 @@ class _FusedLevels(_Fused):
 
     def room(self) -> int:
         self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // FUSED_SPREAD))
-        return self.rows * (self.copies + 1) * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
+        return self.rows * self.copies * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
 
     def survey(self) -> None:
         self.look()
         self.high, self.weight, self.presence, self.counted = self.mu, self.t, self.n, self.lead
-        tables = self.rest[: self.rows * self.copies * FUSED_LEVELS]
-        self.tables, self.gains = tables.view(torch.int64), self.rest[len(tables) :]
-        self.seen = self.gains[self.rows * FUSED_LEVELS :].view(torch.int64)
+        self.tables, self.gains = self.rest.view(torch.int64), self.rest  # these take the place of a row's first table
+        self.seen = self.tables[self.rows * self.copies * FUSED_LEVELS :]
         self.levels = {"ROOM": FUSED_LEVELS, "FLOOR": LEVEL_FLOOR, "SHIFT": LEVEL_SHIFT, "LEAST": LEVEL_FIRST}
         self.exact = {"enable_fp_fusion": False}  # products are rounded, as on a CPU
         self.enqueue(
