@@ -1584,14 +1584,13 @@ class _FusedLevels(_Fused):
 
     def room(self) -> int:
         self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // FUSED_SPREAD))
-        return self.rows * (self.copies + 1) * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
+        return self.rows * self.copies * FUSED_LEVELS + self.batch * -(-self.size // FUSED_SPAN)
 
     def survey(self) -> None:
         self.look()
         self.high, self.weight, self.presence, self.counted = self.mu, self.t, self.n, self.lead
-        tables = self.rest[: self.rows * self.copies * FUSED_LEVELS]
-        self.tables, self.gains = tables.view(torch.int64), self.rest[len(tables) :]
-        self.seen = self.gains[self.rows * FUSED_LEVELS :].view(torch.int64)
+        self.tables, self.gains = self.rest.view(torch.int64), self.rest  # these take the place of a row's first table
+        self.seen = self.tables[self.rows * self.copies * FUSED_LEVELS :]
         self.levels = {"ROOM": FUSED_LEVELS, "FLOOR": LEVEL_FLOOR, "SHIFT": LEVEL_SHIFT, "LEAST": LEVEL_FIRST}
         self.exact = {"enable_fp_fusion": False}  # products are rounded, as on a CPU
         self.enqueue(
@@ -1613,8 +1612,8 @@ class _FusedLevels(_Fused):
         self.enqueue(
             _grow, (self.rows,),
             self.tables, self.gains, self.high, self.weight, self.presence, self.cut, self.counted, self.copies,
-            self.rows, self.classes, DICE=self.rule.metric == "dice", MASKS=masks, TOGETHER=LEVEL_TOGETHER,
-            LEVELS=LEVELS, WORK=self.kinds["WORK"], num_warps=4, **self.levels,
+            self.rows, self.classes, UNROLL=FUSED_UNROLL, DICE=self.rule.metric == "dice", MASKS=masks,
+            TOGETHER=LEVEL_TOGETHER, LEVELS=LEVELS, WORK=self.kinds["WORK"], num_warps=4, **self.levels,
         )  # fmt: skip
         if masks:
             self.kinds["VALID"] &= not binary  # labels are given to all pixels
@@ -2324,7 +2323,7 @@ def _count(  # type: ignore[no-untyped-def]
     if not MASKS:
         scale = _scale(at, all_weight, names, b, stop, classes, sc, inside, UNROLL, GROUP, PIXELS, EVERY)
     first = tl.program_id(0) % copies * rows + b * classes
-    for start in range(0, stop, GROUP):
+    for start in tl.range(0, stop, GROUP, loop_unroll_factor=UNROLL):
         c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
         level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
         here = kept[:, None] & inside[None, :] & (level > 0)
@@ -2379,16 +2378,16 @@ def _best_from(level, sizes, N, du, DICE: tl.constexpr, LEVELS: tl.constexpr):  
 
 @_kernel
 def _grow(  # type: ignore[no-untyped-def]
-    tables, gains, all_high, all_weight, all_presence, all_cut, counted, copies, rows, classes, DICE: tl.constexpr,
-    MASKS: tl.constexpr, TOGETHER: tl.constexpr, LEVELS: tl.constexpr, ROOM: tl.constexpr, FLOOR: tl.constexpr,
-    SHIFT: tl.constexpr, LEAST: tl.constexpr, WORK: tl.constexpr,
+    tables, gains, all_high, all_weight, all_presence, all_cut, counted, copies, rows, classes, UNROLL: tl.constexpr,
+    DICE: tl.constexpr, MASKS: tl.constexpr, TOGETHER: tl.constexpr, LEVELS: tl.constexpr, ROOM: tl.constexpr,
+    FLOOR: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, WORK: tl.constexpr,
 ):  # fmt: skip
     """The tables of a row -> as `_level_gains`, and its presence; or the threshold of its mask."""
     row = tl.program_id(0)
     if tl.load(all_weight + row) > 0.0:
         level = tl.arange(0, ROOM)
         count = tl.zeros([ROOM], tl.int64)
-        for copy in range(0, copies):
+        for copy in tl.range(0, copies, loop_unroll_factor=UNROLL):
             count += tl.load(tables + (copy * rows + row).to(tl.int64) * ROOM + level)
         rest = tl.load(counted + row // classes) - tl.sum(count, 0)
         pixels = tl.where(level == 0, rest, count).to(tl.float64)
@@ -2474,7 +2473,7 @@ def _decide(  # type: ignore[no-untyped-def]
     scale = _scale(at, all_weight, names, b, stop, classes, sc, inside, UNROLL, GROUP, PIXELS, EVERY)
     best = tl.full([PIXELS], float("-inf"), tl.float64)
     pick = tl.full([PIXELS], 0, tl.int32) + tl.load(names + b * classes, mask=total > 0, other=0).to(tl.int32)
-    for start in range(0, stop, GROUP):
+    for start in tl.range(0, stop, GROUP, loop_unroll_factor=UNROLL):
         c, kept, q = _weighted(at, all_weight, names, b, start, stop, classes, sc, inside, GROUP, EVERY)
         level = _level(q, scale, FLOOR, SHIFT, LEAST, LEVELS)
         table = gains + (b * classes + c).to(tl.int64)[:, None] * ROOM

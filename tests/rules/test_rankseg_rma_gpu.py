@@ -53,7 +53,7 @@ def test_the_kernels_of_level_sets_give_the_labels_of_the_cpu_for_every_layout_i
 
 
 def test_the_kernels_of_level_sets_on_a_real_map(tmp_path, real_data):
-    """Of CamVid, ESPNet's logits; every third pixel, for the interpreter is slow."""
+    """Logits of a network on PASCAL VOC; every third pixel, for the interpreter is slow."""
     _, read = next(real_maps(real_data, 1))
     np.save(tmp_path / "map.npy", read()[..., ::3, ::3].numpy())
     assert run_script("interpret_fused.py", "--maps", str(tmp_path / "map.npy")).split()[0] == "1"
@@ -164,10 +164,10 @@ class TestRepeatedLaunches:
         self.compiled = compiled
         return compiled
 
-    def solve(self, prob: torch.Tensor, **options) -> tuple[int, int]:
+    def solve(self, prob: torch.Tensor, rule=rankseg_rma, **options) -> tuple[int, int]:
         """Launches by way of Triton and without it."""
         before = sum(kernel.count for kernel in self.kernels), len(self.compiled.launches)
-        rankseg_rma(prob, **options)
+        rule(prob, **options)
         return sum(kernel.count for kernel in self.kernels) - before[0], len(self.compiled.launches) - before[1]
 
     def test_another_map_of_a_kind(self, compiled):
@@ -240,6 +240,13 @@ class TestRepeatedLaunches:
         self.solve(torch.zeros(1, 3, 8, 8))
         module._runtime().launch_exit_hook.calls.append(print)
         assert self.solve(torch.zeros(1, 3, 8, 8)) == (LAUNCHES, 0)
+
+    def test_launches_of_level_sets(self, compiled):
+        prob, valid = torch.zeros(2, 3, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool)
+        cases = (({}, 7), ({"valid": valid}, 8), ({"allow_overlap": True}, 5), ({"opt_metric": "dice"}, 7))
+        for options, launches in cases:
+            assert sum(self.solve(prob, rankseg_levelset, **options)) == launches
+            assert self.solve(torch.zeros(2, 3, 8, 8), rankseg_levelset, **options) == (0, launches)
 
     def test_the_number_of_kinds_is_bounded(self, compiled, monkeypatch):
         monkeypatch.setattr(module, "FUSED_PLANS", 3)
