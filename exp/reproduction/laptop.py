@@ -55,7 +55,7 @@ SHAPES = Job(
     "shapes",
     "quickstart",
     "adamw_lr6e-4",
-    ("argmax", "rankseg_rma", "rankseg_levelset", "rankseg_dep"),
+    ("argmax", "rankseg_rma", "rankseg_levelset", "rankseg_dep", "rankseg_dep_levels"),
     loss="jaccard_ic_present_all",
     overrides=("schedule.train_iters=30", FEW),
 )
