@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from exp.rules.dep import rankseg_dep
+from exp.rules.dep_levels import rankseg_dep_levels
 from rankseg_rma import rankseg_levelset, rankseg_rma
 from scripts.benchmarks.benchmark_rules import PRUNING_PROB, SHAPES, realistic_map, sort_rma
 
@@ -34,7 +35,8 @@ OTHERWISE = (("iou", torch.float32), ("dice", torch.float16), ("dice", torch.bfl
 CACHE = 2**28  # bytes of copies of a map that calls take in turn, so that none of them finds its map in the L2 cache
 SAME = 1e-6  # by how much the objective of two labellings may differ, relatively, where only rounding sets them apart
 FEW = 1e-3  # of the pixels, in which they may
-SLOW = ("dep", "rankseg", "sort")  # are called fewer times
+ONCE = ("dep", "dep_levels")  # are timed on the first map alone
+SLOW = (*ONCE, "rankseg", "sort")  # are called fewer times
 MAX_TIMES_MAXIMUM, MIN_TIMES_SORT = 3.0, 10.0
 OPTIONS = (  # what else the rule can be asked for, on a small map
     {"allow_overlap": True},
@@ -132,7 +134,7 @@ def rules_for(prob: Tensor, metric: str) -> dict[str, Callable[[Tensor], object]
     }
     if prob.dtype == torch.float32:
         if metric == "dice":
-            rules["dep"] = rankseg_dep
+            rules |= {"dep": rankseg_dep, "dep_levels": rankseg_dep_levels}
         rules |= package_rules(prob, metric)
         rules["sort"] = lambda p: sort_on(p, metric)
     return rules
@@ -227,7 +229,7 @@ def measure(
             found[rule_name] = time_on(check.device, rule, maps, 10 if slow else 50), peak_on(check.device, rule, cast)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            if rule_name in ("ours", "levelset", "dep"):
+            if rule_name in ("ours", "levelset", *ONCE):
                 check.wrong(f"{name}: {type(error).__name__}: {reason}")
             else:
                 check.say(f"{rule_name} failed on {name}: {type(error).__name__}: {reason}")
@@ -260,10 +262,10 @@ def report_aims(check: Check, name: str, metric: str, times: dict[str, float], a
 
 
 def check_map(check: Check, name: str, prob: Tensor, metric: str, dtype: torch.dtype) -> None:
-    """Labels of both rules, then times. `rankseg_dep` takes long, and is timed on the first map alone."""
+    """Labels of both rules, then times."""
     compare(check, name, prob, metric, dtype)
     compare_levelset(check, name, prob, metric, dtype)
-    measure(check, name, prob, metric, dtype, MAPS[name][2], () if name == ORDER[0] else ("dep",))
+    measure(check, name, prob, metric, dtype, MAPS[name][2], () if name == ORDER[0] else ONCE)
     print(f"{name} {metric} {dtype}: done, {check.left():.0f} s are left", flush=True)
 
 
