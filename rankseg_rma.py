@@ -899,7 +899,7 @@ def rankseg_levelset(
         found = _try_fused(_FusedLevels, maps, within, rule, allow_overlap, binary, False)
     if found is None:
         with _one_thread() if _on_cpu(maps) else nullcontext(), _default_device():
-            out = _solve_levels(maps, within, rule, allow_overlap, binary)
+            out = _solve_levels(maps, within, rule, allow_overlap, binary, _level_masks, _level_labels)
     else:
         out = found[0]
     out = out.view(maps.shape if allow_overlap else (len(maps), *maps.shape[2:]))
@@ -907,8 +907,16 @@ def rankseg_levelset(
     return out.numpy() if as_numpy else out  # type: ignore[return-value] # whose kind as_numpy knows
 
 
-def _solve_levels(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool) -> Tensor:
-    """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, image by image."""
+def _solve_levels(
+    prob: Tensor,
+    valid: Tensor | None,
+    rule: _Rule,
+    masks: bool,
+    binary: bool,
+    find_masks: Callable[..., Tensor],
+    find_labels: Callable[..., None],
+) -> Tensor:
+    """(B, C, *spatial) -> (B, d) labels or (B, C, d) masks, image by image, by `_level_masks` and `_level_labels`."""
     size = prob[0, 0].numel()
     shape, dtype = ((*prob.shape[:2], size), torch.bool) if masks else ((len(prob), size), torch.int64)
     out = torch.empty(shape, dtype=dtype, device=prob.device)
@@ -917,11 +925,11 @@ def _solve_levels(prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, 
         inside = None if valid is None else valid[i].reshape(-1).nonzero()[:, 0]
         high = _highest(rows, inside).to(_working(rows.dtype))
         if masks:
-            out[i] = _level_masks(rows, inside, high, rule.metric, rule.pruning_prob)
+            out[i] = find_masks(rows, inside, high, rule.metric, rule.pruning_prob)
         elif binary:
-            out[i] = _level_masks(rows[1:], inside, high[1:], rule.metric, rule.pruning_prob)[0]
+            out[i] = find_masks(rows[1:], inside, high[1:], rule.metric, rule.pruning_prob)[0]
         else:
-            _level_labels(rows, inside, high, rule.metric, rule.pruning_prob, out[i])
+            find_labels(rows, inside, high, rule.metric, rule.pruning_prob, out[i])
     if valid is not None and masks:
         out &= valid.flatten(1).unsqueeze(1)
     return out
@@ -955,16 +963,25 @@ def _grid(rows: Tensor, inside: Tensor | None, step: int, pixels: int) -> Iterab
 
 def _level_masks(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float) -> Tensor:
     """(C, d) -> (C, d) bool, each class by itself."""
-    step = max(1, _level_piece(rows) // len(rows))
-    first = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None] * LEVELS - LEVEL_FIRST
-    pixels = torch.zeros(len(rows) * LEVELS, dtype=torch.int64, device=rows.device)
-    for part in _grid(rows, inside, step, rows.shape[1]):
-        level = (part.float() + LEVEL_FLOOR).clamp_(max=1).view(torch.int32).bitwise_right_shift_(LEVEL_SHIFT)
-        pixels += level.add_(first).flatten().bincount(minlength=len(pixels))
-    best, score = _best_level(*_levels(pixels.view(-1, LEVELS)), metric)
+    best, score = _best_level(*_levels(_level_counts(rows, inside, rows.shape[1])), metric)
     cut = _level_edges(rows)[best].to(high.dtype)
     empty = (score < 1 - high) | (high <= pruning_prob)
     return rows >= cut.masked_fill(empty, torch.inf)[:, None]
+
+
+def _level_counts(rows: Tensor, inside: Tensor | None, samples: int) -> Tensor:
+    """(C, d) -> (C, LEVELS) pixels of each level, on a grid of `samples` of them or more."""
+    pixels = torch.zeros(len(rows) * LEVELS, dtype=torch.int64, device=rows.device)
+    for part in _grid(rows, inside, max(1, _level_piece(rows) // len(rows)), samples):
+        pixels += _level_places(part).flatten().bincount(minlength=len(pixels))
+    return pixels.view(-1, LEVELS)
+
+
+def _level_places(part: Tensor) -> Tensor:
+    """(C, n) probabilities -> (C, n) int32 places in a table of (C, LEVELS)."""
+    first = torch.arange(len(part), dtype=torch.int32, device=part.device)[:, None] * LEVELS - LEVEL_FIRST
+    level = (part.float() + LEVEL_FLOOR).clamp_(max=1).view(torch.int32).bitwise_right_shift_(LEVEL_SHIFT)
+    return level.add_(first)
 
 
 def _level_labels(

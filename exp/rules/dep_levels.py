@@ -16,22 +16,18 @@ import torch
 from torch import Tensor
 
 from rankseg_rma import (
-    LEVEL_FIRST,
-    LEVEL_FLOOR,
     LEVEL_SAMPLES,
-    LEVEL_SHIFT,
-    LEVELS,
     Array,
     _check_inputs,
     _check_options,
     _default_device,
-    _grid,
-    _highest,
+    _level_counts,
     _level_piece,
+    _level_places,
     _levels,
     _on_cpu,
     _one_thread,
-    _working,
+    _solve_levels,
 )
 
 ROUNDS = 20
@@ -58,65 +54,38 @@ def rankseg_dep_levels(
     Levels lie 0.8 to 1.6 % of p apart. For labels they are counted on a regular grid of 2^15 to 2^16 pixels of larger
     images, for masks on all pixels. Source: Wang & Dai, NeurIPS 2026, in that limit; docs/rule.md.
     """
-    _check_options(opt_metric, "rma_score", "max_score", "all", pruning_prob)
+    rule = _check_options(opt_metric, "rma_score", "max_score", "all", pruning_prob)
     as_numpy, maps, within = _check_inputs(prob, valid, in_batch, allow_overlap)
-    shape = maps.shape if allow_overlap else (len(maps), *maps.shape[2:])
-    out = torch.empty(shape, dtype=torch.bool if allow_overlap else torch.int64, device=maps.device)
+    binary = maps.shape[1] == 2 and not allow_overlap
     with _one_thread() if _on_cpu(maps) else nullcontext(), _default_device():
-        for i, image in enumerate(maps):
-            rows = image.reshape(len(image), -1)
-            inside = None if within is None else within[i].reshape(-1).nonzero()[:, 0]
-            high = _highest(rows, inside).to(_working(maps.dtype))
-            if allow_overlap:
-                _write_masks(rows, inside, high, opt_metric, pruning_prob, out[i].view(rows.shape))
-            elif len(image) == 2:
-                _write_masks(rows[1:], inside, high[1:], opt_metric, pruning_prob, out[i].view(1, -1))
-            else:
-                _write_labels(rows, inside, high, opt_metric, pruning_prob, out[i].view(-1))
-    if within is not None and allow_overlap:
-        out &= within.unsqueeze(1)
+        out = _solve_levels(maps, within, rule, allow_overlap, binary, _find_masks, _find_labels)
+    out = out.view(maps.shape if allow_overlap else (len(maps), *maps.shape[2:]))
     out = out if in_batch else out[0]
     return out.numpy() if as_numpy else out
 
 
-def _write_masks(
-    rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float, out: Tensor
-) -> None:
-    """(C, d) -> the set of each class, written to (C, d) `out`."""
+def _find_masks(rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float) -> Tensor:
+    """(C, d) -> (C, d) bool, the set of each class."""
+    own = _growth(_level_counts(rows, inside, rows.shape[1]), high, metric)[1] & (high > pruning_prob)[:, None]
+    masks = torch.empty_like(rows, dtype=torch.bool)
     step = max(1, _level_piece(rows) // len(rows))
-    pixels = _count(rows, inside, step, rows.shape[1])
-    own = _growth(pixels, high, metric)[1] & (high > pruning_prob)[:, None]
-    for part, target in zip(rows.split(step, 1), out.split(step, 1)):
-        target.copy_(own.take(_places(part)))
+    for part, mask in zip(rows.split(step, 1), masks.split(step, 1)):
+        mask.copy_(own.take(_level_places(part).long()))
+    return masks
 
 
-def _write_labels(
+def _find_labels(
     rows: Tensor, inside: Tensor | None, high: Tensor, metric: str, pruning_prob: float, out: Tensor
 ) -> None:
     """(C, d) -> labels, written to (d,) `out`."""
     names = (high > pruning_prob).nonzero()[:, 0]
     if pruned := not len(names):  # all compete, with empty sets
         names = torch.arange(len(rows), device=rows.device)
+    rows = rows[names]
+    growth = _growth(_level_counts(rows, inside, LEVEL_SAMPLES), high[names], metric, pruned)[0].float()
     step = max(1, _level_piece(rows) // len(names))
-    pixels = _count(rows[names], inside, step, LEVEL_SAMPLES)
-    growth = _growth(pixels, high[names], metric, pruned)[0].float()
     for part, label in zip(rows.split(step, 1), out.split(step)):
-        torch.index_select(names, 0, growth.take(_places(part[names])).max(0).indices, out=label)
-
-
-def _places(part: Tensor) -> Tensor:
-    """(K, n) probabilities -> (K, n) int64 places in a table of (K, LEVELS)."""
-    first = torch.arange(len(part), dtype=torch.int32, device=part.device)[:, None] * LEVELS - LEVEL_FIRST
-    level = (part.float() + LEVEL_FLOOR).clamp_(max=1).view(torch.int32).bitwise_right_shift_(LEVEL_SHIFT)
-    return level.add_(first).long()
-
-
-def _count(rows: Tensor, inside: Tensor | None, step: int, pixels: int) -> Tensor:
-    """(K, d) -> (K, LEVELS) pixels of every level, on a grid of `pixels` of them or more."""
-    counts = torch.zeros(len(rows) * LEVELS, dtype=torch.int64, device=rows.device)
-    for part in _grid(rows, inside, step, pixels):
-        counts += _places(part).flatten().bincount(minlength=len(counts))
-    return counts.view(-1, LEVELS)
+        torch.index_select(names, 0, growth.take(_level_places(part).long()).max(0).indices, out=label)
 
 
 def _growth(counts: Tensor, high: Tensor, metric: str, pruned: bool = False) -> tuple[Tensor, Tensor]:
