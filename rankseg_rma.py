@@ -221,7 +221,7 @@ def _check_inputs(prob: Any, valid: Any, in_batch: bool, allow_overlap: bool) ->
     if prob.dim() == 3 and not allow_overlap and _on_cpu(prob) and _lacks_batch(prob):
         raise ValueError(
             f"prob of shape {tuple(prob.shape)} sums to 1 over its first axis, and not over its second, that of the "
-            "classes: expected in_batch=False for a single (C, H, W) map"
+            "classes: expected in_batch=False for a single (C, H, W) map, or (B, C, pixels, 1) for a batch of such maps"
         )
     return as_numpy, prob, valid
 
@@ -1315,7 +1315,7 @@ FUSED_SPREAD = 2**14  # pixels of the image that a table is for, at least
 FUSED_SPAN = 4096  # pixels of `valid` that are counted together
 FUSED_LEVELS = 2**10  # room for the levels in a table
 FUSED_PLANS = 4096  # compiled kernels, and kinds of maps, that are kept at most
-_UNUSABLE: list[Exception] = []  # why the fused kernels cannot be compiled here, once that has been seen
+_UNUSABLE: dict[type, Exception] = {}  # why a rule's kernels cannot be compiled here, once that has been seen
 FUSED_DIRECT = True  # whether kernels are launched without Triton; False once that has failed
 
 # Numbers of which no variants are compiled; whether 16 divides the others says how wide a load may be.
@@ -1402,7 +1402,7 @@ def _is_recent(device: torch.device) -> bool:
 
 def _is_fused(prob: Tensor) -> bool:
     """Whether the fused kernels solve this map: on an NVIDIA device from Ampere on, if Triton is installed."""
-    if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None or _UNUSABLE:
+    if prob.device.type != "cuda" or prob.numel() < FUSED or torch.version.hip is not None:
         return False
     return _is_recent(prob.device) and _load_triton()
 
@@ -1411,7 +1411,7 @@ def _try_fused(
     job: type[_Fused], prob: Tensor, valid: Tensor | None, rule: _Rule, masks: bool, binary: bool, want_tau: bool
 ) -> Found | None:
     """As `_solve_fused`; None where it is not for this map, or where its kernels cannot be compiled."""
-    if not _is_fused(prob):
+    if job in _UNUSABLE or not _is_fused(prob):
         return None
     try:
         with torch.cuda.device(prob.device):  # kernels are launched on the current device
@@ -1419,9 +1419,9 @@ def _try_fused(
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # without Python's headers, a writable cache, or a compiler that knows the device
-        _UNUSABLE.append(error)
+        _UNUSABLE[job] = error
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"rankseg_rma goes without its CUDA kernels, more slowly: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{job.name} goes without its CUDA kernels, more slowly: {reason}", RuntimeWarning, stacklevel=3)
         return None
 
 
@@ -1443,6 +1443,8 @@ def _collapse(prob: Tensor) -> tuple[Tensor, list[int], list[int]]:
 
 class _Fused:
     """One map on its way through the kernels: where its parts lie, and the numbers that they exchange."""
+
+    name = "rankseg_rma"
 
     def __init__(self, prob: Tensor, valid: Tensor | None, rule: _Rule, first: int) -> None:
         """`first`: classes below it get no set."""
@@ -1598,6 +1600,8 @@ class _Fused:
 
 class _FusedLevels(_Fused):
     """As `_Fused`, for `rankseg_levelset`: a table of levels for each class."""
+
+    name = "rankseg_levelset"
 
     def room(self) -> int:
         self.copies = max(1, min(FUSED_COPIES, FUSED_TABLES // self.rows, self.size // FUSED_SPREAD))

@@ -90,7 +90,7 @@ def load_trained(
     if config.is_published:
         evaluator = build_evaluator(config, data_dir, dist)
         tell_old_slices(evaluator.dataset, dist)
-        model = build_published(config.model, evaluator.dataset.classes, evaluator.dataset.channels, tell=dist.is_main)
+        model = build_published(config.model, evaluator.dataset.classes, evaluator.dataset.channels)
         network = {**config.model.identity, SHA256: weights_sha256(model.files)}
         return Trained(config, evaluator, model.to(dist.device), {"published": network})
     if path == Path(BEST):

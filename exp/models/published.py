@@ -3,7 +3,6 @@
 Weights are read as data (safetensors, or torch.load with weights_only); no code of a file or hub is run.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,18 +58,16 @@ def to_logits(prob: Tensor) -> Tensor:
     return prob.float().clamp(min=TINY).log()
 
 
-def build_published(
-    config: PublishedConfig, classes: Sequence[str] | None, channels: int = 3, *, tell: bool = True
-) -> Published:
+def build_published(config: PublishedConfig, classes: Sequence[str] | None, channels: int = 3) -> Published:
     """A YAML -> the network with its weights, on the CPU, its outputs in the order of a data set's classes.
 
-    classes: None for the network's own. tell: say on stderr what is downloaded, and what to beware of. InputError where
-    weights are missing or of another kind, and where the classes do not fit.
+    classes: None for the network's own. What is downloaded, and what to beware of, is said as a warning. InputError
+    where weights are missing or of another kind, and where the classes do not fit.
     """
     if channels != 3:
         raise InputError(f"--model_yaml {config.name}: got images of {channels} channel(s), expected RGB")
-    files = locate(config, tell)
-    network = SOURCES[config.source](config, files, tell).eval()
+    files = locate(config)
+    network = SOURCES[config.source](config, files).eval()
     own = class_names(config)
     with torch.inference_mode(), decoding(Path(config.weights), "a network that takes RGB images"):
         num_outputs = raw_outputs(network, torch.zeros(1, 3, *(config.size or PROBE)), config.size).shape[1]
@@ -123,5 +120,4 @@ def network_weights(name: str) -> dict[str, Tensor]:
     config = load_published(name)
     if config.source == "onnx":
         raise InputError(f"{name}: got an ONNX file, expected a network whose encoder has tensors by name")
-    tell = logging.getLogger("exp").isEnabledFor(logging.WARNING)  # on rank 0 alone
-    return SOURCES[config.source](config, locate(config, tell), tell).state_dict()
+    return SOURCES[config.source](config, locate(config)).state_dict()

@@ -94,7 +94,8 @@ def _find_address(encoder: str) -> str:
     """Where the hub has the pretrained weights of an encoder; its name where it has none, which build_model refuses."""
     name = encoder_name(encoder)
     if name.startswith("tu-"):
-        repository = timm.get_pretrained_cfg(encoder).hf_hub_id
+        known = timm.get_pretrained_cfg(encoder) if timm.is_model_pretrained(encoder) else None
+        repository = known and known.hf_hub_id
     else:
         repository = smp.encoders.encoders[name]["pretrained_settings"].get("imagenet", {}).get("repo_id")
     return f"{HUB}/{repository}" if repository else encoder

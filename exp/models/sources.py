@@ -4,7 +4,7 @@ A hub gives files alone, and of these no code is run.
 """
 
 import hashlib
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -43,13 +43,12 @@ class Source(nn.Module):
 # Where files come from
 
 
-def fetch(address: str, tell: bool) -> Path:
+def fetch(address: str) -> Path:
     """An address -> the file in PyTorch's cache, downloaded if it is not there; InputError says where to put it."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     if path.is_file():
         return path
-    if tell:
-        print(f"downloading {address}", file=sys.stderr, flush=True)
+    logging.getLogger("exp").warning("downloading %s", address)
     path.parent.mkdir(parents=True, exist_ok=True)
     checksum = torch.hub.HASH_REGEX.search(path.name)  # its first digits end the name
     try:
@@ -61,19 +60,19 @@ def fetch(address: str, tell: bool) -> Path:
     return path
 
 
-def locate(config: PublishedConfig, tell: bool) -> Path:
+def locate(config: PublishedConfig) -> Path:
     """Where a network's files are, fetched if need be: one file, or the folder with config.json and the weights."""
     if config.source in PACKAGES:  # before anything is downloaded
         require_package(PACKAGES[config.source], config.source)
     if config.source in IN_FOLDERS:
-        return local_folder(config.weights, config.revision, tell)
+        return local_folder(config.weights, config.revision)
     weights = config.weights
     if config.source == "torchvision" and weights in (choices := torchvision_weights(config.architecture)):
         weights = choices[weights].url
-    return fetch(weights, tell) if weights.startswith("https://") else require_file(Path(weights))
+    return fetch(weights) if weights.startswith("https://") else require_file(Path(weights))
 
 
-def local_folder(name: str, revision: str | None, tell: bool) -> Path:
+def local_folder(name: str, revision: str | None) -> Path:
     """A folder, or a name at the hub -> the folder with config.json and the weights, of the hub's copy in its cache."""
     if Path(name).is_dir():
         return require_file(Path(name) / "config.json").parent
@@ -82,8 +81,7 @@ def local_folder(name: str, revision: str | None, tell: bool) -> Path:
     import huggingface_hub
 
     page = f"{HUB}/{name}/tree/{revision or 'main'}"
-    if tell:
-        print(f"looking for {page}", file=sys.stderr, flush=True)
+    logging.getLogger("exp").warning("looking for %s", page)
     reason = "without weights"
     try:
         for pattern in WEIGHTS:
@@ -135,7 +133,7 @@ class SmpNetwork(Source):
         return self.net(padded)[..., :height, :width]
 
 
-def _smp(config: PublishedConfig, folder: Path, tell: bool) -> Source:
+def _smp(config: PublishedConfig, folder: Path) -> Source:
     """What save_pretrained of the library writes: config.json with the network's class and keywords, and weights."""
     path = folder / "config.json"
     keywords = read_json(path, "the config of a network of segmentation_models_pytorch")
@@ -179,7 +177,7 @@ def torchvision_weights(architecture: str | None) -> Mapping[str, torchvision.mo
     return torchvision.models.get_model_weights(architecture).__members__
 
 
-def _torchvision(config: PublishedConfig, path: Path, tell: bool) -> Source:
+def _torchvision(config: PublishedConfig, path: Path) -> Source:
     choices = torchvision_weights(config.architecture)
     classes = choices[config.weights].meta["categories"] if config.weights in choices else None
     expected = f"a state dict of torchvision's {config.architecture}"
@@ -225,7 +223,7 @@ class QueryNetwork(TransformersNetwork):
         return torch.einsum("bqc,bqhw->bchw", classes, out.masks_queries_logits.sigmoid())
 
 
-def _transformers(config: PublishedConfig, folder: Path, tell: bool) -> Source:
+def _transformers(config: PublishedConfig, folder: Path) -> Source:
     library = require_package(PACKAGES["transformers"], "transformers")
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
@@ -240,12 +238,11 @@ def _transformers(config: PublishedConfig, folder: Path, tell: bool) -> Source:
         raise InputError(f"{folder}: got no weights of {lacking[0]}, expected those of the whole network")
     names = [kind.id2label[place] for place in sorted(kind.id2label)]
     classes = None if all(name == f"LABEL_{place}" for place, name in enumerate(names)) else names
-    if queries and tell:
-        print(
-            f"warning: {config.weights}: a network of mask queries; its probabilities are summed masks, not calibrated "
+    if queries:
+        logging.getLogger("exp").warning(
+            "warning: %s: a network of mask queries; its probabilities are summed masks, not calibrated "
             "probabilities of pixels, which the rules other than argmax stand on",
-            file=sys.stderr,
-            flush=True,
+            config.weights,
         )
     return (QueryNetwork if queries else TransformersNetwork)(net, classes)
 
@@ -262,7 +259,7 @@ class MmsegNetwork(Source):
         return self.net(image)
 
 
-def _mmseg(config: PublishedConfig, path: Path, tell: bool) -> Source:
+def _mmseg(config: PublishedConfig, path: Path) -> Source:
     return MmsegNetwork(*load_mmseg(path, config.architecture))
 
 
@@ -307,10 +304,10 @@ class OnnxNetwork(Source):
         return torch.cat([1 - outputs if self.probabilities else torch.zeros_like(outputs), outputs], dim=1)
 
 
-SOURCES: dict[str, Callable[[PublishedConfig, Path, bool], Source]] = {  # of the YAML, its files, and whether to warn
+SOURCES: dict[str, Callable[[PublishedConfig, Path], Source]] = {  # of the YAML and its files
     "smp": _smp,
     "torchvision": _torchvision,
     "transformers": _transformers,
     "mmseg": _mmseg,
-    "onnx": lambda config, path, tell: OnnxNetwork(path, config),
+    "onnx": lambda config, path: OnnxNetwork(path, config),
 }

@@ -38,7 +38,7 @@ LETTER = ("data.augmentation=letter", "test.padding=centred")  # where the defau
 # Scores of the medical tables that the paper's code takes within each case: its name -> the name of that here.
 WITHIN_CASES = {"Acc": "mAcc3D", "mAccD": "mAcc3D", "mIoUD": "mIoU3D", "mDiceD": "mDice3D"}
 ALL, LAPTOP, PUBLISHED = "all", "laptop", "published"
-# Of networks that others trained: all rules that decide on many classes and look at an image once.
+# Of networks that others trained: the rules that decide on many classes and look at an image once.
 ONE_PASS = (
     "argmax",
     "rankseg_rma_paper",

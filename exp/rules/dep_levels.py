@@ -52,7 +52,8 @@ def rankseg_dep_levels(
         does, every pixel gets the class of the largest p_j / mu_j (Dice: p_j / (1 + mu_j)).
 
     Levels lie 0.8 to 1.6 % of p apart. For labels they are counted on a regular grid of 2^15 to 2^16 pixels of larger
-    images, for masks on all pixels. Source: Wang & Dai, NeurIPS 2026, in that limit; docs/rule.md.
+    images, which may miss an object of few pixels; for masks on all pixels. Source: Wang & Dai, NeurIPS 2026, in that
+    limit; docs/rule.md.
     """
     rule = _check_options(opt_metric, "rma_score", "max_score", "all", pruning_prob)
     as_numpy, maps, within = _check_inputs(prob, valid, in_batch, allow_overlap)
@@ -116,7 +117,7 @@ def _grow_dice(pixels: Tensor, p: Tensor, root: Tensor, own: Tensor) -> tuple[Te
     """A set's pixels by level -> its F (K, 1), and p / (n + mu) - price (K, LEVELS)."""
     n = own.sum(1, keepdim=True)
     whole = n + (pixels * p).sum(1, keepdim=True) + root / p * (pixels * root).sum(1, keepdim=True)
-    score = p / (whole if n.any() else whole + 1)
+    score = p / (whole + (n == 0))
     return (own * score).sum(1, keepdim=True), score - (own * score / whole).sum(1, keepdim=True)
 
 

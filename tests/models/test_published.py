@@ -236,10 +236,10 @@ def test_a_network_of_transformers(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["mask2former", "maskformer", "eomt"])
 @torch.inference_mode()
-def test_mask_queries_are_summed(name: str, tmp_path: Path, capsys):
+def test_mask_queries_are_summed(name: str, tmp_path: Path, caplog):
     """As post_process_semantic_segmentation does; the softmax of the logits is that sum by its own sum."""
     out, ours = saved_transformers(name, tmp_path)
-    assert "not calibrated" in capsys.readouterr().err
+    assert "not calibrated" in caplog.text
     classes, masks = out.class_queries_logits.softmax(-1)[..., :-1], out.masks_queries_logits.sigmoid()
     summed = resized(torch.einsum("bqc,bqhw->bchw", classes, masks), ODD)
     assert_close(ours(image()).softmax(1), summed / summed.sum(1, keepdim=True))
@@ -398,7 +398,7 @@ def test_a_hub_that_is_not_reached_is_told_in_one_line(tmp_path: Path, monkeypat
 
 
 @torch.inference_mode()
-def test_a_revision_is_what_the_hub_is_asked_for(smp_folder: Path, tmp_path: Path, monkeypatch, capsys):
+def test_a_revision_is_what_the_hub_is_asked_for(smp_folder: Path, tmp_path: Path, monkeypatch, caplog):
     """And part of what is recorded; without one the record is that of before there was the key."""
     asked = []
 
@@ -409,7 +409,7 @@ def test_a_revision_is_what_the_hub_is_asked_for(smp_folder: Path, tmp_path: Pat
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     keys = {"source": "smp", "weights": "somebody/net"}
     pinned = published(tmp_path, **keys, revision="0123abc")
-    assert "looking for https://huggingface.co/somebody/net/tree/0123abc" in capsys.readouterr().err
+    assert "looking for https://huggingface.co/somebody/net/tree/0123abc" in caplog.text
     assert torch.equal(published(tmp_path, **keys)(image()), pinned(image()))
     assert asked == [("somebody/net", "0123abc"), ("somebody/net", None)]
     newest, old = (

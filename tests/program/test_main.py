@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from exp.checkpoints.checkpoint import load_checkpoint
+from exp.models.weights import HUB
 from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 from tests.conftest import ROOT, TINY, TINY_RUN, free_port
@@ -32,10 +33,15 @@ def checkpoint_names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "repository"),
-    [("mobilenetv3_small_100", "timm/mobilenetv3_small_100.lamb_in1k"), ("mit_b0", "smp-hub/mit_b0.imagenet")],
+    ("encoder", "address"),
+    [
+        ("mobilenetv3_small_100", f"{HUB}/timm/mobilenetv3_small_100.lamb_in1k"),
+        ("mit_b0", f"{HUB}/smp-hub/mit_b0.imagenet"),
+        ("gluon_resnet50_v1b", "gluon_resnet50_v1b"),  # has weights under another name
+        ("resnet50.nosuch", "resnet50.nosuch"),
+    ],
 )
-def test_a_hub_is_named_before_it_is_asked(program, tmp_path: Path, monkeypatch, encoder: str, repository: str):
+def test_a_hub_is_named_before_it_is_asked(program, tmp_path: Path, monkeypatch, encoder: str, address: str):
     def unreachable(*args, **options):
         raise OSError("no network")
 
@@ -43,7 +49,7 @@ def test_a_hub_is_named_before_it_is_asked(program, tmp_path: Path, monkeypatch,
     flags = [*TINY, f"model.encoder={encoder}", "model.pretrained=true", "--output_dir", tmp_path]
     status, printed, err = program(*flags)
     assert status == 2
-    assert f"first weights: https://huggingface.co/{repository} (downloaded" in printed.splitlines()[1]
+    assert f"first weights: {address} (downloaded" in printed.splitlines()[1]
     assert err.startswith(f"error: model.pretrained: got no weights of encoder {encoder} from the hub (no network)")
     assert err.count("\n") == 1
     assert "model.pretrained to a local file" in err

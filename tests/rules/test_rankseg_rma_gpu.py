@@ -459,14 +459,17 @@ def test_kernels_that_cannot_be_compiled_are_done_without(rule, monkeypatch: pyt
     prob = torch.rand(1, 4, 9, 11, generator=torch.Generator().manual_seed(0)).softmax(1)
     expected = rule(prob)
     monkeypatch.setattr(module, "_on_cpu", lambda x: False)
-    monkeypatch.setattr(module, "_is_fused", lambda x: not module._UNUSABLE)
-    monkeypatch.setattr(module, "_UNUSABLE", [])
+    monkeypatch.setattr(module, "_is_fused", lambda x: True)
+    monkeypatch.setattr(module, "_UNUSABLE", {})
     monkeypatch.setattr(module, "_solve_fused", fail)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    with pytest.warns(RuntimeWarning, match=r"without its CUDA kernels, more slowly: no Python\.h"):
+    with pytest.warns(
+        RuntimeWarning, match=rf"{rule.__name__} goes without its CUDA kernels, more slowly: no Python\.h"
+    ):
         assert torch.equal(rule(prob), expected)
     assert torch.equal(rule(prob), expected)
-    monkeypatch.setattr(module, "_UNUSABLE", [])
+    assert len(module._UNUSABLE) == 1  # the other rule keeps its kernels
+    monkeypatch.setattr(module, "_UNUSABLE", {})
     monkeypatch.setattr(module, "_solve_fused", lambda *args: module._check_range(2.0, 2.0, torch.float32))
     with pytest.raises(ValueError, match="finite probabilities"):
         rule(prob)

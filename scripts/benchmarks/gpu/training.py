@@ -198,7 +198,7 @@ def launch_group(check: Check, processes: int) -> None:
     """torchrun with `processes` of run_in_group, whose rank 0 writes the rows."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += ["-m", "scripts.benchmarks.gpu.training", str(check.output), check.device.type]
-    limit = max(10.0, check.left() + 5)  # before this part is ended itself, and leaves them behind
+    limit = max(1.0, check.left() - 2)  # before this part is ended itself, and leaves them behind
     process = subprocess.Popen(command, cwd=ROOT)
     try:
         status = process.wait(limit)
