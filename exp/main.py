@@ -70,7 +70,7 @@ def main() -> None:
 
                 print(f"page: {write_report(folder) / PAGE}")
             else:
-                print(f"page: {page_command(folder)}")
+                print(f"for a page: {page_command(folder)}")
 
 
 if __name__ == "__main__":

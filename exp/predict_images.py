@@ -43,6 +43,7 @@ from exp.models.published import PROBE, build_published, class_names
 from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
 from exp.runtime.errors import InputError, decoding
+from exp.runtime.progress import follow
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 CLASSES = "classes.json"
@@ -196,7 +197,7 @@ def predict_files(predictor: Predictor, sources: Sequence[Source], folder: Path,
     write_atomically(folder / UNFINISHED, command)
     write_atomically(folder / CLASSES, describe_classes(predictor))
     thresholds = gather_thresholds(predictor.rules, predictor.maps(sources))
-    for source in tqdm(sources, desc="predicting", unit="file", leave=False, disable=None):
+    for source in follow(sources, "predicting", "file"):
         pixels = predictor.read(source)
         if isinstance(pixels, Volume):
             _predict_volume(predictor, source, pixels, thresholds, folder)

@@ -171,7 +171,7 @@ def main() -> None:
     print("milliseconds per unit: " + ", ".join(f"{rule} {value:.2f}" for rule, value in times.items()))
     print(f"results: {args.output_dir / 'results'}")
     if not args.multilabel and "argmax" in times:  # the page sets rules beside it
-        print(f"page: {page_command(args.output_dir)}")
+        print(f"for a page: {page_command(args.output_dir)}")
 
 
 def evaluate(

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from exp.config.experiment import ExperimentConfig
 from exp.data.base import SegmentationDataset
@@ -29,6 +28,7 @@ from exp.rules.pooled import PooledRule, RuleThresholds, gather_thresholds
 from exp.rules.registry import Rule, bind_rules, build_rule, decide, see_padding
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
+from exp.runtime.progress import follow
 
 UNFINISHED = "the evaluation is unfinished and has written no results"
 IN_FLIGHT = 2  # images whose counts may still be on their way from a GPU
@@ -244,7 +244,7 @@ class Evaluator:
         """This process's images one by one, the time spent waiting for them noted; no more once asked to stop."""
         loader = build_test_loader(self.dataset, self.num_workers, self.dist)
         steps, start = clock.timing.steps, time.perf_counter()
-        for batch in tqdm(loader, desc=what, unit="img", disable=self.dist.hides_bars, leave=False):
+        for batch in follow(loader, what, "img", shown=self.dist.is_main):
             steps["load"] += time.perf_counter() - start
             if self.dist.stop:
                 return

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset
 from exp.evaluation.calibration import calibration_scores, count_calibration, describe_bins
@@ -17,6 +16,7 @@ from exp.evaluation.inference import Inference
 from exp.files.text import read_json
 from exp.runtime.distributed import Dist
 from exp.runtime.errors import InputError
+from exp.runtime.progress import follow
 
 PIXELS = 2000  # of an image that are drawn: 100 images give the temperature to three digits
 MAX_IMAGES = 200  # spread over the data set
@@ -42,7 +42,7 @@ def draw_pixels(
     """Pixels that are not ignored, PIXELS of each image at most, drawn by (seed, index): any processes, one draw."""
     model.eval()
     drawn = {}
-    for index in tqdm(indices[dist.rank :: dist.world_size], "drawing pixels", disable=dist.hides_bars, leave=False):
+    for index in follow(indices[dist.rank :: dist.world_size], "drawing pixels", "img", shown=dist.is_main):
         if dist.stop:
             break
         item = dataset[index]

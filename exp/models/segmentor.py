@@ -1,6 +1,7 @@
 """Encoder -> decoder -> head, with the paper's auxiliary head, on segmentation_models_pytorch and timm."""
 
 import difflib
+import logging
 from collections.abc import Callable
 
 import segmentation_models_pytorch as smp
@@ -107,6 +108,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, 
     in_channels: 3 of a colour image, 1 of CT or MR (weights for RGB are then summed over their channels).
     """
     source = config.pretrained if pretrained else False
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each of its attempts
     try:
         parts = build_parts(config, encoder_name(config.encoder), source is True, in_channels, num_classes)
         model = Segmentor(parts, config, num_classes)

@@ -57,11 +57,6 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def hides_bars(self) -> bool | None:
-        """For tqdm's `disable`: rank 0 shows progress bars on a terminal (None), the others none (True)."""
-        return None if self.is_main else True
-
     def mean(self, value: Tensor) -> Tensor:
         """A tensor -> its mean over the processes, on every rank (of one process: the tensor itself)."""
         if self.world_size == 1:

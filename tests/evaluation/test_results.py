@@ -234,6 +234,7 @@ def test_tables_and_comparison():
         "differences",
         "rankseg_rma",
         "rankseg_rma",
+        "highest",
     ]
     assert "3D    volumes" in format_results([with_cases()], "mIoUI")
     scores = compute_scores(base.counts)
@@ -248,6 +249,10 @@ def test_tables_and_comparison():
     shares = " / ".join(f"{100 * sum(g < -points for g in gains) / 3:.1f}" for points in (1, 5))
     assert f"; images that lose > 1 / > 5 points: mIoUI {shares} %, mDiceI " in lines[13]
     assert lines[14].startswith("rankseg_rma against argmax: mIoUD ")
+    best = f"rankseg_rma, {np.mean(gains):.2f} points above argmax" if np.mean(gains) > 0 else "argmax"
+    assert lines[15] == f"highest mIoUI: {best}"
+    turned = format_results([other, base], "mIoUI", compare_rules([other, base], "mIoUI")).splitlines()[15]
+    assert ("above" in lines[15]) != ("above" in turned)
     assert "after Holm" not in lines[12]
     three = [base, other, result("again")]
     assert "after Holm" in format_results(three, "mIoUI", compare_rules(three, "mIoUI"))

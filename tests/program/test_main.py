@@ -15,6 +15,7 @@ import yaml
 
 from exp.checkpoints.checkpoint import load_checkpoint
 from exp.models.weights import HUB
+from exp.runtime.progress import follow
 from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
 from tests.conftest import ROOT, TINY, TINY_RUN, free_port
@@ -55,6 +56,18 @@ def test_a_hub_is_named_before_it_is_asked(program, tmp_path: Path, monkeypatch,
     assert "model.pretrained to a local file" in err
 
 
+def test_a_file_gets_a_line_every_minute(capsys, monkeypatch):
+    seconds = iter(range(0, 1000, 25))  # at the start, then after each item
+    monkeypatch.setattr("exp.runtime.progress.time.monotonic", lambda: next(seconds))
+    assert list(follow(list("abcdefg"), "evaluating", "img")) == list("abcdefg")
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 3 of 7 img done, 0:01:40 left",
+        "evaluating: 6 of 7 img done, 0:00:25 left",
+    ]
+    assert list(follow([1, 2], "evaluating", "img", shown=False)) == [1, 2]
+    assert not capsys.readouterr().err
+
+
 def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     flags = [*TINY, "schedule.val_iters=2"]
     out, run = tmp_path / "out", tmp_path / "out" / TINY_RUN
@@ -68,7 +81,7 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     ]
     assert [line.partition(",")[0] for line in printed.splitlines()[:3]] == begins
     assert err.splitlines()[0] == "iteration 1 of 3 done"
-    assert printed.splitlines()[-1] == f"page: python {ROOT / 'scripts' / 'report.py'} {run}"
+    assert printed.splitlines()[-1] == f"for a page: python {ROOT / 'scripts' / 'report.py'} {run}"
     assert "iteration 3 of 3: loss" in err  # no terminal, no bar
     assert "\r" not in err
     assert sorted(p.name for p in run.iterdir()) == [

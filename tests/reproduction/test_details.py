@@ -203,9 +203,9 @@ def test_maps_of_another_program_have_a_page(script, tmp_path: Path):
     out = tmp_path / "out"
     status, printed, err = script("evaluate_probabilities", tmp_path / "maps", tmp_path / "labels", "--output_dir", out)
     assert status == 0, err
-    command = next(line for line in printed.splitlines() if line.startswith("page: ")).split()
-    assert command[1] == "python"
-    assert script(Path(command[2]).stem, *command[3:])[0] == 0
+    command = next(line for line in printed.splitlines() if line.startswith("for a page: ")).split(": ")[1].split()
+    assert command[0] == "python"
+    assert script(Path(command[1]).stem, *command[2:])[0] == 0
     page = (out / "report" / "index.html").read_text()
     assert "<h1>maps in maps</h1>" in page
     assert "2 images of 3 classes under argmax and rankseg_rma, compared by mIoUI." in page

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from exp.data.base import IGNORE_INDEX, SegmentationDataset, label_table
 from exp.evaluation.probability_maps.files import is_nifti, read_array, read_label_values, stem
 from exp.evaluation.probability_maps.logits import Decoding
 from exp.files.nifti import MAX_VOXELS
 from exp.runtime.errors import InputError, describe_numbers
+from exp.runtime.progress import follow
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class MapReader:
 
 def read_units(files: Sequence[tuple[Path, Path]], reader: MapReader) -> Iterator[Unit]:
     """The units of all maps and their label files, one map in memory at a time."""
-    for map_path, label_path in tqdm(files, desc="reading maps", unit="map", leave=False, disable=None):
+    for map_path, label_path in follow(files, "reading maps", "map"):
         yield from reader.units(map_path, label_path)
 
 

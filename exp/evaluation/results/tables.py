@@ -38,7 +38,7 @@ def format_results(
     if comparisons:
         holm = ", after Holm over the rules" if len(results) > 2 else ""
         blocks.append(f"differences in points [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
-        blocks += [format_comparison(c) for c in comparisons]
+        blocks += [*map(format_comparison, comparisons), format_best(comparisons, metric)]
     if calibration is not None:
         errors = calibration_scores(calibration, results[0].cases)
         rows = (f"{name} {value:.2f} {calibration_unit(name)}" for name, value in errors.items())
@@ -88,6 +88,15 @@ def format_comparison(comparison: Comparison) -> str:
     p_text = "p < 0.0001" if c.p_holm < 0.0001 else f"p = {c.p_holm:.2g}"
     text += f", better on {c.wins} of {c.num_units} {c.unit}s, worse on {c.losses}, {p_text}"
     return f"{text}; {c.unit}s that lose {LOSING_HEADER}: {format_losing(c)}"
+
+
+def format_best(comparisons: Sequence[Comparison], metric: str) -> str:
+    """Which rule has the highest score."""
+    differences = {c.rule: c.difference for c in comparisons if c.metric == metric and c.difference is not None}
+    best = max(differences, key=differences.__getitem__, default=None)
+    if best is None or differences[best] <= 0:
+        return f"highest {metric}: {comparisons[0].base}"
+    return f"highest {metric}: {best}, {differences[best]:.2f} points above {comparisons[0].base}"
 
 
 def format_losing(comparison: Comparison) -> str:
