@@ -206,7 +206,7 @@ def test_a_training_starts_from_the_encoder(tmp_path: Path, monkeypatch):
             self.net = net
 
     path = write_network(tmp_path, net, classes=["a", "b"])
-    monkeypatch.setitem(sources.SOURCES, "torchvision", lambda config, path, tell: Source())
+    monkeypatch.setitem(sources.SOURCES, "torchvision", lambda config, path: Source())
     settings = ["model.encoder=resnet18", "model.aux_channels=8", "model.decoder_channels=[8,8,8,8,8]"]
     configs = [compose(*settings, f"model.pretrained={value}") for value in (path, "true")]
     check_files(configs[0], from_scratch=True)
