@@ -141,7 +141,7 @@ def describe_machine(device: str) -> dict[str, str]:
     from exp.provenance import describe_code
 
     code = describe_code()
-    facts = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "commit": code["revision"]}
+    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "commit": code["revision"]}
     if device == "cuda":
         names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         facts["devices"] = ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB)" for p in names)
@@ -295,6 +295,11 @@ def run_parts(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.networks and not args.run_part:
+        from scripts.benchmarks.gpu.networks import plan_networks
+
+        if status := run_and_report(lambda: plan_networks(args.networks)):
+            return status
     if args.dry_run:
         for name, minutes in shares(args.parts, args.minutes).items():
             print(f"{name:<9} {minutes:4.1f} min  {PARTS[name].text}")

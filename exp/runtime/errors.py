@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +43,8 @@ def decoding(path: Path, expected: str) -> Iterator[None]:
 
 
 def unreadable(path: Path, reason: object, expected: str) -> InputError:
-    reason = " ".join(str(reason).split())[:200] or type(reason).__name__
+    text = re.sub(r" ?<\S+ object at 0x[0-9a-f]+>", "", str(reason))  # of what a library was given in the file's place
+    reason = " ".join(text.split())[:200] or type(reason).__name__
     return InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}")
 
 

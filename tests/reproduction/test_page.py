@@ -163,6 +163,7 @@ def test_damaged_files_of_a_run_are_told(tmp_path: Path, capsys, name: str, cont
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: left out: {path}: ")
     assert told in warning
+    assert "0x" not in warning
 
 
 @pytest.mark.slow

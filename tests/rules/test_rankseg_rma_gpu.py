@@ -75,6 +75,31 @@ def random_valid(prob: torch.Tensor) -> torch.Tensor:
     return torch.rand(prob.shape[0], *prob.shape[2:], generator=torch.Generator().manual_seed(1)) > 0.2
 
 
+def host_waits(rule, prob: torch.Tensor, **options) -> int:
+    """How often the host waits for the device in a call that is not the first of its kind."""
+    rule(prob, **options)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():  # it warns that it is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="called a synchronizing") as found:
+            rule(prob, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len([w for w in found if "called a synchronizing" in str(w.message)])
+
+
+def extra_memory(rule, prob: torch.Tensor) -> int:
+    """Bytes that such a call takes at most, beyond its labels."""
+    rule(prob)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    labels = rule(prob)
+    return torch.cuda.max_memory_allocated() - before - labels.nbytes
+
+
 def objective(prob: torch.Tensor, sets: torch.Tensor, metric: str, valid: torch.Tensor | None) -> torch.Tensor:
     """(B, C, *spatial) map and sets -> (B, C) RMA of the expected metric, in float64."""
     p = prob.double() if valid is None else prob.double() * valid.unsqueeze(1)
@@ -369,32 +394,14 @@ class TestDevice:
     def test_the_host_waits_once(self):
         prob = random_map(1, 6, 300, 400).cuda()
         for options in ({}, {"allow_overlap": True}, {"opt_metric": "iou", "unassigned": 3, "return_tau": True}):
-            rankseg_rma(prob, **options)
-            torch.cuda.synchronize()
-            with warnings.catch_warnings():  # it warns that it is a prototype
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode("warn")
-            try:
-                with pytest.warns(UserWarning, match="called a synchronizing") as found:
-                    rankseg_rma(prob, **options)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert len([w for w in found if "called a synchronizing" in str(w.message)]) == 1
+            assert host_waits(rankseg_rma, prob, **options) == 1
 
     @pytest.mark.parametrize("shape", [(1, 21, 512, 512), (1, 150, 512, 683), (2, 19, 512, 1024)])
     @pytest.mark.parametrize("last", [False, True])
     def test_memory_stays_below_an_eighth_of_the_input(self, shape, last):
         prob = random_map(*shape).cuda()
         prob = prob.contiguous(memory_format=torch.channels_last) if last else prob
-        output = 8 * prob[:, 0].numel()
-        rankseg_rma(prob)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        labels = rankseg_rma(prob)
-        extra = torch.cuda.max_memory_allocated() - before - output
-        assert extra < prob.numel() * prob.element_size() / 8
-        del labels
+        assert extra_memory(rankseg_rma, prob) < prob.numel() * prob.element_size() / 8
 
     @pytest.mark.slow
     def test_more_than_two_billion_elements(self):

@@ -1,7 +1,5 @@
 """Every rule on a CUDA device: the CPU's labels, but for pixels that rounding decides."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from exp.rules.pooled import PooledRule
 from exp.rules.registry import build_rule
 from rankseg_rma import rankseg_levelset, rankseg_rma
 from tests.config.test_config import compose
-from tests.rules.test_rankseg_rma_gpu import SHAPES, layouts, random_map, random_valid
+from tests.rules.test_rankseg_rma_gpu import SHAPES, extra_memory, host_waits, layouts, random_map, random_valid
 
 pytestmark = pytest.mark.gpu
 FIXED = "rankseg_rma_fixed"  # decides as the pooled ones, under thresholds from a file
@@ -158,29 +156,12 @@ class TestLevelSets:
     def test_the_host_waits_once(self, gpu: torch.device):
         prob = random_map(2, 6, 300, 400).to(gpu)
         for options in ({}, {"allow_overlap": True}, {"opt_metric": "dice", "valid": random_valid(prob).to(gpu)}):
-            rankseg_levelset(prob, **options)
-            torch.cuda.synchronize()
-            with warnings.catch_warnings():  # it warns that it is a prototype
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode("warn")
-            try:
-                with pytest.warns(UserWarning, match="called a synchronizing") as found:
-                    rankseg_levelset(prob, **options)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert len([w for w in found if "called a synchronizing" in str(w.message)]) == 1
+            assert host_waits(rankseg_levelset, prob, **options) == 1
 
     @pytest.mark.parametrize("shape", [(1, 150, 512, 683), (2, 19, 512, 1024)])
     def test_memory_stays_below_an_eighth_of_the_input(self, gpu: torch.device, shape):
         prob = random_map(*shape).to(gpu)
-        output = 8 * prob[:, 0].numel()
-        rankseg_levelset(prob)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        labels = rankseg_levelset(prob)
-        assert torch.cuda.max_memory_allocated() - before - output < prob.numel() * prob.element_size() / 8
-        del labels
+        assert extra_memory(rankseg_levelset, prob) < prob.numel() * prob.element_size() / 8
 
     @pytest.mark.slow
     def test_more_than_two_billion_elements(self, gpu: torch.device):

@@ -216,6 +216,12 @@ def test_networks_are_picked_by_name_crop_or_setting():
     ]
 
 
+def test_a_word_of_no_network_is_refused_before_anything_runs(tmp_path: Path, capsys):
+    assert main(["--output", str(tmp_path / "out"), "--networks", "bf16", "512x1025"]) == 2
+    assert capsys.readouterr().err.startswith("error: --networks 512x1025: got a word that is in no network's name")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_that_has_no_time_left_is_said_and_not_wrong(tmp_path: Path, monkeypatch):
     """Not even by what compiles, which reports every Exception as its own."""
     measured = []

@@ -10,7 +10,7 @@ import gc
 import json
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from exp.data.registry import build_normalize
 from exp.evaluation.inference import autocast
 from exp.models import build_model
 from exp.runtime.distributed import Dist
+from exp.runtime.errors import InputError
 from exp.training.precision import set_up_cuda
 from exp.training.step import TrainStep, build_step, seed_everything
 
@@ -249,10 +250,10 @@ def measure_windows(check: Check, model: str, data: str) -> None:
     free(check.device)
 
 
-def plan_networks(words: Iterable[str]) -> list[tuple[str, str, str]]:
+def plan_networks(words: Sequence[str]) -> list[tuple[str, str, str]]:
     """(network, data YAML, setting) in the order of measuring: all under the defaults, then the largest otherwise.
 
-    words: leaves those whose name, crop or setting has one of them in it; none: all.
+    words: leaves those whose name, crop or setting has one of them in it; none: all. InputError where none is left.
     """
     order = [(model, data, "defaults") for model, data in NETWORKS]
     order += [(UPERNET, NATURAL, variant) for variant in ("bf16", "TF32", "float32")]
@@ -261,7 +262,14 @@ def plan_networks(words: Iterable[str]) -> list[tuple[str, str, str]]:
     order += [(UPERNET, NATURAL, v) for v in ("contiguous", "bf16, contiguous", "fp16", "cuDNN benchmark")]
     order += [(SEGFORMER, NATURAL, variant) for variant in VARIANTS]
     crops = {data: "{}x{}".format(*compose(UPERNET, data, (), False).data.crop_size) for _, data in NETWORKS}
-    return [entry for entry in order if any(w in f"{entry[0]} {crops[entry[1]]} {entry[2]}" for w in words or ("",))]
+    named = {entry: f"{entry[0]} {crops[entry[1]]} {entry[2]}" for entry in order}
+    for word in words:
+        if not any(word in name for name in named.values()):
+            raise InputError(
+                f"--networks {word}: got a word that is in no network's name, crop or setting, expected such as "
+                f"{', '.join((DEEPLAB, *sorted(set(crops.values())), 'bf16'))}"
+            )
+    return [entry for entry, name in named.items() if any(word in name for word in words or ("",))]
 
 
 def check_networks(check: Check) -> None:
@@ -269,8 +277,6 @@ def check_networks(check: Check) -> None:
     speeds, order = Speeds(check), plan_networks(check.networks)
     if check.tiny:
         order = [(UPERNET, NATURAL, what) for what in ("defaults", "contiguous", "windows")]
-    if not order:
-        check.wrong(f"--networks {' '.join(check.networks)}: no network has that in its name, crop or setting")
     longest = 0.0
     for place, (model, data, what) in enumerate(order):
         if check.left() < longest:
