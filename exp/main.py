@@ -64,7 +64,13 @@ def main() -> None:
                 num_maps=args.save_prob,
             )
             if not (folder / "results" / "argmax.json").is_file():
-                return  # the page sets rules beside argmax
+                return  # comparisons and the page set rules beside argmax
+            rules = [rule.name for rule in config.predict]
+            if "argmax" not in rules:
+                from exp.reproduction.measured import beside_argmax
+
+                if text := beside_argmax(folder, rules):
+                    print(text)
             if args.save_page:
                 from exp.reproduction.report.build import write_report
 

@@ -23,7 +23,7 @@ from exp.evaluation.comparison import (
     unit_differences,
 )
 from exp.evaluation.metrics import EvalResult, case_scores, compute_scores, image_scores, per_class_scores
-from exp.evaluation.results import CALIBRATION, load_result
+from exp.evaluation.results import CALIBRATION, format_comparisons, load_result
 from exp.files.text import read_json
 from exp.reproduction.existing import PUBLISHED, Existing, differences
 from exp.reproduction.job import Job
@@ -180,6 +180,19 @@ class Measured:
         is_seeded = len({job.seed for job in other.jobs}) > 1
         values = np.array([d.mean() for d in differences]) if is_seeded else np.concatenate(differences)
         return second - first, mean_interval(values)
+
+
+def beside_argmax(run: Path, rules: Sequence[str]) -> str:
+    """The folder of a run, whose argmax was evaluated before, and rules evaluated now -> what a run prints of these
+    beside it, and of those that were evaluated otherwise what differs."""
+    training = Measured(run).run()
+    if training is None:
+        return ""
+    blocks = [f"not compared with argmax, evaluated otherwise: {t}" for t in training.apart if t.split(":")[0] in rules]
+    same = [result for result in training.results if result.rule in ("argmax", *rules)]
+    if len(same) > 1:
+        blocks.insert(0, format_comparisons(compare_rules(same, training.metric), training.metric))
+    return "\n".join(blocks)
 
 
 def read_times(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 import yaml
 
 from exp.checkpoints.checkpoint import load_checkpoint
+from exp.evaluation.comparison import compare_rules
+from exp.evaluation.results import format_comparisons, load_result
 from exp.models.weights import HUB
 from exp.runtime.progress import follow
 from exp.training.step import TrainStep
@@ -122,6 +124,8 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     )
     assert status == 0, err
     assert checkpoint_bytes(run) == before
+    base, other = (load_result(run / "results" / f"{rule}.csv") for rule in ("argmax", "rankseg_rma"))
+    assert format_comparisons(compare_rules([base, other], "mIoUI"), "mIoUI") in printed  # beside the argmax of before
     names = {"argmax.csv", "argmax.json", "rankseg_rma.csv", "rankseg_rma.json"}
     assert {p.name for p in (run / "results").iterdir()} >= names | {"timing.json"}
     assert len(list((run / "pictures" / "random").glob("*.png"))) == 2
@@ -146,6 +150,14 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert "windows of 32x32 as in the training" in printed
     again = json.loads((run / "results" / "rankseg_rma.json").read_text())
     assert again["metrics"] == result["metrics"]
+
+    # A rule that was evaluated otherwise than the argmax of before is not compared with it.
+    status, printed, err = program(
+        *flags, "test.flip=true", "--output_dir", out, "--predict_yaml", "rankseg_levelset", "--test-only"
+    )
+    assert status == 0, err
+    assert "differences in points" not in printed
+    assert "not compared with argmax, evaluated otherwise: rankseg_levelset: " in printed
     assert again["config"]["test"]["crop_size"] == [32, 32]
     assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
 

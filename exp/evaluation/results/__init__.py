@@ -19,6 +19,7 @@ from exp.evaluation.results.saving import (
 )
 from exp.evaluation.results.tables import (
     LOSING_HEADER,
+    format_comparisons,
     format_results,
     format_scores,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "case_csv",
     "confusion_csv",
     "finite_or_null",
+    "format_comparisons",
     "format_results",
     "format_scores",
     "images_csv",

@@ -36,9 +36,7 @@ def format_results(
     further = [f"m{METRIC_TABLE[name]}" for name in results[0].metrics]
     blocks = [format_scores([result.rule for result in results], scores, [metric.removesuffix("I")], further)]
     if comparisons:
-        holm = ", after Holm over the rules" if len(results) > 2 else ""
-        blocks.append(f"differences in points [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}")
-        blocks += [*map(format_comparison, comparisons), format_best(comparisons, metric)]
+        blocks.append(format_comparisons(comparisons, metric))
     if calibration is not None:
         errors = calibration_scores(calibration, results[0].cases)
         rows = (f"{name} {value:.2f} {calibration_unit(name)}" for name, value in errors.items())
@@ -73,6 +71,13 @@ def format_columns(rows: Sequence[str], scores: Sequence[Mapping[str, float]], c
     for row, values in zip(rows, scores, strict=True):
         lines.append(f"{row:<{width}}" + "".join(f"{values[name]:9.2f}" for name in columns))
     return "\n".join(lines)
+
+
+def format_comparisons(comparisons: Sequence[Comparison], metric: str) -> str:
+    """A line per comparison below what the figures are, and which rule has the highest score by `metric`."""
+    holm = ", after Holm over the rules" if len({c.rule for c in comparisons}) > 1 else ""
+    header = f"differences in points [{LEVEL:.0%} bootstrap intervals]; p: Wilcoxon's signed-rank test{holm}"
+    return "\n".join([header, *map(format_comparison, comparisons), format_best(comparisons, metric)])
 
 
 def format_comparison(comparison: Comparison) -> str:
