@@ -69,7 +69,7 @@ def main() -> None:
             if "argmax" not in rules:
                 from exp.reproduction.measured import beside_argmax
 
-                if text := beside_argmax(folder, rules):
+                if text := beside_argmax(folder, rules, config.test.metric):
                     print(text)
             if args.save_page:
                 from exp.reproduction.report.build import write_report

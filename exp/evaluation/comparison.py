@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from exp.evaluation.metrics import (
+    COUNTS,
     EvalResult,
     case_scores,
     image_scores,
@@ -191,16 +192,17 @@ def standard_error(base: EvalResult, other: EvalResult, metric: str) -> float | 
 
 
 def _unit_counts(base: EvalResult, other: EvalResult) -> np.ndarray:
-    """Two results of the same images -> (units, 2, K, C) counts of each image or case, as float64."""
+    """Two results of the same images -> (units, 2, 3, C) counts of each image or case, as float64; those of further
+    metrics, which one of the two may lack, are left out."""
     units = [
         np.stack([part.sum(0) for part in split_cases(r.counts, r.cases)[1]]) if r.cases else r.counts
         for r in (base, other)
     ]
-    return np.stack(units, 1).astype(np.float64)
+    return np.stack([counts[:, : len(COUNTS)] for counts in units], 1).astype(np.float64)
 
 
 def _pooled_difference(pooled: np.ndarray, metric: str) -> np.ndarray:
-    """(..., 2, K, C) pooled counts of two rules -> (...) the difference of their scores."""
+    """(..., 2, 3, C) pooled counts of two rules -> (...) the difference of their scores."""
     score = pooled_scores(pooled)[metric]
     return np.round(score[..., 1] - score[..., 0], ROUNDING)
 

@@ -101,9 +101,7 @@ class Measured:
                 result, differing = self.load(folder / f"{rule}.csv"), differences(content, contents[rule])
                 if result is None:
                     continue
-                if result.names != base.names:
-                    differing = differing or ["other images"]
-                if differing:
+                if differing := differing or other_images(base, result):
                     apart.append(f"{rule}: {', '.join(differing)}")
                 else:
                     same.append(result)
@@ -182,17 +180,25 @@ class Measured:
         return second - first, mean_interval(values)
 
 
-def beside_argmax(run: Path, rules: Sequence[str]) -> str:
-    """The folder of a run, whose argmax was evaluated before, and rules evaluated now -> what a run prints of these
-    beside it, and of those that were evaluated otherwise what differs."""
+def beside_argmax(run: Path, rules: Sequence[str], metric: str) -> str:
+    """The folder of a run, whose argmax was evaluated before, rules evaluated now, and mAccI, mIoUI or mDiceI -> what a
+    run prints of these beside it, and of those that were evaluated otherwise what differs."""
     training = Measured(run).run()
     if training is None:
         return ""
     blocks = [f"not compared with argmax, evaluated otherwise: {t}" for t in training.apart if t.split(":")[0] in rules]
     same = [result for result in training.results if result.rule in ("argmax", *rules)]
     if len(same) > 1:
-        blocks.insert(0, format_comparisons(compare_rules(same, training.metric), training.metric))
+        blocks += ["beside argmax, evaluated before:", format_comparisons(compare_rules(same, metric), metric)]
     return "\n".join(blocks)
+
+
+def other_images(base: EvalResult, other: EvalResult) -> list[str]:
+    """What differs in the images and labels of two results: nothing if the labelled pixels of all classes are equal."""
+    if any(getattr(base, name) != getattr(other, name) for name in ("names", "cases", "classes")):
+        return ["other images or classes"]
+    labelled = [result.counts[:, 0] + result.counts[:, 2] for result in (base, other)]  # tp + fn, under every rule
+    return [] if np.array_equal(*labelled) else ["other labels"]
 
 
 def read_times(path: Path) -> dict[str, Any]:

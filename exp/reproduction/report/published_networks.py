@@ -9,7 +9,7 @@ from exp.evaluation.comparison import mean_interval, paired_differences
 from exp.evaluation.metrics import EvalResult, compute_scores
 from exp.reproduction.existing import differences
 from exp.reproduction.job import Job
-from exp.reproduction.measured import Measured, Training
+from exp.reproduction.measured import Measured, Training, other_images
 from exp.reproduction.plans import PUBLISHED, RULES, table_jobs
 from exp.reproduction.published import load_tables
 from exp.reproduction.report.sections import Section, format_interval, format_number, text_rows
@@ -87,7 +87,8 @@ def evaluated_networks(measured: Measured, jobs: Iterable[Job] | None = None) ->
         alike = [path for path in by_rule.values() if not differences(base, contents[path])]
         pairs = [(path, result) for path in alike if (result := measured.load(path)) is not None]
         if pairs and pairs[0][1].rule == "argmax":
-            found.append(Evaluated(job, *zip(*pairs)))
+            same = [(path, result) for path, result in pairs if not other_images(pairs[0][1], result)]
+            found.append(Evaluated(job, *zip(*same)))
     return found
 
 
