@@ -27,7 +27,7 @@ class Shapes(SegmentationDataset):
     """
 
     classes = ("background", "disk", "square", "triangle", "ring", "bar")
-    palette = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0))
+    palette = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167))
     on_disk = False
 
     def list_samples(self) -> list[Sample]:

@@ -46,7 +46,7 @@ class Tumour(SliceDataset):
     """CT slices that hold tumour (2 in the files) against all else."""
 
     classes = ("background", "tumour")
-    palette = ((0, 0, 0), (213, 94, 0))
+    palette = ((0, 0, 0), (240, 228, 66))
     label_map = {0: 0, 1: 0, 2: 1}
 
 
