@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from exp.files.atomic import PART, file_sha256, move_aside, no_room, replacing, require_room, sync
 from exp.files.text import read_json
-from exp.runtime.errors import PATH_ERRORS, InputError
+from exp.runtime.errors import PATH_ERRORS, InputError, one_line
 
 PATTERN = re.compile(r"iter_(\d+)\.pt$")
 DAMAGED = ".damaged"
@@ -47,7 +47,7 @@ def write_checked(path: Path, write: Callable[[Path], None], facts: Mapping[str,
         cause = error
         while inner := cause.__cause__ or cause.__context__:  # PyTorch hides what the system said behind its own error
             cause = inner
-        raise no_room(path, needed, " ".join(str(cause).split())[:200]) from error
+        raise no_room(path, needed, one_line(cause)) from error
 
 
 def facts_path(path: Path) -> Path:

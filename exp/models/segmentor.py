@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exp.config.model import ModelConfig
 from exp.models.decoders import Parts, build_parts, initialise
 from exp.models.weights import HUB, load_encoder_weights
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, one_line
 
 # What smp's EfficientNets keep of their classifier and never call: DDP would wait for its gradients.
 UNUSED = ("_conv_head", "_bn1")
@@ -115,7 +115,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, *, 
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         if isinstance(error, OSError):  # of the hub's client; nothing else here reads a file
             raise InputError(
                 f"model.pretrained: got no weights of encoder {config.encoder} from the hub ({reason}); run once where "

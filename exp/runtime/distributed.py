@@ -16,7 +16,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from exp.runtime.errors import InputError
+from exp.runtime.errors import InputError, one_line
 from exp.runtime.interrupt import Interrupted, Stalled, StopRequest, catch_signals
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class Dist:
             yield
             self.store.set(f"done/{self.rank}", str(iteration))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             if not _names_connection(reason):  # this process's own trouble, such as its memory
                 raise
             self.store.set(f"failed/{self.rank}", "")
@@ -279,7 +279,7 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta, 
         store, _, _ = next(torch_dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"MASTER_ADDR, MASTER_PORT: got no meeting at {address}:{port} ({' '.join(str(error).split())[:200]}), "
+            f"MASTER_ADDR, MASTER_PORT: got no meeting at {address}:{port} ({one_line(error)}), "
             "expected a free port of the machine of rank 0 (torchrun --master_port)"
         ) from None
     store = meet(store, rank, world_size, timeout, stop)

@@ -42,9 +42,15 @@ def decoding(path: Path, expected: str) -> Iterator[None]:
         raise unreadable(path, error, expected) from error
 
 
+def one_line(reason: object) -> str:
+    """What a library raised -> its text as one line, cut between words after some 200 characters."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."
+
+
 def unreadable(path: Path, reason: object, expected: str) -> InputError:
     text = re.sub(r" ?<\S+ object at 0x[0-9a-f]+>", "", str(reason))  # of what a library was given in the file's place
-    reason = " ".join(text.split())[:200] or type(reason).__name__
+    reason = one_line(text) or type(reason).__name__
     return InputError(f"{path}: got a file that cannot be read ({reason}), expected {expected}")
 
 
@@ -82,7 +88,7 @@ def memory_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         if not (isinstance(error, MemoryError) or any(words in reason for words in NO_MEMORY)):
             raise
         raise InputError(

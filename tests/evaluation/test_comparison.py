@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +218,15 @@ def test_a_data_set_score_that_is_a_mean_has_the_interval_of_the_mean(monkeypatc
     by_image, pooled = compare_rules(pair, "mAccI")
     assert pooled.difference == pytest.approx(by_image.difference)
     assert pooled.interval == pytest.approx(by_image.interval, abs=0.02), "but for how ties are rounded"
+
+
+@pytest.mark.parametrize("cases", [None, tuple("aabb" * 10)])
+def test_counts_of_further_metrics_may_be_of_one_of_two_results(cases: tuple[str, ...] | None):
+    base, other = result("argmax", 0, cases=cases), result("rma", 2, cases=cases)
+    more = replace(base, counts=np.concatenate([base.counts, base.counts[:, :2]], 1), metrics=("BIoU",))
+    plain = compare_rules([base, other], "mIoUI")
+    assert compare_rules([more, other], "mIoUI") == plain
+    assert [c.difference for c in compare_rules([other, more], "mIoUI")] == [-c.difference for c in plain]
 
 
 def test_one_rule_is_compared_with_nothing():

@@ -17,6 +17,7 @@ from exp.checkpoints.checkpoint import load_checkpoint
 from exp.evaluation.comparison import compare_rules
 from exp.evaluation.results import format_comparisons, load_result
 from exp.models.weights import HUB
+from exp.runtime.errors import one_line
 from exp.runtime.progress import follow
 from exp.training.step import TrainStep
 from exp.training.validation import ScoreHistory
@@ -68,6 +69,12 @@ def test_a_file_gets_a_line_every_minute(capsys, monkeypatch):
     ]
     assert list(follow([1, 2], "evaluating", "img", shown=False)) == [1, 2]
     assert not capsys.readouterr().err
+
+
+def test_long_reasons_of_libraries_are_cut_between_words():
+    assert one_line(OSError("no\n network")) == "no network"
+    assert one_line("word " * 50) == "word " * 40 + "..."
+    assert one_line("x" * 300) == "x" * 200 + " ..."
 
 
 def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
@@ -151,15 +158,16 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     again = json.loads((run / "results" / "rankseg_rma.json").read_text())
     assert again["metrics"] == result["metrics"]
 
+    assert again["config"]["test"]["crop_size"] == [32, 32]
+    assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
+
     # A rule that was evaluated otherwise than the argmax of before is not compared with it.
     status, printed, err = program(
         *flags, "test.flip=true", "--output_dir", out, "--predict_yaml", "rankseg_levelset", "--test-only"
     )
     assert status == 0, err
     assert "differences in points" not in printed
-    assert "not compared with argmax, evaluated otherwise: rankseg_levelset: " in printed
-    assert again["config"]["test"]["crop_size"] == [32, 32]
-    assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
+    assert "not compared with argmax, evaluated otherwise: rankseg_levelset: test.flip " in printed
 
     # Thresholds of a data set, then the same from their file, image by image.
     rules = ("--predict_yaml", "rankseg_rma_dataset")

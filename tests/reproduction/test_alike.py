@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from exp.evaluation.comparison import compare_rules
+from exp.evaluation.results import format_comparisons, result_csv
 from exp.reproduction.existing import differences
 from exp.reproduction.job import Job
-from exp.reproduction.measured import Measured
+from exp.reproduction.measured import Measured, beside_argmax, other_images
 from exp.reproduction.report.pictures.illustrations import illustrate
 from exp.reproduction.report.training_sections import training_section
 from tests.conftest import TINY
@@ -61,6 +63,37 @@ def test_what_changes_no_label_does_not_part_them(tmp_path: Path):
     (training,) = Measured(tmp_path).trainings()[1]
     assert training.rules == ("argmax", "rankseg_rma")
     assert training.metric == "mDiceI"
+
+
+def test_nor_are_those_on_other_labels_images_or_classes(tmp_path: Path):
+    write_results(PAIR, tmp_path)
+    (training,) = Measured(tmp_path).trainings()[1]
+    base, other = training.results
+    assert not other_images(base, other)
+    corrected = other.counts.copy()
+    corrected[3, 2, 4] += 1  # a pixel of the label
+    assert other_images(base, replace(other, counts=corrected)) == ["other labels"]
+    for change in ({"names": base.names[::-1]}, {"classes": base.classes[::-1]}, {"cases": base.names}):
+        assert other_images(base, replace(other, **change)) == ["other images or classes"]
+    path = results_folder(tmp_path) / "rankseg_rma.csv"
+    path.write_text(result_csv(replace(other, counts=corrected)))
+    (training,) = Measured(tmp_path).trainings()[1]
+    assert training.rules == ("argmax",)
+    assert training.apart == ("rankseg_rma: other labels",)
+    for metric in ("mIoUI", "mDiceI"):
+        assert beside_argmax(results_folder(tmp_path).parent, ["rankseg_rma"], metric) == (
+            "not compared with argmax, evaluated otherwise: rankseg_rma: other labels"
+        )
+
+
+def test_a_rule_beside_the_argmax_of_before_is_compared_by_the_metric_of_now(tmp_path: Path):
+    write_results(PAIR, tmp_path)
+    (training,) = Measured(tmp_path).trainings()[1]
+    for metric in ("mIoUI", "mDiceI"):
+        comparisons = compare_rules(training.results, metric)
+        expected = f"beside argmax, evaluated before:\n{format_comparisons(comparisons, metric)}"
+        assert beside_argmax(results_folder(tmp_path).parent, ["rankseg_rma"], metric) == expected
+        assert f"highest {metric}: " in expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("iteration", 2), ("weights", "ema")])

@@ -12,8 +12,8 @@ from exp.evaluation.metrics import EvalResult
 MAIN_COLUMNS = ("Acc", *(f"m{score}{over}" for score in ("Acc", "IoU", "Dice") for over in "DIC"))
 WORST_ENDINGS = ("I5", "I10", "IQ", "C5", "C10", "CQ", "3D")  # of the score by which rules are compared
 LEGEND = {  # what the endings of the columns mean
-    "D": "data set: counts summed over the images, then the mean over the classes",
-    "I": "images: the mean over the classes of each image, then over the images",
+    "D": "data set: counts summed over the images, then the mean over the classes (of two the foreground alone)",
+    "I": "images: the mean over the classes of each image (of two the foreground alone), then over the images",
     "C": "classes: the mean over the images of each class, then over the classes",
     "5, 10": "worst cases: the mean over the lowest 5 or 10 % of the images (C: of each class's images)",
     "Q": "the mean of that over the lowest 10, 20, ..., 100 %",
