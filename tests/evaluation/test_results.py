@@ -86,7 +86,7 @@ def test_an_equal_evaluation_changes_nothing_and_another_keeps_the_older(tmp_pat
 def test_other_csv_files_are_refused(tmp_path: Path):
     path = tmp_path / "x.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"x\.csv: got a file that cannot be read"):
+    with pytest.raises(InputError, match=r"x\.csv: got a file that cannot be read \(columns \['a', 'b'\]\)"):
         load_result(path)
     for row in ("e,1,2", "e,1,2,x", "e,1,2,3,4"):
         path.write_text(f"image,tp.x,fp.x,fn.x\n{row}\n")

@@ -157,7 +157,6 @@ def test_train_then_test_only_under_other_rules(program, tmp_path: Path):
     assert "windows of 32x32 as in the training" in printed
     again = json.loads((run / "results" / "rankseg_rma.json").read_text())
     assert again["metrics"] == result["metrics"]
-
     assert again["config"]["test"]["crop_size"] == [32, 32]
     assert program(*flags, "--output_dir", out, "--predict_yaml", "rankseg_rma", "--test-only")[0] == 0
 

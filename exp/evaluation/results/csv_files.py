@@ -65,6 +65,8 @@ def load_result(path: Path) -> EvalResult:
     with decoding(path, expected):
         header, *rows = csv.reader(io.StringIO(text, newline=""))
         classes = tuple(name.removeprefix("tp.") for name in header if name.startswith("tp."))
+        if not classes:
+            raise ValueError(f"columns {header[:6]}")
         metrics = tuple(name for name in METRIC_TABLE if f"{name}.part.{classes[0]}" in header)
         kinds, first = count_names(metrics), header.index(f"tp.{classes[0]}")
         if header[0] != "image" or len(header) != first + len(kinds) * len(classes):
